@@ -1,0 +1,1 @@
+"""The hub every zcore wheel stands on: contracts and shared plumbing. Import the submodule you need."""

@@ -1,0 +1,68 @@
+"""Every error zcore raises on purpose. Each is a `ZcoreError` and the built-in it refines.
+
+    ZcoreError
+    |- ConfigError (ValueError)         a setting is unknown, contradictory or out of range
+    |- LayoutError (ValueError)         parameters, buckets or ranks cannot be laid out as asked
+    |- MeshError (ValueError)           the ranks do not form the mesh that was asked for
+    |- NotInstalledError (ImportError)  a wheel or an extra is needed that is not there
+    |- StateError (RuntimeError)        a call out of order: a sharded parameter used outside forward, a step without backward
+    |- NonFiniteError (ArithmeticError) a loss or a gradient is NaN or infinite
+    |- MismatchError (RuntimeError)     ranks disagree about model, config or the order of collectives
+    |- CollectiveError (RuntimeError)   a collective failed or outlived its deadline: some rank died, hangs, or left
+    `- CheckpointError (OSError)        a checkpoint is missing, incomplete, damaged, or of another run
+
+A message says what happened, what was expected, and what to do, in one paragraph.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "CollectiveError",
+    "ConfigError",
+    "LayoutError",
+    "MeshError",
+    "MismatchError",
+    "NonFiniteError",
+    "NotInstalledError",
+    "StateError",
+    "ZcoreError",
+]
+
+
+class ZcoreError(Exception):
+    """The root: `except ZcoreError` catches what zcore refuses, and nothing else."""
+
+
+class ConfigError(ZcoreError, ValueError):
+    """A setting is unknown, contradictory or out of range; the message names the key and the nearest right one."""
+
+
+class LayoutError(ZcoreError, ValueError):
+    """Parameters, buckets or ranks cannot be laid out as asked."""
+
+
+class MeshError(ZcoreError, ValueError):
+    """The ranks at hand do not form the mesh that was asked for."""
+
+
+class NotInstalledError(ZcoreError, ImportError):
+    """Something was asked for that another wheel or an extra brings; the message holds the pip command."""
+
+
+class StateError(ZcoreError, RuntimeError):
+    """A call came out of order, such as a step without a backward or a sharded parameter used outside forward."""
+
+
+class NonFiniteError(ZcoreError, ArithmeticError):
+    """A loss or a gradient is NaN or infinite; parameters and optimizer states are as before the step."""
+
+
+class MismatchError(ZcoreError, RuntimeError):
+    """Ranks disagree about the model, the config or the order of collectives; raised on every rank."""
+
+
+class CollectiveError(ZcoreError, RuntimeError):
+    """A collective failed or outlived its deadline, because a rank died, hangs, or left the group."""
+
+
+class CheckpointError(ZcoreError, OSError):
+    """A checkpoint is missing, incomplete, damaged, or was written by another kind of run."""

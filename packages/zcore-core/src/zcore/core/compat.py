@@ -1,0 +1,48 @@
+"""The one place that knows how torch's names differ between releases, and that touches its private ones.
+
+torch 2.13 renamed the flat collectives (`all_gather_into_tensor` -> `all_gather_single`) and warns about the old names;
+the wheels support torch 2.9 and later. Nothing here decides anything.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["all_gather_flat", "all_to_all_flat", "queue_backward_callback", "reduce_scatter_flat", "tree_leaves"]
+
+
+def _first(*names: str) -> Callable[..., dist.Work | None]:
+    """The first of `names` that this torch has."""
+    return cast(
+        "Callable[..., dist.Work | None]", next(getattr(dist, name) for name in names if hasattr(dist, name))
+    )
+
+
+def all_gather_flat(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup) -> dist.Work | None:
+    """Start `output[r * n:(r + 1) * n] = input of rank r`; `input` may be this rank's own slot of `output`."""
+    return _first("all_gather_single", "all_gather_into_tensor")(output, input, group=group, async_op=True)
+
+
+def reduce_scatter_flat(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup) -> dist.Work | None:
+    """Start `output = sum over ranks of their slot for this rank`, in whatever order the backend sums."""
+    call = _first("reduce_scatter_single", "reduce_scatter_tensor")
+    return call(output, input, op=dist.ReduceOp.SUM, group=group, async_op=True)
+
+
+def all_to_all_flat(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup) -> dist.Work | None:
+    """Start the exchange of equal slots: slot r of `input` goes to rank r, slot r of `output` comes from it."""
+    return cast("dist.Work | None", dist.all_to_all_single(output, input, group=group, async_op=True))
+
+
+def queue_backward_callback(callback: Callable[[], None]) -> None:
+    """Run `callback` when the backward pass now running has computed its last gradient."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]  # private in torch
+
+
+def tree_leaves(value: object) -> list[object]:
+    """The leaves of nested tuples, lists, dicts and registered containers such as a Hugging Face `ModelOutput`."""
+    from torch.utils import _pytree  # private, and slow to load: only when a model runs
+
+    return _pytree.tree_leaves(value)

@@ -1,0 +1,248 @@
+"""The memory of one bucket: allocated, freed and handed to collectives here and nowhere else.
+
+                      |p0        |p1            |p2  |--|    one layout, in elements (see layout.py)
+    gathered          [whole bucket, compute dtype]          parameters are views of it; all-gather writes straight into it
+    master            [owned slices, master dtype]           what the optimizer steps; fragments are views of it
+    gradients.full    [whole bucket, master dtype]           where gradients accumulate and are reduced from
+    gradients.reduced [owned slices, master dtype]           the mean gradient of the owned slices
+
+Where a row keeps something WHOLE, the owned part is the own slot of the whole, so it costs no second copy: `master` in
+`gathered` (equal dtypes), `reduced` in `full`. What is SHARD lives as long as it is used.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zcore.core.collectives import Collectives, Pending
+from zcore.core.errors import StateError
+from zcore.core.mesh import DataParallel
+from zcore.zero.layout import BucketPlan
+from zcore.zero.placement import Placement, Row, owned_slices
+
+__all__ = ["BucketDtypes", "BucketGradients", "BucketParameters", "DataParallelGroups", "Ledger"]
+
+
+@dataclass(frozen=True, slots=True)
+class BucketDtypes:
+    """What a bucket is computed in and stepped in; one dtype without mixed precision."""
+
+    compute: torch.dtype
+    master: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class DataParallelGroups:
+    """The collectives of the data-parallel axes. Gathers and reductions have a group each: neither waits for the other."""
+
+    gather: Collectives  # dp or dp_shard
+    reduce: Collectives  # the same ranks
+    replicate: Collectives | None  # dp_replicate
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Bytes of transient whole buckets that are live now, and the most there ever were."""
+
+    live_bytes: int = 0
+    peak_bytes: int = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Book an allocation, or a release as a negative one."""
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+
+class BucketParameters:
+    """`gathered` and `master` of one bucket, and the all-gather between them."""
+
+    def __init__(
+        self,
+        plan: BucketPlan,
+        row: Row,
+        *,
+        dp: DataParallel,
+        dtypes: BucketDtypes,
+        collectives: Collectives,
+        device: torch.device,
+        ledger: Ledger,
+    ) -> None:
+        self._label = plan.name
+        self._collectives = collectives
+        self._ledger = ledger
+        self._transient = row.parameters is Placement.SHARD
+        low, high = plan.layout.bounds(owned_slices(row, dp))
+        self._needs_gather = high - low < plan.layout.numel
+        self.gathered = collectives.empty(plan.layout.numel, dtype=dtypes.compute, device=device)
+        self._own_slot = self.gathered[low:high]
+        self._casts = dtypes.compute != dtypes.master
+        if self._transient or self._casts:
+            self.master = torch.zeros(high - low, dtype=dtypes.master, device=device)
+        else:
+            self.gathered.zero_()
+            self.master = self._own_slot
+        if self._transient:
+            collectives.free_storage(self.gathered)
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of the whole bucket when it has memory."""
+        return self.gathered.numel() * self.gathered.element_size()
+
+    @property
+    def resting_bytes(self) -> tuple[int, int]:
+        """Bytes held between steps: by the copy that computes, and by a master copy apart from it."""
+        master_bytes = self.master.numel() * self.master.element_size()
+        if self._casts:
+            return (0 if self._transient else self.gathered_bytes), master_bytes
+        return (master_bytes if self._transient else self.gathered_bytes), 0
+
+    def start_gather(self) -> Pending | None:
+        """Fill `gathered` from the ranks' masters; None where that needs no communication."""
+        if self._transient:
+            self._collectives.alloc_storage(self.gathered)
+            self._ledger.add(self.gathered_bytes)
+        if self._casts:
+            self._own_slot.copy_(self.master)
+        if not self._needs_gather:
+            return None
+        source = self._own_slot if self._casts else self.master
+        return self._collectives.all_gather(self.gathered, source, label=self._label)
+
+    def release(self) -> bool:
+        """Free `gathered` if the row says so; whether its contents are gone."""
+        if self._transient:
+            self._collectives.free_storage(self.gathered)
+            self._ledger.add(-self.gathered_bytes)
+        return self._transient
+
+
+class BucketGradients:
+    """The gradients of one trainable bucket: accumulated whole, reduced to the owned slices."""
+
+    def __init__(
+        self,
+        plan: BucketPlan,
+        row: Row,
+        *,
+        dp: DataParallel,
+        dtype: torch.dtype,
+        groups: DataParallelGroups,
+        device: torch.device,
+        ledger: Ledger,
+    ) -> None:
+        self._plan = plan
+        self._dtype = dtype
+        self._device = device
+        self._groups = groups
+        self._ledger = ledger
+        self._mean_over = dp.size
+        self._transient = row.gradients is Placement.SHARD
+        self._stepped_whole = row.optimizer is Placement.WHOLE
+        self._bounds = plan.layout.bounds(owned_slices(row, dp))
+        self._full: Tensor | None = None
+        self._full_is_live = False
+        self._written: set[int] = set()  # parameters whose part of `full` holds a gradient
+        self._inflight: tuple[Pending, Tensor] | None = None
+        self._spare: Tensor | None = None  # last step's `reduced`, to be written again
+        self.reduced: Tensor | None = None  # [owned slices], the mean over all ranks; None before the first reduction
+
+    @property
+    def num_unwritten(self) -> int:
+        """Parameters that have had no gradient since the last reduction."""
+        return len(self._plan.params) - len(self._written)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held now, between steps included."""
+        tensors = [self._full if self._full_is_live else None, self._spare]
+        if self.reduced is not None and self._transient:
+            tensors.append(self.reduced)
+        return sum(each.numel() * each.element_size() for each in tensors if each is not None)
+
+    def accumulate(self, index: int, grad: Tensor) -> None:
+        """Move the gradient of parameter `index` to where it will be reduced from, adding to what is there.
+
+        Autograd hands over a fresh tensor; one pass moves it, casting to the accumulation dtype, and it is freed.
+        """
+        if grad.layout is not torch.strided:
+            raise StateError(
+                f"{self._plan.params[index].fqn} got a {grad.layout} gradient; flat buckets hold dense ones. Build the "
+                "embedding with sparse=False."
+            )
+        full = self._live_full()
+        if not self._written and self.reduced is not None and not self._transient:
+            self.reduced = self.reduced.clone()  # it was the own slot of `full`, which now takes the next gradients
+        layout = self._plan.layout
+        place = full[layout.offsets[index] : layout.offsets[index] + layout.numels[index]].view(grad.shape)
+        if index in self._written:
+            place.add_(grad)
+        else:
+            place.copy_(grad)
+            self._written.add(index)
+
+    def start_reduce(self) -> None:
+        """Start the sum over all ranks into the owned slices; parameters without a gradient count as zero."""
+        full = self._live_full()
+        self._zero_unwritten(full)
+        low, high = self._bounds
+        if self._stepped_whole:
+            self._inflight = self._groups.reduce.all_reduce(full, label=self._plan.name), full
+            return
+        if not self._transient:
+            out = full[low:high]
+        elif self.reduced is None and self._spare is not None:
+            out, self._spare = self._spare, None
+        else:
+            out = torch.empty(high - low, dtype=self._dtype, device=self._device)
+        self._inflight = self._groups.reduce.reduce_scatter(out, full, label=self._plan.name), out
+
+    def finish_reduce(self) -> None:
+        """Wait for the sum, take the mean and add it to earlier reductions of this step."""
+        if self._inflight is None:
+            return
+        (pending, out), self._inflight = self._inflight, None
+        pending.wait()
+        if self._groups.replicate is not None:
+            self._groups.replicate.all_reduce(out, label=self._plan.name).wait()
+        if self._mean_over > 1:
+            out.mul_(1.0 / self._mean_over)
+        self.reduced = out if self.reduced is None else self.reduced.add_(out)
+        self._written.clear()
+        if self._transient:
+            self._free_full()
+
+    def clear(self) -> None:
+        """Forget all gradients; memory that the row keeps between steps stays."""
+        if self._transient and self.reduced is not None:
+            self._spare = self.reduced
+        self.reduced = None
+        self._written.clear()
+        if self._transient and self._full_is_live:
+            self._free_full()
+
+    def _live_full(self) -> Tensor:
+        if self._full is None:
+            self._full = self._groups.reduce.empty(self._plan.layout.numel, dtype=self._dtype, device=self._device)
+        elif not self._full_is_live:
+            self._groups.reduce.alloc_storage(self._full)
+        if not self._full_is_live:
+            self._full_is_live = True
+            if self._transient:
+                self._ledger.add(self._full.numel() * self._full.element_size())
+        return self._full
+
+    def _free_full(self) -> None:
+        assert self._full is not None
+        self._groups.reduce.free_storage(self._full)
+        self._full_is_live = False
+        self._ledger.add(-self._full.numel() * self._full.element_size())
+
+    def _zero_unwritten(self, full: Tensor) -> None:
+        layout, end = self._plan.layout, 0
+        for index, (offset, numel) in enumerate(zip(layout.offsets, layout.numels, strict=True)):
+            if index in self._written:
+                full[end:offset].zero_()
+                end = offset + numel
+        full[end:].zero_()

@@ -1,0 +1,164 @@
+"""What is registered on a module while its parameters are sharded: this rank's fragment, which knows what it is part of.
+
+An optimizer steps it like any parameter. In a forward it stands for the whole: whoever uses it there, outside the module
+that owns it, has it gathered (a weight that one module borrows from another just works). Used anywhere else, where a
+fragment would give a wrong result or a puzzling shape error, it refuses by name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from zcore.core.errors import StateError
+
+__all__ = ["ParameterOwner", "ShardedGradient", "ShardedParameter"]
+
+COMPUTE = frozenset(
+    {torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.einsum, torch.embedding}
+    | {Tensor.matmul, Tensor.mm, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.__getitem__}
+    | {nn.functional.linear, nn.functional.embedding, nn.functional.layer_norm, nn.functional.rms_norm}
+    | {nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d, nn.functional.group_norm}
+)  # refused on a fragment even without autograd, where optimizers are let through
+METADATA = frozenset(
+    {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__, Tensor.__hash__}
+    | {Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.get_device}
+    | {Tensor.requires_grad_, Tensor.untyped_storage, Tensor.data_ptr, Tensor.__format__}
+)
+VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+
+
+class ParameterOwner(Protocol):
+    """The bucket that a fragment belongs to, as the fragment needs it."""
+
+    def is_available(self) -> bool:
+        """Whether the whole parameters are registered right now."""
+        ...
+
+    def may_gather(self) -> bool:
+        """Whether a forward or backward of the model is running, so that using the parameter means the whole."""
+        ...
+
+    def whole(self, index: int, *, with_data: bool) -> Tensor:
+        """The whole parameter, gathered first if data is needed."""
+        ...
+
+    def watch_backward(self, result: object) -> None:
+        """Have the bucket gathered again before gradients flow into `result`."""
+        ...
+
+
+class ShardedParameter(nn.Parameter):
+    """This rank's fragment of one parameter: flat, a view of the bucket's master shard, possibly empty."""
+
+    fqn: str
+    full_shape: tuple[int, ...]
+    full_start: int  # where the fragment begins in the flattened parameter
+    owner: ParameterOwner
+    index: int  # in its bucket
+
+    @classmethod
+    def of(
+        cls, fragment: Tensor, *, owner: ParameterOwner, index: int, fqn: str, full_shape: tuple[int, ...], start: int
+    ) -> "ShardedParameter":
+        """Wrap `fragment` without a copy; frozen until told otherwise."""
+        self = Tensor._make_subclass(cls, fragment, False)
+        self.owner, self.index = owner, index
+        self.fqn, self.full_shape, self.full_start = fqn, full_shape, start
+        return self
+
+    def __repr__(self) -> str:  # type: ignore[override]  # torch types it with a keyword of its own
+        held = f"[{self.full_start}:{self.full_start + Tensor.numel(self)}]"
+        return f"ShardedParameter({self.fqn}, shape {self.full_shape}, this rank holds elements {held})"
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "ShardedParameter":
+        raise StateError(
+            f"{self.fqn} is sharded and cannot be copied on its own. Copy the model before sharding it, or take "
+            "`engine.consolidated_state_dict()` and load it into a second model."
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Act as the fragment for optimizers and metadata, as the whole in a forward, and refuse elsewhere."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            first = _first_sharded(args, kwargs)
+            if first is None:
+                return func(*args, **kwargs)
+            if first.owner.may_gather() or first.owner.is_available():
+                return _call_on_whole(func, args, kwargs)
+            if _wants_values(func) and (torch.is_grad_enabled() or func in COMPUTE):
+                raise StateError(_outside_forward(first, func))
+            return func(*args, **kwargs)
+
+
+class ShardedGradient(Tensor):
+    """The gradient of a fragment. A norm of it would be this rank's only, so torch's own clipping is refused."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Refuse norms; everything else is as on a plain tensor."""
+        if func in (torch.linalg.vector_norm, torch.norm, torch._foreach_norm, Tensor.norm):
+            raise StateError(
+                "A norm was asked of one rank's gradient fragments, and would differ from rank to rank. Use "
+                "`zero.clip_grad_norm_(model, max_norm)`, or the `gradient_clipping` setting of the engine; for your own "
+                "arithmetic on the local values take `grad.as_subclass(torch.Tensor)`."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _first_sharded(args: Sequence[object], kwargs: Mapping[str, object]) -> ShardedParameter | None:
+    for arg in (*args, *kwargs.values()):
+        if isinstance(arg, ShardedParameter):
+            return arg
+        if isinstance(arg, list | tuple):
+            for each in arg:
+                if isinstance(each, ShardedParameter):
+                    return each
+    return None
+
+
+def _wants_values(func: Callable[..., object]) -> bool:
+    """False for what an object may be asked while its values are elsewhere: attributes, sizes, `detach`."""
+    return func not in METADATA and func is not Tensor.detach and func.__name__ not in ("__get__", "__set__")
+
+
+def _call_on_whole(func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+    property_name = getattr(getattr(func, "__self__", None), "__name__", "")
+    with_data = _wants_values(func) or func is Tensor.detach or property_name in VIEW_PROPERTIES
+    owners: list[ParameterOwner] = []
+
+    def whole(param: ShardedParameter) -> Tensor:
+        owners.append(param.owner)
+        return param.owner.whole(param.index, with_data=with_data)
+
+    args, kwargs = tree_map_only(ShardedParameter, whole, (tuple(args), dict(kwargs)))
+    result = func(*args, **kwargs)
+    if with_data:
+        for owner in owners:
+            owner.watch_backward(result)
+    return result
+
+
+def _outside_forward(param: ShardedParameter, func: Callable[..., object]) -> str:
+    return (
+        f"{param.fqn} (shape {param.full_shape}) is sharded, and `{func.__name__}` was called on it outside the model's "
+        "forward, where this rank holds a fragment only. Use it inside the forward of the sharded model; or read and edit "
+        "it inside `with zero.GatheredParameters([param], modifier_rank=...)`; or look at the local fragment with "
+        "`param.detach()`."
+    )

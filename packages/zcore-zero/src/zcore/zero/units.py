@@ -1,0 +1,103 @@
+"""Which parameters of a model are used together: its transformer blocks, and the runs of modules between them.
+
+Blocks are recognised, never listed by name: the classes that a Hugging Face model says must not be split, else repeated
+children of one ModuleList or Sequential that are made of several modules themselves.
+
+    GPT: wte, wpe | h.0 | h.1 | ... | ln_f, lm_head      runs at both ends, a unit per block
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from zcore.zero.layout import ParamSpec, Unit
+
+__all__ = ["ParamSites", "find_blocks", "find_parameters", "find_units"]
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSites:
+    """A parameter and every place where it is registered; more than one if it is tied."""
+
+    spec: ParamSpec
+    param: nn.Parameter
+    sites: tuple[tuple[nn.Module, str], ...]
+    owner: str  # fully qualified name of the module at the first site
+
+
+def find_parameters(model: nn.Module) -> tuple[ParamSites, ...]:
+    """Every distinct parameter in registration order, with all its sites."""
+    first: dict[int, tuple[str, str, nn.Parameter]] = {}
+    sites: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module_name, module in model.named_modules():
+        for name, param in module._parameters.items():
+            if param is None:
+                continue
+            fqn = f"{module_name}.{name}" if module_name else name
+            first.setdefault(id(param), (fqn, module_name, param))
+            sites.setdefault(id(param), []).append((module, name))
+    return tuple(
+        ParamSites(
+            ParamSpec(fqn, tuple(param.shape), param.dtype, param.requires_grad), param, tuple(sites[key]), owner
+        )
+        for key, (fqn, owner, param) in first.items()
+    )
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost blocks by fully qualified name, in registration order; empty where none is recognisable."""
+    declared = {
+        name
+        for module in model.modules()
+        for name in (getattr(module, "_no_split_modules", None) or ())
+        if isinstance(name, str)
+    }
+    found = {name: module for name, module in model.named_modules() if type(module).__name__ in declared and name}
+    if not found:
+        found = {name: module for name, module in _repeated(model) if name}
+    return {name: module for name, module in found.items() if not any(outer in found for outer in _ancestors(name))}
+
+
+def _repeated(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children of one class, several in one container, each with parameters in more than one module."""
+    for name, container in model.named_modules():
+        if not isinstance(container, nn.ModuleList | nn.Sequential):
+            continue
+        composite = [(key, child) for key, child in container.named_children() if _owns_parameters_below(child)]
+        kinds = Counter(type(child) for _, child in composite)
+        for key, child in composite:
+            if kinds[type(child)] > 1:
+                yield (f"{name}.{key}" if name else key), child
+
+
+def _owns_parameters_below(module: nn.Module) -> bool:
+    return sum(bool(any(p is not None for p in each._parameters.values())) for each in module.modules()) > 1
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def find_units(model: nn.Module, parameters: tuple[ParamSites, ...]) -> tuple[Unit, ...]:
+    """Group `parameters` into blocks and the runs between them, in registration order."""
+    blocks = find_blocks(model)
+    groups: list[tuple[str, list[ParamSites]]] = []  # (block name or "", parameters)
+    for each in parameters:
+        path = [each.owner, *_ancestors(each.owner)]
+        block = next((name for name in path if name in blocks), "")
+        if not groups or groups[-1][0] != block:
+            groups.append((block, []))
+        groups[-1][1].append(each)
+    return tuple(
+        Unit(block or _run_name(members), tuple(each.spec for each in members), is_block=bool(block))
+        for block, members in groups
+    )
+
+
+def _run_name(members: list[ParamSites]) -> str:
+    first, last = members[0].owner or members[0].spec.fqn, members[-1].owner or members[-1].spec.fqn
+    return first if first == last else f"{first} to {last}"

@@ -1,13 +1,15 @@
 """What runs inside a rank: take on its environment, find the body, run it, tell the launcher what came of it.
 
-    launcher -> rank    "stacks" | "leave"; end of file: the launcher is gone, and so is the rank
-    rank -> launcher    Returned | Raised | Stacks
+    launcher -> rank    None: leave; a text: you are given up because of this, say where you stand;
+                        end of file: the launcher is gone, and so is the rank
+    rank -> launcher    Returned | RankFailure
 
 A rank that returned stays until it is told to leave: its sockets live while the others still talk to it, and a rank
 that waits for a collective the others never join is seen as hung, not as one that lost its connection. A rank that
 raised leaves at once, as it would in a real run.
 """
 
+import ast
 import faulthandler
 import importlib.util
 import os
@@ -22,27 +24,24 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import CodeType, FrameType, ModuleType
+from types import FrameType, ModuleType
 
-__all__ = ["Body", "Job", "Raised", "Returned", "Stacks", "main"]
+from zcore.core.testing.report import RankFailure
 
-
-@dataclass(frozen=True, slots=True)
-class Body:
-    """Where a module-level function is found again. By file: `--import-mode=importlib` leaves no importable name."""
-
-    module: str
-    path: str
-    qualname: str
-    rewrite_asserts: bool  # pytest did so in the launcher: `assert a == b` then shows both sides in the rank as well
+__all__ = ["Job", "Returned", "main"]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """All that a rank is told at its start."""
 
-    body: Body
-    arguments: bytes  # pickle of (args, kwargs), which needs the body's module to be loaded first
+    rank: int
+    # The body is found by file: `--import-mode=importlib` gives test modules names that nothing else can import.
+    module: str
+    path: str
+    qualname: str
+    rewrite_asserts: bool  # as pytest did in the launcher: a failed `assert a == b` then shows both sides
+    arguments: bytes  # pickle of (args, kwargs); needs the body's module to be loaded first
     environment: dict[str, str]
     output_path: str
     backend: str | None  # None: the body starts the process group itself
@@ -54,25 +53,6 @@ class Returned:
     """The body came to its end."""
 
     value: bytes  # pickle
-    at_s: float  # time.monotonic(), which all processes of a machine share
-
-
-@dataclass(frozen=True, slots=True)
-class Raised:
-    """The body, or the way to it, raised."""
-
-    type_name: str
-    message: str
-    traceback: str
-    at_s: float
-    last_collective: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Stacks:
-    """Where all Python threads of the rank stand."""
-
-    text: str
     last_collective: str | None
 
 
@@ -81,15 +61,17 @@ def main(job: Job, launcher: Connection) -> None:
     _enter(job)
     send_lock = threading.Lock()
     may_leave = threading.Event()
-    threading.Thread(target=_answer, args=(launcher, send_lock, may_leave), name="zcore-rank", daemon=True).start()
+    listener = threading.Thread(target=_listen, args=(job.rank, launcher, send_lock, may_leave), daemon=True)
+    listener.start()
+    outcome: Returned | RankFailure
     try:
-        outcome: Returned | Raised = Returned(_run(job), time.monotonic())
+        outcome = Returned(_run(job), _last_collective())
     except BaseException as error:  # noqa: BLE001 - whatever it is, SystemExit too, the launcher reports it
-        outcome = _raised(error)
+        outcome = _failure(job.rank, type(error).__name__, str(error), _traceback(error))
     sys.stdout.flush()  # a last line without an end
     with send_lock:
         launcher.send(outcome)
-    if isinstance(outcome, Raised):
+    if isinstance(outcome, RankFailure):
         sys.exit(1)
     may_leave.wait()
 
@@ -111,7 +93,7 @@ def _run(job: Job) -> bytes:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    body = _find(job.body)
+    body = _find(job)
     args, kwargs = pickle.loads(job.arguments)
     if job.backend is not None:
         timeout = None if job.group_timeout_s is None else timedelta(seconds=job.group_timeout_s)
@@ -119,83 +101,77 @@ def _run(job: Job) -> bytes:
     return pickle.dumps(body(*args, **kwargs))
 
 
-def _find(body: Body) -> Callable[..., object]:
-    found: object = sys.modules.get(body.module) or _load(body)
-    for name in body.qualname.split("."):
+def _find(job: Job) -> Callable[..., object]:
+    found: object = sys.modules.get(job.module) or _load(job)
+    for name in job.qualname.split("."):
         found = getattr(found, name)
     assert callable(found)
     return found
 
 
-def _load(body: Body) -> ModuleType:
+def _load(job: Job) -> ModuleType:
     try:
-        spec = importlib.util.find_spec(body.module)
-    except ModuleNotFoundError:  # its name was made up by pytest: no such package
+        spec = importlib.util.find_spec(job.module)
+    except ModuleNotFoundError:  # pytest made the name up: there is no such package
         spec = None
-    if spec is None or spec.origin != body.path:
-        spec = importlib.util.spec_from_file_location(body.module, body.path)
+    if spec is None or spec.origin != job.path:
+        spec = importlib.util.spec_from_file_location(job.module, job.path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[body.module] = module  # before it runs, so that its classes can be pickled by name
-    if body.rewrite_asserts:
-        exec(_compile_with_rewritten_asserts(Path(body.path)), module.__dict__)
+    sys.modules[job.module] = module  # before it runs, so that its classes can be pickled by name
+    if job.rewrite_asserts:
+        from _pytest.assertion.rewrite import rewrite_asserts
+
+        source = Path(job.path).read_bytes()
+        tree = ast.parse(source, filename=job.path)
+        rewrite_asserts(tree, source, job.path)
+        exec(compile(tree, job.path, "exec", dont_inherit=True), module.__dict__)
     else:
         spec.loader.exec_module(module)
     return module
 
 
-def _compile_with_rewritten_asserts(path: Path) -> CodeType:
-    import ast
-
-    from _pytest.assertion.rewrite import rewrite_asserts
-
-    source = path.read_bytes()
-    tree = ast.parse(source, filename=str(path))
-    rewrite_asserts(tree, source, str(path))
-    return compile(tree, str(path), "exec", dont_inherit=True)
-
-
-def _answer(launcher: Connection, send_lock: threading.Lock, may_leave: threading.Event) -> None:
+def _listen(rank: int, launcher: Connection, send_lock: threading.Lock, may_leave: threading.Event) -> None:
     """Answer the launcher while the main thread runs the body; a wait in C++ does not hold the GIL."""
     while True:
         try:
-            request = launcher.recv()
+            reason = launcher.recv()
         except (EOFError, OSError):
-            os.killpg(0, signal.SIGKILL)  # the launcher is gone: nobody would ever end this rank
-        if request == "leave":
+            os.killpg(0, signal.SIGKILL)  # nobody else would ever end this rank
+        if reason is None:
             may_leave.set()
         else:
-            stacks = Stacks(_stacks(), _last_collective())
             with send_lock:
-                launcher.send(stacks)
+                launcher.send(_failure(rank, "Hung", reason, _stacks()))
+
+
+def _failure(rank: int, type_name: str, message: str, text: str) -> RankFailure:
+    # time.monotonic() is one clock for all processes of a machine; the launcher subtracts the start.
+    return RankFailure(rank, type_name, message, text, None, time.monotonic(), _last_collective())
+
+
+def _last_collective() -> str | None:
+    collectives = sys.modules.get("zcore.core.collectives")  # not imported: this rank used none of them
+    return collectives.last_collective() if collectives else None
+
+
+def _traceback(error: BaseException) -> str:
+    below = error.__traceback__
+    while below and below.tb_next and below.tb_frame.f_code.co_filename == __file__:
+        below = below.tb_next
+    return "".join(traceback.format_exception(type(error), error, below))
 
 
 def _stacks() -> str:
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sys._current_frames()
-    main_ident = threading.main_thread().ident
-    idents = sorted(frames.keys() - {threading.get_ident()}, key=lambda ident: ident != main_ident)
-    return "\n".join(f"thread {names.get(ident, ident)}:\n{_stack(frames[ident])}" for ident in idents)
+    threads = [thread for thread in threading.enumerate() if thread.ident in frames]  # the main thread is the first
+    others = [thread for thread in threads if thread is not threading.current_thread()]
+    return "\n".join(f"thread {thread.name}:\n{_stack(frames[thread.ident or 0])}" for thread in others)
 
 
 def _stack(frame: FrameType) -> str:
     stack = traceback.extract_stack(frame)
     own = [index for index, entry in enumerate(stack) if entry.filename == __file__]
-    below = stack[own[-1] + 1 :] if own else stack  # from the body on; all of it if it never got there
+    below = stack[own[-1] + 1 :] if own else stack  # from the body on, or all if it never got there
     return "".join(traceback.format_list(below or stack))
-
-
-def _raised(error: BaseException) -> Raised:
-    at_s = time.monotonic()
-    below = error.__traceback__
-    while below and below.tb_next and below.tb_frame.f_code.co_filename == __file__:
-        below = below.tb_next
-    text = "".join(traceback.format_exception(type(error), error, below))
-    return Raised(type(error).__name__, str(error), text, at_s, _last_collective())
-
-
-def _last_collective() -> str | None:
-    collectives = sys.modules.get("zcore.core.collectives")  # not imported: this rank used none of them
-    describe = getattr(collectives, "last_collective", None)
-    return describe() if describe else None

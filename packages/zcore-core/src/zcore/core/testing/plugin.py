@@ -5,14 +5,16 @@ lie beside them and are imported by name; the one line `pythonpath = ["packages/
 `[tool.pytest.ini_options]` makes that work here and in every rank, also with `--import-mode=importlib`.
 """
 
+from collections.abc import Callable
+
 import pytest
 
-from zcore.core.testing.ranks import RunRanks, run_ranks
+from zcore.core.testing.ranks import run_ranks
 
 __all__ = ["ranks"]
 
 
 @pytest.fixture(scope="session")
-def ranks() -> RunRanks:
+def ranks() -> Callable[..., list[object]]:
     """`ranks(2, body, *args, **kwargs)` runs `body` in 2 fresh processes; see `zcore.core.testing.run_ranks`."""
     return run_ranks

@@ -59,10 +59,16 @@ class RankFailed(ZcoreError, RuntimeError):
     failures: tuple[RankFailure, ...]
     results: Mapping[int, object]
 
-    def __init__(self, failures: Sequence[RankFailure], results: Mapping[int, object], *, world_size: int) -> None:
+    def __init__(
+        self,
+        failures: Sequence[RankFailure],
+        results: Mapping[int, object],
+        *,
+        last_collectives: Mapping[int, str | None],  # of the ranks that returned
+    ) -> None:
         self.failures = tuple(sorted(failures, key=lambda failure: failure.rank))
         self.results = results
-        super().__init__(_describe(self.failures, results, world_size=world_size))
+        super().__init__(_describe(self.failures, last_collectives))
 
     @property
     def first(self) -> RankFailure:
@@ -74,14 +80,15 @@ def _first(failures: Sequence[RankFailure]) -> RankFailure:
     return min(failures, key=lambda failure: (failure.type_name == "Hung", failure.is_consequence, failure.after_s))
 
 
-def _describe(failures: Sequence[RankFailure], results: Mapping[int, object], *, world_size: int) -> str:
+def _describe(failures: Sequence[RankFailure], returned: Mapping[int, str | None]) -> str:
     first = _first(failures)
+    world_size = len(failures) + len(returned)
     others = {failure.rank: failure for failure in failures if failure is not first}
     verb = "did not finish" if first.type_name == "Hung" else "failed first"
     lines = [f"rank {first.rank} of {world_size} {verb}: {_full(first)}"]
-    for rank in sorted({*others, *results}):
-        if rank in results:
-            lines.append(f"rank {rank}: returned")
+    for rank in sorted({*others, *returned}):
+        if rank in returned:
+            lines.append(f"rank {rank}: returned" + (f" after {returned[rank]}" if returned[rank] else ""))
         elif others[rank].type_name == "Hung":  # where it stands is the only thing it can tell
             lines.append(f"rank {rank}: {_full(others[rank])}")
         elif others[rank].headline == first.headline:

@@ -180,7 +180,7 @@ def _describe(root: type[Config], location: Location, details: list[ErrorDetails
     expected = [
         EXPECTED[detail["type"]] + str(next(iter(detail["ctx"].values())) if "than" in detail["type"] else "")
         if detail["type"] in EXPECTED
-        else detail["msg"].removeprefix("Input should be ")
+        else detail["msg"].removeprefix("Input should be ").replace("'", '"')
         for detail in details
     ]
     return f"{path} is {_shown(first['input'])}; expected {_either(list(dict.fromkeys(expected)))}."

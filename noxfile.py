@@ -1,0 +1,125 @@
+"""What developers and CI run: `nox -l` lists the sessions, `nox -s tests` runs every test.
+
+`quickstart`, `alone-*` and `matrix` build wheels and install the files, as a user would; `tests`, `types` and `docs` install
+the tree in editable form. With uv as backend all environments share one torch through hard links (uv's cache and `.nox`
+must lie on one file system), and a warm environment takes about a second.
+"""
+
+import os
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+WHEELS = ("zcore-core", "zcore-comm", "zcore-zero", "zcore-pipe", "zcore-offload", "zcore-infer", "zcore-kernels")
+# The extras of a wheel that its own tests and examples use.
+EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-zero": "[examples]"}
+# Sets of wheels that a user may well combine; `alone-*` shows each by itself.
+COMBINATIONS = {
+    "train": ("zcore-core", "zcore-zero", "zcore-comm", "zcore-offload"),
+    "pipeline": ("zcore-core", "zcore-zero", "zcore-pipe", "zcore-comm"),
+    "serve": ("zcore-core", "zcore-infer", "zcore-kernels"),
+    "all": WHEELS,
+}
+
+TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", "2")
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.error_on_external_run = True
+nox.options.sessions = ["lint", "types", "tests"]
+
+# uv does not read pip's find-links: without this it would fetch a CUDA build where a local CPU build of torch is offered.
+if "PIP_FIND_LINKS" in os.environ:
+    os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
+# The ranks of a test share the cores; with one thread each they are quicker and add in one order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install under the pins of constraints.txt."""
+    session.install("--constraint", str(ROOT / "constraints.txt"), *requirements)
+
+
+def install_built(session: nox.Session, *wheels: str, extras: dict[str, str], beside: tuple[str, ...] = ()) -> None:
+    """Build each wheel by way of its source distribution and install the files, with `extras` and what stands `beside`."""
+    requirements = []
+    for wheel in wheels:
+        source, built = ROOT / "packages" / wheel, Path(session.create_tmp()) / wheel
+        for stale in built.glob("*.whl"):
+            stale.unlink()
+        if session.venv_backend == "uv":
+            session.run("uv", "build", "--quiet", "--out-dir", str(built), str(source), external=True)
+        else:  # pip skips the source distribution
+            session.run("pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), str(source))
+        (file,) = built.glob("*.whl")
+        requirements.append(f"{wheel}{extras.get(wheel, '')} @ {file.as_uri()}")
+    install(session, *requirements, *beside)
+
+
+def install_editable(session: nox.Session, *beside: str) -> None:
+    """Install the whole tree in editable form, with all extras and what stands `beside`."""
+    folders = (f"{ROOT / 'packages' / wheel}{EXTRAS.get(wheel, '')}" for wheel in WHEELS)
+    install(session, *(argument for folder in folders for argument in ("--editable", folder)), *beside)
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Build and install core and zero, then train a small GPT on two ranks; arguments after -- go to the program."""
+    install_built(session, "zcore-core", "zcore-zero", extras={"zcore-zero": EXTRAS["zcore-zero"]})
+    session.run(*TORCHRUN, "docs/examples/train_gpt.py", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run every test of the tree in one environment; arguments after -- go to pytest."""
+    install_editable(session, "pytest", "hypothesis")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def lint(session: nox.Session) -> None:
+    """Check format, lint rules and the layering of the wheels."""
+    install(session, "ruff")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("python", "tools/check_layers.py")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types: mypy, strict, over the sources of all wheels."""
+    install_editable(session, "mypy", "types-PyYAML")
+    session.run("mypy", *session.posargs)
+
+
+def add_alone_session(wheel: str) -> None:
+    """Give `wheel` its proof of independence: a session of its own in `nox -l`."""
+
+    def alone(session: nox.Session) -> None:
+        needed = dict.fromkeys(("zcore-core", wheel))
+        install_built(session, *needed, extras={wheel: EXTRAS.get(wheel, "")}, beside=("pytest", "hypothesis"))
+        session.run("pytest", f"packages/{wheel}/tests", *session.posargs)
+
+    alone.__doc__ = f"Install the built {wheel} and what it declares, nothing else, and run its own tests there."
+    nox.session(name=f"alone-{wheel}", tags=["alone"])(alone)
+
+
+for each_wheel in WHEELS:
+    add_alone_session(each_wheel)
+
+
+@nox.session
+@nox.parametrize("wheels", [nox.param(wheels, id=name) for name, wheels in COMBINATIONS.items()])
+def matrix(session: nox.Session, wheels: tuple[str, ...]) -> None:
+    """Install a combination of wheels from built files and run integration-tests/ there."""
+    install_built(session, *wheels, extras={}, beside=("pytest", "hypothesis"))
+    session.run("pytest", "integration-tests", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Check the docs: every doctest, every relative link, and the examples in a short form."""
+    install_editable(session, "pytest")
+    session.run("pytest", "--doctest-modules", *(f"packages/{wheel}/src" for wheel in WHEELS))
+    session.run("python", "tools/check_links.py")

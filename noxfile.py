@@ -1,8 +1,8 @@
 """What developers and CI run: `nox -l` lists the sessions, `nox -s tests` runs every test.
 
-`quickstart`, `alone-*` and `matrix` build wheels and install the files, as a user would; `tests`, `types` and `docs` install
-the tree in editable form. With uv as backend all environments share one torch through hard links (uv's cache and `.nox`
-must lie on one file system), and a warm environment takes about a second.
+`quickstart`, `alone-*` and `matrix` build wheels and install the files, as a user would; `tests`, `types` and `docs`
+install the tree in editable form. With uv as backend all environments share one torch through hard links (uv's cache
+and `.nox` must lie on one file system), and a warm environment takes about a second.
 """
 
 import os
@@ -29,7 +29,7 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.error_on_external_run = True
 nox.options.sessions = ["lint", "types", "tests"]
 
-# uv does not read pip's find-links: without this it would fetch a CUDA build where a local CPU build of torch is offered.
+# uv does not read pip's find-links; without them it would fetch a CUDA build of torch where a local CPU build is.
 if "PIP_FIND_LINKS" in os.environ:
     os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
 # The ranks of a test share the cores; with one thread each they are quicker and add in one order.
@@ -42,10 +42,10 @@ def install(session: nox.Session, *requirements: str) -> None:
 
 
 def install_built(session: nox.Session, *wheels: str, extras: dict[str, str], beside: tuple[str, ...] = ()) -> None:
-    """Build each wheel by way of its source distribution and install the files, with `extras` and what stands `beside`."""
+    """Build each wheel by way of its source distribution and install the files, with `extras`, and what is `beside`."""
     requirements = []
     for wheel in wheels:
-        source, built = ROOT / "packages" / wheel, Path(session.create_tmp()) / wheel
+        source, built = ROOT / "packages" / wheel, Path(session.create_tmp()).resolve() / wheel
         for stale in built.glob("*.whl"):
             stale.unlink()
         if session.venv_backend == "uv":
@@ -89,7 +89,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types: mypy, strict, over the sources of all wheels."""
-    install_editable(session, "mypy", "types-PyYAML")
+    install_editable(session, "mypy")
     session.run("mypy", *session.posargs)
 
 

@@ -1,14 +1,14 @@
-"""Checks the house's rule of dependency, hub and spoke, by reading sources and pyproject.toml files; it runs none of them.
+"""Checks the house's rule of dependency, hub and spoke, by reading sources and pyproject.toml files; runs none of them.
 
     floor 4             infer
     floor 3         zero     pipe         a wheel imports zcore.core and its own outside libraries; never another
     floor 2    comm  kernels  offload     feature wheel, on whatever floor; the core imports none of them
     floor 1             core
 
-It also finds circles between the modules of a wheel, a zcore/__init__.py (it would shut out the other wheels), imports that
-pyproject.toml does not declare, and file names that say nothing. An import that runs with its module needs a hard dependency;
-inside a function or under TYPE_CHECKING one of an extra will do. `[tool.zcore.behind-extra]` names the modules that as a
-whole belong to an extra, such as a pytest plugin.
+It also finds circles between the modules of a wheel, a zcore/__init__.py (it would shut out the other wheels), imports
+that pyproject.toml does not declare, and file names that say nothing. An import that runs with its module needs a hard
+dependency; inside a function or under TYPE_CHECKING one of an extra will do. `[tool.zcore.behind-extra]` names the
+modules that as a whole belong to an extra, such as a pytest plugin.
 
     python tools/check_layers.py [ROOT]    prints one line for each finding and exits with 1, or prints one line with ok
 """
@@ -137,7 +137,8 @@ def _judge(found: Import, module: str, wheel: Wheel) -> str | None:
     if top == "zcore" and rest[:1] != ["core"]:
         other = ".".join(rest[:1])
         if FLOORS.get(other, 0) > FLOORS[wheel.name]:
-            return f"zcore.{wheel.name} (floor {FLOORS[wheel.name]}) imports upward, zcore.{other} (floor {FLOORS[other]})."
+            floors = f"from floor {FLOORS[wheel.name]} to floor {FLOORS[other]}"
+            return f"zcore.{wheel.name} imports upward, {floors}: zcore.{other}."
         return f"zcore.{wheel.name} imports zcore.{other}; feature wheels meet through contracts of zcore.core."
     if top in sys.stdlib_module_names:
         return None

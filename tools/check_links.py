@@ -1,4 +1,4 @@
-"""Checks that every relative link and picture in the Markdown files of the tree leads to a file, and to a heading in it.
+"""Checks that every relative link and picture in the tree's Markdown files leads to a file, and to a heading in it.
 
 python tools/check_links.py [ROOT]    prints one line for each dead link and exits with 1, or prints one line with ok
 """

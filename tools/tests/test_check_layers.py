@@ -10,7 +10,8 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "check_layers.py"
 spec = importlib.util.spec_from_file_location("check_layers", SCRIPT)
-assert spec and spec.loader
+assert spec is not None
+assert spec.loader is not None
 check_layers = importlib.util.module_from_spec(spec)
 sys.modules["check_layers"] = check_layers  # dataclasses look their module up
 spec.loader.exec_module(check_layers)
@@ -66,12 +67,12 @@ def test_a_sound_tree_has_no_finding(tmp_path: Path) -> None:
         (
             f"{ZERO}/a.py",
             "from zcore.infer.llm import LLM",
-            ":1: zcore.zero (floor 3) imports upward, zcore.infer (floor 4)",
+            ":1: zcore.zero imports upward, from floor 3 to floor 4: zcore.infer.",
         ),
         (
             f"{CORE}/a.py",
             "from zcore.zero import engine",
-            ":1: zcore.core (floor 1) imports upward, zcore.zero (floor 3)",
+            ":1: zcore.core imports upward, from floor 1 to floor 3: zcore.zero.",
         ),
         (
             f"{ZERO}/a.py",
@@ -113,17 +114,17 @@ def test_a_fault_is_one_readable_line(tmp_path: Path, file: str, source: str, ex
 def test_a_circle_names_the_modules_on_it(tmp_path: Path) -> None:
     (finding,) = check(tmp_path, {f"{ZERO}/layout.py": "def late(): import zcore.zero.engine"})
     assert "packages/zcore-zero: modules import in a circle: zcore.zero." in finding
-    assert "zcore.zero.engine" in finding and "zcore.zero.layout" in finding
+    assert {"zcore.zero.engine", "zcore.zero.layout"} <= set(finding.removesuffix(".").split())
 
 
-@pytest.mark.parametrize("where", ["dependencies", "optional-dependencies.more"])
+@pytest.mark.parametrize("where", ["dependencies", "optional-dependencies.shiny"])
 def test_a_wheel_that_drags_in_another_is_found(tmp_path: Path, where: str) -> None:
     text = f"[project]\nversion = '1'\n{where} = ['zcore-core', 'zcore_comm>=0.1']\n"
     wheel = tmp_path / "zcore-zero"
     wheel.mkdir()
     (wheel / "pyproject.toml").write_text(text)
     (finding,) = check_layers.check_declarations(check_layers.read_wheel(wheel))
-    assert finding.endswith(f"{where.split('.')[-1]} drags in zcore-comm; a feature wheel depends on zcore-core only.")
+    assert finding.endswith(" drags in zcore-comm; a feature wheel depends on zcore-core only.")
 
 
 def test_a_missing_wheel_is_found(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from zcore.core.collectives import TorchCollectives
 from zcore.core.errors import ConfigError
 from zcore.core.testing import RankFailed, process
 
@@ -195,6 +196,21 @@ def test_after_a_failure_the_others_have_the_grace_period(ranks):
     assert "threading.Event().wait()" in hung.traceback
 
 
+def reduce_then_wait():
+    collectives = TorchCollectives(dist.group.WORLD, name="dp")
+    collectives.all_reduce(torch.ones(8), label="grads.0").wait()
+    if dist.get_rank() == 1:
+        collectives.all_reduce(torch.ones(8), label="grads.1").wait()
+
+
+def test_a_hang_names_the_last_collective_of_every_rank(ranks):
+    with pytest.raises(RankFailed) as caught:
+        ranks(2, reduce_then_wait, deadline_s=0.5)
+    assert "grads.1" in caught.value.first.last_collective
+    returned = next(line for line in str(caught.value).splitlines() if line.startswith("rank 0: returned after "))
+    assert "grads.0" in returned
+
+
 def join_only_on_rank_0():
     if dist.get_rank() == 0:
         dist.barrier()
@@ -225,8 +241,12 @@ def test_ctrl_c_leaves_no_process_and_no_file(ranks, monkeypatch, tmp_path):
     temporary.mkdir()
     pids.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    with pytest.raises(KeyboardInterrupt):
-        ranks(2, interrupt_the_launcher, os.getpid(), pids)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ranks(2, interrupt_the_launcher, os.getpid(), pids)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert len(list(pids.iterdir())) == 2
     assert not any(is_running(path.name) for path in pids.iterdir())
     assert not list(temporary.iterdir())

@@ -97,7 +97,7 @@ def _describe(failures: Sequence[RankFailure], returned: Mapping[int, str | None
             lines.append(f"rank {rank}: {others[rank].headline}")
     for failure in failures:
         if not failure.is_consequence and (tail := failure.output.splitlines()[-_OUTPUT_TAIL_LINES:]):
-            lines += [f"output of rank {failure.rank}, last {len(tail)} lines:", indent("\n".join(tail), "  | ")]
+            lines += [f"output of rank {failure.rank}, last {len(tail)} lines:", *(f"  | {line}" for line in tail)]
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from textwrap import indent
 
 from zcore.core.errors import ZcoreError
 
-__all__ = ["RankFailed", "RankFailure"]
+__all__ = ["RankFailed", "RankFailure", "describe_exit"]
 
 # What a rank says when another one has left: gloo's, the store's and NCCL's words, and zcore's own error for them.
 _CONSEQUENCE = re.compile(

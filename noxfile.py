@@ -12,8 +12,9 @@ import nox
 
 ROOT = Path(__file__).parent
 WHEELS = ("zcore-core", "zcore-comm", "zcore-zero", "zcore-pipe", "zcore-offload", "zcore-infer", "zcore-kernels")
-# The extras of a wheel that its own tests and examples use.
-EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-zero": "[examples]"}
+# The extras that a wheel's own tests use, and those that docs/examples use.
+TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]"}
+EXAMPLE_EXTRAS = {"zcore-zero": "[examples]"}
 # Sets of wheels that a user may well combine; `alone-*` shows each by itself.
 COMBINATIONS = {
     "train": ("zcore-core", "zcore-zero", "zcore-comm", "zcore-offload"),
@@ -34,6 +35,8 @@ if "PIP_FIND_LINKS" in os.environ:
     os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
 # The ranks of a test share the cores; with one thread each they are quicker and add in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A new environment holds no bytecode; written on first use, it saves each later process over a second of importing torch.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -59,14 +62,15 @@ def install_built(session: nox.Session, *wheels: str, extras: dict[str, str], be
 
 def install_editable(session: nox.Session, *beside: str) -> None:
     """Install the whole tree in editable form, with all extras and what stands `beside`."""
-    folders = (f"{ROOT / 'packages' / wheel}{EXTRAS.get(wheel, '')}" for wheel in WHEELS)
+    extras = TEST_EXTRAS | EXAMPLE_EXTRAS
+    folders = (f"{ROOT / 'packages' / wheel}{extras.get(wheel, '')}" for wheel in WHEELS)
     install(session, *(argument for folder in folders for argument in ("--editable", folder)), *beside)
 
 
 @nox.session
 def quickstart(session: nox.Session) -> None:
     """Build and install core and zero, then train a small GPT on two ranks; arguments after -- go to the program."""
-    install_built(session, "zcore-core", "zcore-zero", extras={"zcore-zero": EXTRAS["zcore-zero"]})
+    install_built(session, "zcore-core", "zcore-zero", extras=EXAMPLE_EXTRAS)
     session.run(*TORCHRUN, "docs/examples/train_gpt.py", *session.posargs)
 
 
@@ -98,7 +102,7 @@ def add_alone_session(wheel: str) -> None:
 
     def alone(session: nox.Session) -> None:
         needed = dict.fromkeys(("zcore-core", wheel))
-        install_built(session, *needed, extras={wheel: EXTRAS.get(wheel, "")}, beside=("pytest", "hypothesis"))
+        install_built(session, *needed, extras={wheel: TEST_EXTRAS.get(wheel, "")}, beside=("pytest", "hypothesis"))
         session.run("pytest", f"packages/{wheel}/tests", *session.posargs)
 
     alone.__doc__ = f"Install the built {wheel} and what it declares, nothing else, and run its own tests there."

@@ -6,11 +6,13 @@ There is no global stream: whoever measures owns an `Events` and passes it on. W
 caller's decision, made where the rank is known.
 """
 
+import inspect
 import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,9 +72,10 @@ class Events:
             sink.write(metric)
 
     def close(self) -> None:
-        """Close every sink."""
-        for sink in self.sinks:
-            sink.close()
+        """Close every sink, also when one of them fails to."""
+        with ExitStack() as stack:
+            for sink in self.sinks:
+                stack.callback(sink.close)
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +113,7 @@ class JsonlSink:
     """One JSON object a line, appended, each line flushed: the file is good up to the moment a run dies."""
 
     def __init__(self, path: str | Path) -> None:
-        self._file: TextIO = Path(path).open("a", encoding="utf-8", buffering=1)
+        self._file: TextIO = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115 - see close()
 
     def write(self, metric: Metric) -> None:
         """Append a line; NaN and infinities are null, as JSON has no word for them."""
@@ -134,9 +137,10 @@ def open_sink(name: str, **options: Any) -> Sink:
     """
     factory = SINKS.get(name) or cast(Callable[..., Sink], extensions.load("zcore.sinks", name))
     try:
-        return factory(**options)
+        inspect.signature(factory).bind(**options)
     except TypeError as error:
-        raise ConfigError(f"The sink `{name}` does not take {sorted(options) or 'no options'}: {error}.") from error
+        raise ConfigError(f"The sink `{name}` is given {sorted(options) or 'no options'}: {error}.") from error
+    return factory(**options)
 
 
 class Progress(Protocol):

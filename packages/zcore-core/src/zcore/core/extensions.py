@@ -46,7 +46,7 @@ WHEELS = {
         Wheel("zcore-comm", "compressed and hierarchical collectives", holds_work=False),
         Wheel("zcore-pipe", "pipeline parallelism", holds_work=False),
         Wheel("zcore-offload", "CPU and NVMe tiers", holds_work=False),
-        Wheel("zcore-infer", "ragged-batch inference engine and server", holds_work=False),
+        Wheel("zcore-infer", "inference engine and server", holds_work=False),
         Wheel("zcore-kernels", "fast ops in C++, CUDA and Triton", holds_work=False),
     )
 }
@@ -80,20 +80,16 @@ class Offer:
         except Exception as error:  # a foreign import may raise anything; it is named and passed on
             raise BrokenExtensionError(
                 f"{self.wheel} {self.version} offers `{self.name}` in {self.group}, but {self.entry_point.value} "
-                f"fails to load: {type(error).__name__}: {error}. Reinstall it (pip install --force-reinstall {self.wheel}) or "
-                f"remove it (pip uninstall {self.wheel})."
+                f"fails to load: {type(error).__name__}: {error}. "
+                f"Reinstall it (pip install --force-reinstall {self.wheel}) or remove it (pip uninstall {self.wheel})."
             ) from error
 
 
 @cache
 def offered(group: str) -> tuple[Offer, ...]:
     """What the installed wheels offer in `group`, by name. Cached: metadata is read once for each process."""
-    offers = [
-        Offer(
-            group, entry.name, entry.dist.name if entry.dist else "?", entry.dist.version if entry.dist else "?", entry
-        )
-        for entry in entry_points(group=group)
-    ]
+    entries = [(entry, entry.dist) for entry in entry_points(group=group)]
+    offers = [Offer(group, entry.name, dist.name, dist.version, entry) for entry, dist in entries if dist]
     return tuple(sorted(offers, key=lambda offer: (offer.name, offer.wheel)))
 
 

@@ -107,8 +107,7 @@ def force(source: str) -> Iterator[None]:
 
 
 def implementations() -> dict[str, tuple[Implementation, ...]]:
-    """Everything registered, wheels' modules loaded: by op, highest priority first."""
-    _load_wheels()
+    """Everything registered so far, by op, highest priority first."""
     return {
         op: tuple(sorted(by_source.values(), key=lambda item: -item.priority))
         for op, by_source in sorted(_registry.items())
@@ -123,6 +122,7 @@ def _load_wheels() -> None:
 
 @cache
 def _choose(op: str, device: str, dtype: torch.dtype, forced: str | None) -> Implementation:
+    _load_wheels()
     registered = implementations()
     if op not in registered:
         near = difflib.get_close_matches(op, registered, n=1)

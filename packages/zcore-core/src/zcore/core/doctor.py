@@ -1,0 +1,157 @@
+"""What is installed, who serves which contract, what one would gain by installing what; as data, and drawn.
+
+`examine` only looks: it imports what wheels offer, to find out whether it loads, and starts nothing. A wheel that holds
+nothing yet is said to, and never advised.
+"""
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from zcore.core import ops
+from zcore.core.extensions import CONTRACTS, WHEELS, BrokenExtensionError, installed, offered
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["Report", "ServedContract", "WheelState", "draw", "examine"]
+
+
+@dataclass(frozen=True, slots=True)
+class WheelState:
+    """One of zcore's wheels, here."""
+
+    name: str
+    version: str | None  # None: not installed
+    gives: str
+    holds_work: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ServedContract:
+    """A contract and everyone who serves it, the core's default first."""
+
+    group: str
+    purpose: str
+    served_by: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything `zcore doctor` says."""
+
+    python: str
+    torch: str
+    devices: tuple[str, ...]
+    backends: dict[str, bool]  # of torch.distributed: built in or not
+    wheels: tuple[WheelState, ...]
+    contracts: tuple[ServedContract, ...]
+    ops: dict[str, dict[str, str]]  # op -> device type -> the source that serves fp32 there
+    gains: dict[str, str]  # pip command -> what it brings
+    problems: tuple[str, ...]  # what is installed and does not load
+
+
+def examine() -> Report:
+    """Look at this environment."""
+    device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    wheels = tuple(
+        WheelState(wheel.name, installed(wheel.name), wheel.gives, wheel.holds_work) for wheel in WHEELS.values()
+    )
+    gains = {f"pip install {wheel.name}": wheel.gives for wheel in wheels if wheel.holds_work and not wheel.version}
+    if not installed("pyyaml"):
+        gains["pip install 'zcore-core[yaml]'"] = "reads configurations in YAML"
+    contracts, problems = [], []
+    for contract in CONTRACTS.values():
+        served_by = [contract.default]
+        for offer in offered(contract.group):
+            try:
+                offer.load()
+            except BrokenExtensionError as error:
+                problems.append(str(error))
+            else:
+                served_by.append(f"{offer.name} ({offer.wheel})")
+        contracts.append(ServedContract(contract.group, contract.purpose, tuple(served_by)))
+    return Report(
+        python=f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        torch=str(torch.__version__),
+        devices=tuple(_devices()),
+        backends={
+            "gloo": dist.is_available() and dist.is_gloo_available(),
+            "nccl": dist.is_available() and dist.is_nccl_available(),
+        },
+        wheels=wheels,
+        contracts=tuple(contracts),
+        ops={
+            op: {device: _source(served, device) for device in device_types}
+            for op, served in ops.implementations().items()
+        },
+        gains=gains,
+        problems=tuple(problems),
+    )
+
+
+def _devices() -> list[str]:
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    accelerators = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        f"cpu: {os.cpu_count()} cores, {memory_bytes / 2**30:.1f} GiB",
+        *(f"cuda:{index}: {it.name}, {it.total_memory / 2**30:.1f} GiB" for index, it in enumerate(accelerators)),
+    ]
+
+
+def _source(served: tuple[ops.Implementation, ...], device: str) -> str:
+    return next((item.source for item in served if item.refusal(device, torch.float32) is None), "nothing")
+
+
+def draw(report: Report) -> "RenderableType":
+    """The report for people; it reads well from 60 columns on."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    def table(title: str, *columns: str) -> Table:
+        made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        made.add_column(columns[0], no_wrap=True)
+        for column in columns[1:]:
+            made.add_column(column)
+        parts.extend([Text(f"\n{title}", style="bold"), made])
+        return made
+
+    parts: list[RenderableType] = []
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("python", report.python)
+    facts.add_row("torch", report.torch)
+    facts.add_row(
+        "backends", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in report.backends.items())
+    )
+    facts.add_row("devices", "\n".join(report.devices))
+    parts.append(facts)
+
+    wheels = table("Wheels", "name", "version", "gives")
+    for wheel in report.wheels:
+        gives = wheel.gives if wheel.holds_work else f"nothing yet; to be: {wheel.gives}"
+        wheels.add_row(
+            wheel.name, wheel.version or "-", gives, style="" if wheel.version and wheel.holds_work else "dim"
+        )
+
+    contracts = table("Contracts", "name", "purpose", "served by")
+    for contract in report.contracts:
+        contracts.add_row(contract.group, contract.purpose, ", ".join(contract.served_by))
+
+    if report.ops:
+        served = table("Ops in fp32", "name", *next(iter(report.ops.values())))
+        for op, sources in report.ops.items():
+            served.add_row(op, *sources.values())
+
+    gains = table("To gain", "by", "you get")
+    for command, gives in report.gains.items():
+        gains.add_row(Text(command, style="cyan"), gives)
+    if not report.gains:
+        gains.add_row("nothing", "every wheel that holds something is here")
+
+    problems = [f"\nProblem: {problem}" for problem in report.problems]
+    return Group(*parts, *(Text(problem, style="red") for problem in problems))

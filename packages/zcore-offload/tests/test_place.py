@@ -17,7 +17,9 @@ def test_the_import_brings_neither_torch_nor_another_feature_wheel() -> None:
     modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert "zcore.offload" in modules
     assert "torch" not in modules
-    assert [name for name in modules if name.startswith("zcore.") and name.split(".")[1] not in {"core", "offload"}] == []
+    assert [
+        name for name in modules if name.startswith("zcore.") and name.split(".")[1] not in {"core", "offload"}
+    ] == []
 
 
 def test_of_all_zcore_wheels_it_requires_only_the_core() -> None:

@@ -17,16 +17,16 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zcore.core import compat
+from zcore.core import compat, extensions
 from zcore.core.errors import CollectiveError
 
-__all__ = ["Call", "Collectives", "Pending", "TorchCollectives", "Traffic", "last_collective", "tree_sum_"]
+__all__ = ["Call", "Collectives", "Pending", "TorchCollectives", "Traffic", "choose_collectives", "last_collective", "tree_sum_"]
 
 logger = logging.getLogger(__name__)
 
@@ -353,3 +353,17 @@ class TorchCollectives:
         except RuntimeError as error:
             raise failed_collective(call, error) from error
         return _Pending(call, [work], finish)
+
+
+def choose_collectives(group: dist.ProcessGroup, *, name: str) -> Collectives:
+    """The best implementation at hand for `group`; every rank of it calls this, in the same order.
+
+    An installed wheel offers one under the entry point group `zcore.collectives` as a function `(group, name) ->
+    Collectives | None`, None where it does not apply. Without any, `TorchCollectives` serves.
+    """
+    for offer in extensions.offered("zcore.collectives"):
+        make = cast("Callable[..., Collectives | None]", offer.load())
+        served = make(group, name=name)
+        if served is not None:
+            return served
+    return TorchCollectives(group, name=name)

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-__all__ = ["all_gather_flat", "all_to_all_flat", "queue_backward_callback", "reduce_scatter_flat", "tree_leaves"]
+__all__ = ["all_gather_flat", "all_to_all_flat", "in_backward", "queue_backward_callback", "reduce_scatter_flat", "tree_leaves"]
 
 
 def _first(*names: str) -> Callable[..., dist.Work | None]:
@@ -46,3 +46,8 @@ def tree_leaves(value: object) -> list[object]:
     from torch.utils import _pytree  # private, and slow to load: only when a model runs
 
     return _pytree.tree_leaves(value)
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass of autograd."""
+    return bool(torch._C._current_graph_task_id() != -1)

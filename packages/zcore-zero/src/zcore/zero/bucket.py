@@ -8,9 +8,9 @@ A bucket makes the moves it is asked for; when to make them is the business of `
 """
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from zcore.zero.placement import Placement, Row, owned_slices
 from zcore.zero.sharded_parameter import ShardedGradient, ShardedParameter
 from zcore.zero.units import ParamSites
 
-__all__ = ["MOVES", "Bucket", "BucketParam", "ParamState"]
+__all__ = ["MOVES", "Bucket", "BucketHost", "BucketParam", "ParamState"]
 
 
 class ParamState(Enum):
@@ -44,6 +44,23 @@ MOVES = {
 }
 
 
+class BucketHost(Protocol):
+    """Whoever decides when the bucket moves."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward or backward of the model is running."""
+        ...
+
+    def borrow(self, bucket: "Bucket") -> None:
+        """Make the bucket AVAILABLE for an operation outside its own modules."""
+        ...
+
+    def watch_outputs(self, bucket: "Bucket", result: object) -> None:
+        """Have the bucket AVAILABLE again before gradients flow into `result`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class BucketParam:
     """One parameter of a bucket: the whole as the modules compute with it, and the fragment as the optimizer sees it."""
@@ -52,6 +69,11 @@ class BucketParam:
     shard: ShardedParameter
     fragment: Fragment
     sites: tuple[tuple[weakref.ref[nn.Module], str], ...]
+
+    def set_gradient(self, grad: Tensor | None) -> None:
+        """The fragment's `.grad`, whatever the fragment stands for right now."""
+        with torch._C.DisableTorchFunctionSubclass():
+            self.shard.grad = grad.as_subclass(ShardedGradient) if grad is not None else None
 
     def register(self, param: nn.Parameter) -> None:
         """Put `param` at every place of the model where this parameter belongs."""
@@ -83,8 +105,7 @@ class Bucket:
         self.owned = owned_slices(row, dp)
         self.state = ParamState.UNINITIALIZED
         self.is_stale = True  # whether the master shards have moved on since the last gather
-        self.gather_on_use: Callable[[Bucket], None] | None = None  # set while the model may use borrowed parameters
-        self.watch_result: Callable[[Bucket, object], None] | None = None
+        self.host: weakref.ref[BucketHost] | None = None  # weak, like every edge back up: `del model` frees the memory
         self.memory = BucketParameters(
             plan, row, dp=dp, dtypes=dtypes, collectives=groups.gather, device=device, ledger=ledger
         )
@@ -97,13 +118,10 @@ class Bucket:
         self.params = tuple(self._make_param(index, each) for index, each in enumerate(members))
 
     def _make_param(self, index: int, member: ParamSites) -> BucketParam:
-        spec, layout = member.spec, self.plan.layout
-        offset = layout.offsets[index]
-        # .data: a version counter apart from the buffer's, since a gather into the buffer is no in-place edit to autograd
-        view = self.memory.gathered[offset : offset + spec.numel].view(spec.shape).data
-        full = nn.Parameter(view, requires_grad=spec.trainable)
+        spec = member.spec
+        full = nn.Parameter(self.memory.views[index], requires_grad=spec.trainable)
         full.__dict__.update(member.param.__dict__)  # tags that users and optimizers put on a parameter
-        fragment = layout.fragment(index, self.owned)
+        fragment = self.plan.layout.fragment(index, self.owned)
         held = self.memory.master[fragment.offset : fragment.offset + fragment.numel]
         shard = ShardedParameter.of(
             held, owner=self, index=index, fqn=spec.fqn, full_shape=spec.shape, start=fragment.start
@@ -177,12 +195,12 @@ class Bucket:
         for param, is_used in zip(self.params, used, strict=True):
             part = param.fragment
             grad = reduced[part.offset : part.offset + part.numel] if is_used else None
-            param.shard.grad = grad.as_subclass(ShardedGradient) if grad is not None else None
+            param.set_gradient(grad)
 
     def clear_gradients(self) -> None:
         """Forget the gradients of fragments and buffers."""
         for param in self.params:
-            param.shard.grad = None
+            param.set_gradient(None)
         if self.gradients is not None:
             self.gradients.clear()
 
@@ -194,15 +212,18 @@ class Bucket:
 
     def may_gather(self) -> bool:
         """See ParameterOwner."""
-        return self.gather_on_use is not None
+        host = self.host() if self.host is not None else None
+        return host is not None and host.is_running
 
     def whole(self, index: int, *, with_data: bool) -> Tensor:
         """See ParameterOwner."""
-        if with_data and self.gather_on_use is not None:
-            self.gather_on_use(self)
+        host = self.host() if self.host is not None else None
+        if with_data and host is not None and host.is_running:
+            host.borrow(self)
         return self.params[index].full
 
     def watch_backward(self, result: object) -> None:
         """See ParameterOwner."""
-        if self.watch_result is not None:
-            self.watch_result(self, result)
+        host = self.host() if self.host is not None else None
+        if host is not None:
+            host.watch_outputs(self, result)

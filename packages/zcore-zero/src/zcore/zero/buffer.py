@@ -75,6 +75,11 @@ class BucketParameters:
         low, high = plan.layout.bounds(owned_slices(row, dp))
         self._needs_gather = high - low < plan.layout.numel
         self.gathered = collectives.empty(plan.layout.numel, dtype=dtypes.compute, device=device)
+        # .data: version counters apart from the buffer's, since a gather into it is no in-place edit to autograd
+        self.views = tuple(
+            self.gathered[offset : offset + spec.numel].view(spec.shape).data
+            for offset, spec in zip(plan.layout.offsets, plan.params, strict=True)
+        )
         self._own_slot = self.gathered[low:high]
         self._casts = dtypes.compute != dtypes.master
         if self._transient or self._casts:

@@ -5,6 +5,7 @@ that owns it, has it gathered (a weight that one module borrows from another jus
 fragment would give a wrong result or a puzzling shape error, it refuses by name.
 """
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -56,8 +57,8 @@ class ShardedParameter(nn.Parameter):
     fqn: str
     full_shape: tuple[int, ...]
     full_start: int  # where the fragment begins in the flattened parameter
-    owner: ParameterOwner
     index: int  # in its bucket
+    _owner: "weakref.ref[ParameterOwner]"  # weak: the bucket owns the fragment
 
     @classmethod
     def of(
@@ -65,9 +66,14 @@ class ShardedParameter(nn.Parameter):
     ) -> "ShardedParameter":
         """Wrap `fragment` without a copy; frozen until told otherwise."""
         self = Tensor._make_subclass(cls, fragment, False)
-        self.owner, self.index = owner, index
+        self._owner, self.index = weakref.ref(owner), index
         self.fqn, self.full_shape, self.full_start = fqn, full_shape, start
         return self
+
+    @property
+    def owner(self) -> ParameterOwner | None:
+        """The bucket, or None once the sharded model is gone."""
+        return self._owner()
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch types it with a keyword of its own
         held = f"[{self.full_start}:{self.full_start + Tensor.numel(self)}]"
@@ -91,7 +97,7 @@ class ShardedParameter(nn.Parameter):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             first = _first_sharded(args, kwargs)
-            if first is None:
+            if first is None or first.owner is None:
                 return func(*args, **kwargs)
             if first.owner.may_gather() or first.owner.is_available():
                 return _call_on_whole(func, args, kwargs)
@@ -144,8 +150,11 @@ def _call_on_whole(func: Callable[..., object], args: Sequence[object], kwargs: 
     owners: list[ParameterOwner] = []
 
     def whole(param: ShardedParameter) -> Tensor:
-        owners.append(param.owner)
-        return param.owner.whole(param.index, with_data=with_data)
+        owner = param.owner
+        if owner is None:
+            return param
+        owners.append(owner)
+        return owner.whole(param.index, with_data=with_data)
 
     args, kwargs = tree_map_only(ShardedParameter, whole, (tuple(args), dict(kwargs)))
     result = func(*args, **kwargs)

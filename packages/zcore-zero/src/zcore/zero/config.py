@@ -1,0 +1,170 @@
+"""The keys of the engine's JSON, named as DeepSpeed users know them, and how "auto" is settled.
+
+Precedence: what a file says, else what the program passes, else the default here. Where a default differs from
+DeepSpeed's, the field says why.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from zcore.core.config import Auto, Config
+from zcore.core.errors import ConfigError
+
+__all__ = ["BatchSizes", "Bf16", "Choice", "TrainingConfig", "ZeroOptimization", "plan_batch"]
+
+class Choice(Config):
+    """A class by name with its keyword arguments: an optimizer or a learning-rate schedule."""
+
+    type: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class Bf16(Config):
+    """Compute in bfloat16 with fp32 master shards; gradients accumulate and are reduced in fp32."""
+
+    enabled: bool | Auto = False
+
+
+class ZeroOptimization(Config):
+    """What is sharded, and how far ahead and in which pieces it moves. Sizes are in elements, not bytes."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    mics_shard_size: int = -1  # ranks that share one copy of the states; -1: all. More than one such group is hybrid sharding
+    reduce_bucket_size: PositiveInt | Auto = 500_000_000  # a block larger than this is gathered and reduced in pieces
+    allgather_bucket_size: PositiveInt | Auto = 500_000_000  # the same pieces: the smaller of the two counts
+    overlap_comm: bool | Auto = True  # False waits for each collective where it starts
+    stage3_prefetch_bucket_size: NonNegativeInt | Auto | None = None  # null: one bucket ahead; DeepSpeed has 5e7
+    stage3_max_live_parameters: NonNegativeInt | Auto = 1_000_000_000
+    stage3_max_reuse_distance: NonNegativeInt | Auto = 1_000_000_000  # within one pass; DeepSpeed counts across passes
+    stage3_param_persistence_threshold: NonNegativeInt | Auto = 8_192  # norms and biases; DeepSpeed's 1e5 keeps whole
+    # matrices of a small model unsharded
+    stage3_model_persistence_threshold: NonNegativeInt | Auto = Field(default=2**63 - 1)
+    contiguous_gradients: Literal[True] | Auto = True  # flat buffers are how gradients are kept here
+    reduce_scatter: Literal[True] = True
+    allgather_partitions: Literal[True] = True
+    round_robin_gradients: Literal[False] = False
+    sub_group_size: PositiveInt | Auto = 1_000_000_000_000  # without offload the step is one pass whatever this says
+    stage3_gather_16bit_weights_on_model_save: bool | Auto = False  # consolidated_state_dict() gathers when it is called
+
+    known_unserved: ClassVar[Mapping[str, str]] = {
+        "offload_optimizer": "States stay on the device; leave the section out.",
+        "offload_param": "Parameters stay on the device; leave the section out.",
+        "cpu_offload": "States stay on the device; leave the key out.",
+        "zero_hpz_partition_size": "To gather inside a group only, set `mics_shard_size`.",
+        "zero_quantized_weights": "Gathers move the compute dtype.",
+        "zero_quantized_gradients": "Reductions move the accumulation dtype.",
+        "zero_quantized_nontrainable_weights": "Gathers move the compute dtype.",
+        "mics_hierarchical_params_gather": "Leave it out.",
+        "ignore_unused_parameters": "Unused parameters are always allowed.",
+        "elastic_checkpoint": "Leave it out.",
+        "load_from_fp32_weights": "Checkpoints always hold the master weights.",
+    }
+
+
+class TrainingConfig(Config):
+    """Everything `zero.initialize` reads.
+
+    >>> config = TrainingConfig.read({"train_batch_size": 32, "zero_optimization": {"stage": 3}})
+    >>> config.zero_optimization.stage
+    3
+    """
+
+    train_batch_size: PositiveInt | Auto | None = None  # sequences per optimizer step, over all ranks
+    train_micro_batch_size_per_gpu: PositiveInt | Auto | None = None  # sequences per forward on one rank
+    gradient_accumulation_steps: PositiveInt | Auto | None = None
+    optimizer: Choice | None = None
+    scheduler: Choice | None = None
+    bf16: Bf16 = Bf16()
+    gradient_clipping: NonNegativeFloat | Auto = 0.0  # largest global 2-norm; 0 is off, as in torch
+    zero_optimization: ZeroOptimization = ZeroOptimization()
+    steps_per_print: PositiveInt | None = None  # log loss, norm and learning rate every so many steps
+
+    known_unserved: ClassVar[Mapping[str, str]] = {
+        "fp16": "Use bf16, which needs no loss scaling.",
+        "amp": "Use bf16.",
+        "activation_checkpointing": "Wrap blocks with torch.utils.checkpoint, which works under every stage.",
+        "zero_allow_untested_optimizer": "Any element-wise optimizer is allowed.",
+        "communication_data_type": "Reductions move the accumulation dtype.",
+        "data_types": "Gradients accumulate in the master dtype.",
+        "prescale_gradients": "Gradients are summed, then divided.",
+        "wall_clock_breakdown": "Use torch.profiler; collectives are named in it.",
+        "comms_logger": "Count with `engine.traffic()`.",
+        "flops_profiler": "Use torch.utils.flop_counter.",
+        "tensorboard": "Log from the training loop.",
+        "wandb": "Log from the training loop.",
+        "csv_monitor": "Log from the training loop.",
+        "aio": "Nothing is read from disk.",
+        "pipeline": "One stage only.",
+        "tensor_parallel": "Data parallel only.",
+        "data_efficiency": "Sample in the data loader.",
+        "curriculum_learning": "Sample in the data loader.",
+        "compression_training": "Not served.",
+        "autotuning": "Not served.",
+        "checkpoint": "Not served.",
+        "elasticity": "Not served.",
+        "sparse_gradients": "Flat buffers hold dense gradients.",
+        "dump_state": "Print the config.",
+    }
+
+    def settle(self, *, dp_size: int) -> "TrainingConfig":
+        """Without "auto": what the program can know is filled in, the rest is an error that names the key."""
+        batch = plan_batch(
+            train_batch_size=_known(self.train_batch_size),
+            micro_batch_size=_known(self.train_micro_batch_size_per_gpu),
+            accumulation_steps=_known(self.gradient_accumulation_steps),
+            dp_size=dp_size,
+        )
+        values: dict[str, Any] = {
+            f"zero_optimization.{name}": field.default for name, field in ZeroOptimization.model_fields.items()
+        }
+        triple = {
+            "train_batch_size": batch.train_batch_size,
+            "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+            "gradient_accumulation_steps": batch.accumulation_steps,
+        }
+        settled = self.resolve({**values, **triple, "bf16.enabled": False, "gradient_clipping": 0.0})
+        return settled.model_copy(update=triple)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSizes:
+    """The batch triple: `train_batch_size = micro_batch_size * accumulation_steps * dp_size`."""
+
+    train_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+
+
+def plan_batch(
+    *, train_batch_size: int | None, micro_batch_size: int | None, accumulation_steps: int | None, dp_size: int
+) -> BatchSizes:
+    """Complete the batch triple from what is given; with nothing given, one sequence at a time.
+
+    Raises ConfigError if it cannot be completed in whole numbers, or if all three are given and disagree.
+
+    >>> plan_batch(train_batch_size=32, micro_batch_size=4, accumulation_steps=None, dp_size=2)
+    BatchSizes(train_batch_size=32, micro_batch_size=4, accumulation_steps=4)
+    """
+    micro, steps = micro_batch_size, accumulation_steps
+    if train_batch_size is None:
+        micro, steps = micro or 1, steps or 1
+        return BatchSizes(micro * steps * dp_size, micro, steps)
+    if micro is None:
+        micro = train_batch_size // (dp_size * (steps or 1))
+    if steps is None:
+        steps = train_batch_size // (dp_size * max(micro, 1))
+    if micro * steps * dp_size != train_batch_size or micro < 1:
+        raise ConfigError(
+            f"train_batch_size is {train_batch_size}, but train_micro_batch_size_per_gpu {micro} x "
+            f"gradient_accumulation_steps {steps} x {dp_size} data-parallel ranks is {micro * steps * dp_size}. Change one "
+            "so that the product is right, or leave one out and it is worked out; a train_batch_size must be a multiple of "
+            "the number of ranks."
+        )
+    return BatchSizes(train_batch_size, micro, steps)
+
+
+def _known(value: int | Auto | None) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,0 +1,302 @@
+"""Construct a model on meta and compute each parameter later, one at a time, with the values plain torch would give.
+
+Inside `deferred_init()` a parameter takes no memory. Every operation that makes or edits a tensor is run on meta for its
+shapes, and kept with the state of the random generator, which moves on as if the operation had run. `materialize` then
+replays what one tensor depends on, whenever and in whichever order it is asked:
+
+    record   w = empty(1000, 1000)       meta; no values
+             w.uniform_(-k, k)           keep the generator's state, draw 1,000,000 numbers into scratch, drop them
+             w.normal_(std=0.02)         the same; overwrites all of w, so the draw above is never replayed
+    replay   w: empty, then normal_ from its kept state
+
+Small constants (`zeros`, `arange`, ... up to SMALL_NUMEL) are made for real, since constructors look at their values.
+"""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from zcore.core.errors import StateError
+
+__all__ = ["Recording", "deferred_init", "recording_of"]
+
+SMALL_NUMEL = 2**16
+OVERWRITES = frozenset(
+    {"normal_", "uniform_", "zero_", "fill_", "copy_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+)  # in-place operations that read nothing of what they write, if they write all of it
+READS_VALUES = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "nonzero"})
+IS_META, DEVICE = Tensor.is_meta.__get__, Tensor.device.__get__  # type: ignore[attr-defined]  # descriptors at run time
+TAG = "_zcore_recording"  # on modules, since `deepcopy` of a module carries its attributes along
+
+
+@dataclass(frozen=True, slots=True)
+class _Ref:
+    """A tensor of the recording: a view of a numbered storage."""
+
+    storage: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Operation:
+    """One recorded call; tensors of the recording stand as `_Ref`, others as they were."""
+
+    func: Callable[..., object]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    random_state: Tensor | None
+    outputs: tuple[_Ref, ...]  # storages that the call makes
+    reads: tuple[int, ...]
+    overwrites: int | None  # the storage of which nothing from before is left
+
+
+class Recording(TorchDispatchMode):
+    """The operations of one construction. Entered as a mode it records; afterwards it materialises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operations: list[_Operation] = []
+        self._writers: list[list[int]] = []  # per storage: the operations that make or edit it
+        self._devices: list[torch.device] = []  # per storage: where it will be
+        self._storages: dict[int, tuple[int, torch.UntypedStorage]] = {}  # by address; held, so no address is reused
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Recording":
+        return self  # a copied module refers to the same construction
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has no values yet and can be materialised here."""
+        with torch._C.DisableTorchFunction():
+            is_meta = tensor.is_meta
+        return is_meta and tensor.untyped_storage()._cdata in self._storages
+
+    def device_of(self, tensor: Tensor) -> torch.device:
+        """Where `tensor` will be once it has values."""
+        return self._devices[self._ref(tensor).storage]
+
+    def materialize(self, tensor: Tensor) -> Tensor:
+        """The values of `tensor`, computed now; nothing is kept."""
+        with torch.no_grad():
+            return self._replay(self._ref(tensor), before=len(self._operations))
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Record `func` if it makes memory or touches a tensor without values; run it otherwise."""
+        kwargs = dict(kwargs or {})
+        tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
+        deferred = [each for each in tensors if self.owns(each)]
+        name = func._schema.name.partition("::")[2]
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        if deferred and name in READS_VALUES:
+            args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs))
+            return func(*args, **kwargs)
+        if not deferred:
+            is_factory = not tensors and any(each.name == "device" for each in func._schema.arguments)
+            if not is_factory or torch.device(cast(str, kwargs.get("device") or "cpu")).type == "meta":
+                return func(*args, **kwargs)
+            if not is_random and not name.startswith("empty") and _is_small(func, args, kwargs):
+                return func(*args, **kwargs)
+        return self._record(func, args, kwargs, is_random=is_random)
+
+    def _record(
+        self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object], *, is_random: bool
+    ) -> object:
+        known = set(self._storages)
+        meta_args, meta_kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
+        if "device" in {each.name for each in func._schema.arguments}:
+            meta_kwargs["device"] = torch.device("meta")
+        result = func(*meta_args, **meta_kwargs)
+        outputs = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)]
+        made = [each for each in outputs if each.untyped_storage()._cdata not in known]
+        writes = _written(func, args, kwargs)
+        if not made and not any(self.owns(each) for each in writes):
+            return result  # a view
+        random_state = self._draw(func, args, kwargs) if is_random else None
+        self._append(func, args, kwargs, random_state=random_state, made=made, writes=writes)
+        return writes[0] if writes and len(outputs) == 1 and not made else result
+
+    def _append(
+        self,
+        func: torch._ops.OpOverload,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        *,
+        random_state: Tensor | None,
+        made: Sequence[Tensor],
+        writes: Sequence[Tensor],
+    ) -> None:
+        frozen_args, frozen_kwargs = tree_map_only(Tensor, self._freeze, (args, kwargs))
+        reads = [each for each in tree_flatten((frozen_args, frozen_kwargs))[0] if isinstance(each, _Ref)]
+        target = torch.device(cast(str, kwargs.get("device") or (self._devices[reads[0].storage] if reads else "cpu")))
+        for each in made:
+            storage = each.untyped_storage()
+            if storage._cdata not in self._storages:
+                self._storages[storage._cdata] = len(self._writers), storage
+                self._writers.append([])
+                self._devices.append(target)
+        written = {self._ref(each).storage for each in (*made, *writes) if self.owns(each)}
+        overwritten = None
+        if len(writes) == 1 and func._schema.name.partition("::")[2] in OVERWRITES and self.owns(writes[0]):
+            target = writes[0]
+            if target.numel() * target.element_size() == target.untyped_storage().nbytes():
+                overwritten = self._ref(target).storage
+        for storage_index in written:
+            self._writers[storage_index].append(len(self._operations))
+        self._operations.append(
+            _Operation(
+                func,
+                frozen_args,
+                frozen_kwargs,
+                random_state,
+                outputs=tuple(self._ref(each) for each in made),
+                reads=tuple(ref.storage for ref in reads if ref.storage != overwritten),
+                overwrites=overwritten,
+            )
+        )
+
+    def _draw(self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+        """Move the generator on as if `func` had run, and return the state it had before."""
+        state = torch.get_rng_state()
+
+        def scratch(tensor: Tensor) -> Tensor:
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype) if tensor.is_meta else tensor
+
+        args, kwargs = tree_map_only(Tensor, scratch, (args, kwargs))
+        func(*args, **kwargs)
+        return state
+
+    def _ref(self, tensor: Tensor) -> _Ref:
+        index, _ = self._storages[tensor.untyped_storage()._cdata]
+        return _Ref(index, tuple(tensor.size()), tensor.stride(), cast(int, tensor.storage_offset()), tensor.dtype)
+
+    def _freeze(self, tensor: Tensor) -> _Ref | Tensor:
+        return self._ref(tensor) if self.owns(tensor) else tensor.detach().clone()
+
+    def _real(self, tensor: Tensor) -> Tensor:
+        return self.materialize(tensor) if self.owns(tensor) else tensor
+
+    def _needed(self, storage: int, *, before: int, found: set[int]) -> None:
+        """Collect the operations that decide what `storage` holds when operation `before` starts."""
+        for position in reversed([each for each in self._writers[storage] if each < before]):
+            self._need_operation(position, found)
+            if self._operations[position].overwrites == storage:
+                break
+        self._need_operation(self._writers[storage][0], found)  # what made the storage
+
+    def _need_operation(self, position: int, found: set[int]) -> None:
+        if position not in found:
+            found.add(position)
+            for read in set(self._operations[position].reads):
+                self._needed(read, before=position, found=found)
+
+    def _replay(self, wanted: _Ref, *, before: int) -> Tensor:
+        found: set[int] = set()
+        self._needed(wanted.storage, before=before, found=found)
+        storages: dict[int, Tensor] = {}
+
+        def real(ref: _Ref) -> Tensor:
+            base = storages[ref.storage]
+            typed = torch.empty(0, dtype=ref.dtype, device=base.device)
+            return typed.set_(base.untyped_storage(), ref.offset, ref.size, ref.stride)
+
+        kept_state = torch.get_rng_state()
+        for position in sorted(found):
+            operation = self._operations[position]
+            args, kwargs = tree_map_only(_Ref, real, (operation.args, operation.kwargs))
+            if operation.random_state is not None:
+                torch.set_rng_state(operation.random_state)
+            result = operation.func(*args, **kwargs)
+            made = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)][-len(operation.outputs) :]
+            for ref, tensor in zip(operation.outputs, made, strict=False):
+                storages[ref.storage] = tensor
+        torch.set_rng_state(kept_state)
+        return real(wanted)
+
+
+class _Poised(TorchFunctionMode):
+    """Lets a tensor without values answer like the one it will be: torch's initialisers skip what says it is on meta."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self._recording = recording
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Answer `is_meta` and `device` of recorded tensors; pass everything else on."""
+        if func in (IS_META, DEVICE) and isinstance(args[0], Tensor) and self._recording.owns(args[0]):
+            return False if func == IS_META else self._recording.device_of(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else tensor.to("meta")
+
+
+def _is_small(func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+    result = func(*args, **{**kwargs, "device": torch.device("meta")})
+    return isinstance(result, Tensor) and result.numel() <= SMALL_NUMEL
+
+
+def _written(func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> list[Tensor]:
+    """The tensors that `func` edits in place."""
+    written: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            written += [each for each in tree_flatten(value)[0] if isinstance(each, Tensor)]
+    return written
+
+
+@contextmanager
+def deferred_init() -> Generator[Recording]:
+    """Modules constructed inside have parameters and buffers without memory, to be materialised later."""
+    recording = Recording()
+
+    def tag(module: nn.Module, name: str, value: Tensor | None) -> None:
+        module.__dict__[TAG] = recording
+
+    handles = [register_module_parameter_registration_hook(tag), register_module_buffer_registration_hook(tag)]
+    try:
+        with recording, _Poised(recording):
+            yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def recording_of(module: nn.Module, tensor: Tensor, name: str) -> Recording:
+    """The recording that can materialise `tensor`, found on any module of the tree it belongs to.
+
+    Raises StateError for a tensor on meta that was not constructed inside `deferred_init`.
+    """
+    for each in module.modules():
+        recording = each.__dict__.get(TAG)
+        if isinstance(recording, Recording) and recording.owns(tensor):
+            return recording
+    raise StateError(
+        f"{name} is on the meta device, but was not constructed inside `zero.Init`, so its values are unknown. Construct "
+        "the model inside `with zero.Init():` instead of `with torch.device('meta'):`, or give it values first."
+    )

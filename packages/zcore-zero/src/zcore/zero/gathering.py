@@ -1,0 +1,170 @@
+"""When buckets are gathered and released: on use, a little ahead of it, and no longer than needed.
+
+A bucket that a module has left is *idle*. It is released at the moment another bucket needs memory, so that the last one
+of a forward is still there when the backward begins with it, and modules in a row that share a bucket gather it once.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zcore.zero.bucket import Bucket, ParamState
+from zcore.zero.trace import Pass, Trace, Use, plan_prefetch, returns_within
+
+__all__ = ["Gatherer", "GatherLimits"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GatherLimits:
+    """Budgets in elements."""
+
+    prefetch_numel: int  # gathered ahead of use
+    max_live_numel: int  # gathered at all; a bucket in use is gathered whatever this says
+    max_reuse_numel: int  # a bucket that returns in the same pass within this distance is kept
+
+
+class Gatherer:
+    """Moves buckets between SHARDED and AVAILABLE. Whole buckets are refreshed once; transient ones come and go."""
+
+    def __init__(self, buckets: Sequence[Bucket], limits: GatherLimits) -> None:
+        self._buckets = buckets
+        self._limits = limits
+        self._training, self._inference = Trace(), Trace()
+        self._trace = self._training
+        self._depth: Counter[int] = Counter()  # modules inside which we are, per bucket
+        self._pinned: Counter[int] = Counter()  # open GatheredParameters
+        self._idle: dict[int, Pass] = {}  # left, not yet released; in order of leaving
+        self._ahead: dict[int, int] = {}  # elements of buckets gathered ahead and not yet used
+        self._live_numel = 0
+        self._has_warned = False
+
+    def begin(self, *, training: bool) -> None:
+        """A forward of the root module starts: expect the last such step's order, and refresh what is whole but stale."""
+        self._trace = self._training if training else self._inference
+        self._trace.begin()
+        self._depth.clear()  # an exception may have left modules without their post-forward hook
+        for bucket in self._buckets:
+            if bucket.is_transient:
+                if bucket.state is ParamState.AVAILABLE:
+                    self._idle.setdefault(bucket.index, Pass.FORWARD)
+            elif bucket.state is ParamState.SHARDED:
+                bucket.gather()
+
+    def enter(self, bucket: Bucket, during: Pass, *, module: str) -> bool:
+        """Make `bucket` AVAILABLE for a module that starts, and start what comes next; whether it is the outermost one."""
+        self._depth[bucket.index] += 1
+        if self._depth[bucket.index] > 1:
+            return False
+        self.use(bucket, during, module=module)
+        return True
+
+    def leave(self, bucket: Bucket, during: Pass) -> bool:
+        """A module is done with `bucket`; whether it was the outermost one."""
+        self._depth[bucket.index] = max(0, self._depth[bucket.index] - 1)
+        outermost = self._depth[bucket.index] == 0
+        if outermost:
+            self.let_go(bucket, during)
+        return outermost
+
+    def use(self, bucket: Bucket, during: Pass, *, module: str) -> None:
+        """Make `bucket` AVAILABLE now."""
+        if bucket.is_transient:
+            self._idle.pop(bucket.index, None)
+            if not self._trace.add(Use(bucket.index, during)) and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "The order of modules changed: %s uses bucket %r where another was expected. Gathers of this step are "
+                    "no longer started ahead; results are not affected. Said once.",
+                    module or "the model",
+                    bucket.plan.name,
+                )
+        if bucket.state is ParamState.SHARDED:
+            self._start(bucket)
+        self._ahead.pop(bucket.index, None)
+        if bucket.is_transient:
+            self._prefetch()
+        if bucket.state is ParamState.INFLIGHT:
+            bucket.wait()
+
+    def let_go(self, bucket: Bucket, during: Pass) -> None:
+        """`bucket` may be released when memory is needed. In a backward only `release` and `rest` say so."""
+        if during is Pass.FORWARD and bucket.is_transient and bucket.state is ParamState.AVAILABLE:
+            if not self._depth[bucket.index]:
+                self._idle[bucket.index] = during
+
+    def release(self, bucket: Bucket) -> None:
+        """`bucket` will not be read again in this backward."""
+        if bucket.is_transient and bucket.state is ParamState.AVAILABLE and not self._is_in_use(bucket):
+            self._reshard(bucket)
+
+    def pin(self, bucket: Bucket) -> None:
+        """Keep `bucket` AVAILABLE until `unpin`, whatever runs in between."""
+        self._pinned[bucket.index] += 1
+        if bucket.state is ParamState.SHARDED:
+            self._start(bucket)
+        if bucket.state is ParamState.INFLIGHT:
+            bucket.wait()
+
+    def unpin(self, bucket: Bucket) -> None:
+        """End a `pin`; the last one reshards."""
+        self._pinned[bucket.index] -= 1
+        if not self._is_in_use(bucket) and bucket.state is ParamState.AVAILABLE:
+            self._reshard(bucket)
+
+    def rest(self) -> None:
+        """The step's use of parameters is over: fragments are registered everywhere, transient memory is free."""
+        self._depth.clear()
+        self._ahead.clear()
+        for bucket in self._buckets:
+            if bucket.state is ParamState.INFLIGHT:
+                bucket.wait()
+            if bucket.state is ParamState.AVAILABLE and not self._pinned[bucket.index]:
+                self._reshard(bucket)
+
+    def _start(self, bucket: Bucket) -> None:
+        self._make_room()
+        bucket.gather()
+        if bucket.is_transient:
+            self._live_numel += bucket.plan.layout.numel
+
+    def _reshard(self, bucket: Bucket) -> None:
+        self._idle.pop(bucket.index, None)
+        bucket.reshard()
+        if bucket.is_transient:
+            self._live_numel -= bucket.plan.layout.numel
+
+    def _is_in_use(self, bucket: Bucket) -> bool:
+        return self._depth[bucket.index] > 0 or self._pinned[bucket.index] > 0
+
+    def _make_room(self) -> None:
+        """Release what is idle, but for what returns soon in the same pass."""
+        for index, during in list(self._idle.items()):
+            bucket = self._buckets[index]
+            if self._is_in_use(bucket):
+                continue
+            returns = self._live_numel <= self._limits.max_live_numel and returns_within(
+                self._trace.upcoming,
+                Use(index, during),
+                numel_of=self._numel_of,
+                distance_numel=self._limits.max_reuse_numel,
+            )
+            if not returns:
+                self._reshard(bucket)
+
+    def _prefetch(self) -> None:
+        room = self._limits.max_live_numel - self._live_numel
+        planned = plan_prefetch(
+            self._trace.upcoming,
+            numel_of=self._numel_of,
+            is_held=lambda index: self._buckets[index].state is not ParamState.SHARDED,
+            budget_numel=min(room, self._limits.prefetch_numel - sum(self._ahead.values())),
+        )
+        for index in planned:
+            self._start(self._buckets[index])
+            self._ahead[index] = self._numel_of(index)
+
+    def _numel_of(self, index: int) -> int:
+        return self._buckets[index].plan.layout.numel

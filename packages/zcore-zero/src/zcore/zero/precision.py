@@ -1,0 +1,42 @@
+"""Which dtype parameters are computed in and which they are stepped in. Buffers are never cast.
+
+    fp32        compute = master = the dtype the model was built in
+    bf16        compute bf16; trainable parameters have an fp32 master, gradients accumulate and are reduced in fp32
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from zcore.zero.buffer import BucketDtypes
+
+__all__ = ["Precision"]
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """A precision policy; `compute` None leaves every parameter as it was built."""
+
+    compute: torch.dtype | None = None
+
+    def dtypes_of(self, dtype: torch.dtype, *, trainable: bool) -> BucketDtypes:
+        """For a parameter built in `dtype`. Frozen and integer parameters have no master apart."""
+        if self.compute is None or not dtype.is_floating_point:
+            return BucketDtypes(compute=dtype, master=dtype)
+        return BucketDtypes(compute=self.compute, master=torch.float32 if trainable else self.compute)
+
+    def cast_inputs(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
+        """Floating-point inputs of the root module in the compute dtype; None where nothing changes."""
+        compute = self.compute
+        if compute is None:
+            return None
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(compute) if tensor.is_floating_point() else tensor
+
+        cast_args, cast_kwargs = tree_map_only(Tensor, cast, (args, kwargs))
+        return cast_args, cast_kwargs

@@ -1,0 +1,142 @@
+"""When gradients are reduced: each bucket as soon as its last gradient is there, in one order on every rank.
+
+The order is fixed so that ranks which leave different modules out still issue the same collectives: first the reverse of
+the plan, then the order that rank 0 saw in its first backward. At the end of a backward that reduces, ranks tell each other
+which parameters had a gradient anywhere: one that had none stays without, as in plain torch, and is not stepped.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zcore.core.mesh import DataParallel
+from zcore.zero.bucket import Bucket
+from zcore.zero.buffer import BucketGradients, DataParallelGroups
+
+__all__ = ["Reducer"]
+
+class Reducer:
+    """The gradients of all trainable buckets, from autograd to the fragments' `.grad`."""
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        *,
+        dp: DataParallel,
+        groups: DataParallelGroups,
+        device: torch.device,
+        max_inflight: int = 2,
+    ) -> None:
+        self._buckets = [bucket for bucket in buckets if bucket.gradients is not None]
+        self._dp = dp
+        self._groups = groups
+        self._device = device
+        self._max_inflight = max_inflight  # each holds a whole bucket: one is summed while the next one's are computed
+        self.reduces = True  # False while gradients only accumulate on this rank
+        self._order = sorted((bucket.index for bucket in self._buckets), key=lambda index: -index)
+        self._order.sort(key=lambda index: buckets[index].plan.keep_whole)  # small ones are complete last
+        self._order_is_observed = False
+        self._by_index = {bucket.index: bucket for bucket in self._buckets}
+        self._used = {bucket.index: [False] * len(bucket.params) for bucket in self._buckets}
+        self._is_loss_bad: Tensor | None = None
+        self.bad_ranks: tuple[int, ...] = ()  # data-parallel ranks whose loss was not finite, after the last reduction
+        self._remaining: dict[int, int] = {}
+        self._ready: list[int] = []  # in the order in which this rank completed them
+        self._next = 0  # position in the order
+        self._inflight: deque[BucketGradients] = deque()
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Remember whether `loss` is finite, without waiting for the device; told to all ranks at the next reduction."""
+        is_bad = ~torch.isfinite(loss.detach()).all()
+        self._is_loss_bad = is_bad if self._is_loss_bad is None else self._is_loss_bad | is_bad
+
+    def begin(self) -> None:
+        """A backward starts."""
+        self._remaining = {bucket.index: len(bucket.params) for bucket in self._buckets}
+        self._ready.clear()
+        self._next = 0
+
+    def add(self, bucket: Bucket, index: int, grad: Tensor) -> bool:
+        """Take the gradient of parameter `index` of `bucket`; whether it was the last one of the bucket."""
+        assert bucket.gradients is not None
+        bucket.gradients.accumulate(index, grad)
+        self._used[bucket.index][index] = True
+        self._remaining[bucket.index] -= 1
+        if self._remaining[bucket.index]:
+            return False
+        self._ready.append(bucket.index)
+        if self.reduces:
+            self._start_what_is_ready()
+        return True
+
+    def finish(self) -> bool:
+        """The backward is over: reduce what is left and hand the gradients out; whether there was a reduction."""
+        if not self.reduces:
+            return False
+        while self._next < len(self._order):
+            self._start_next()
+        while self._inflight:
+            self._inflight.popleft().finish_reduce()
+        self._agree_on_order()
+        self._deliver()
+        return True
+
+    def abandon(self) -> None:
+        """Forget a backward that an exception cut short, with all gradients of this step."""
+        while self._inflight:
+            self._inflight.popleft().finish_reduce()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all gradients, as `zero_grad` does."""
+        for bucket in self._buckets:
+            bucket.clear_gradients()
+            self._used[bucket.index] = [False] * len(bucket.params)
+        self._is_loss_bad = None
+        self.bad_ranks = ()
+
+    def _start_what_is_ready(self) -> None:
+        while self._next < len(self._order) and not self._remaining[self._order[self._next]]:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        gradients = self._by_index[self._order[self._next]].gradients
+        assert gradients is not None
+        gradients.start_reduce()
+        self._inflight.append(gradients)
+        while len(self._inflight) > self._max_inflight:
+            self._inflight.popleft().finish_reduce()
+        self._next += 1
+
+    def _agree_on_order(self) -> None:
+        """After the first reduction: the order in which data rank 0 completed its buckets, then the rest."""
+        if self._order_is_observed:
+            return
+        self._order_is_observed = True
+        rest = [index for index in self._order if index not in set(self._ready)]
+        order = torch.tensor(self._ready + rest, dtype=torch.int64, device=self._device)
+        self._groups.reduce.broadcast(order, src=0, label="order of reductions").wait()
+        if self._groups.replicate is not None:
+            self._groups.replicate.broadcast(order, src=0, label="order of reductions").wait()
+        self._order = order.tolist()
+
+    def _deliver(self) -> None:
+        flags = torch.zeros(self._dp.size + sum(map(len, self._used.values())), device=self._device)
+        own = self._dp.replicate_rank * self._dp.shard_size + self._dp.shard_rank
+        if self._is_loss_bad is not None:
+            flags[own] = self._is_loss_bad
+        used = [flag for bucket in self._buckets for flag in self._used[bucket.index]]
+        flags[self._dp.size :] = torch.tensor(used, dtype=flags.dtype)
+        self._groups.reduce.all_reduce(flags, label="which parameters had a gradient").wait()
+        if self._groups.replicate is not None:
+            self._groups.replicate.all_reduce(flags, label="which parameters had a gradient").wait()
+        totals = flags.tolist()
+        self.bad_ranks = tuple(rank for rank in range(self._dp.size) if totals[rank])
+        position = self._dp.size
+        for bucket in self._buckets:
+            anywhere = [bool(total) for total in totals[position : position + len(bucket.params)]]
+            self._used[bucket.index] = anywhere  # stays true until `clear`, so that later reductions add to it
+            bucket.deliver(anywhere)
+            position += len(bucket.params)

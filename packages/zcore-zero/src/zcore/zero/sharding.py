@@ -1,0 +1,274 @@
+"""Shard a model: plan, agree, allocate, fill, register, hook. The one place where all parts are put together."""
+
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from zcore.core.collectives import choose_collectives
+from zcore.core.errors import LayoutError, StateError
+from zcore.core.mesh import DataParallel, data_parallel, twin_group
+from zcore.zero import clipping
+from zcore.zero.agreement import check_agreement
+from zcore.zero.bucket import Bucket
+from zcore.zero.buffer import DataParallelGroups, Ledger
+from zcore.zero.deferred import TAG, recording_of
+from zcore.zero.gathering import Gatherer, GatherLimits
+from zcore.zero.hooks import Conductor, Site
+from zcore.zero.layout import BucketPlan, plan_buckets
+from zcore.zero.placement import Row, row_for
+from zcore.zero.precision import Precision
+from zcore.zero.reduction import Reducer
+from zcore.zero.sharded_parameter import ShardedParameter
+from zcore.zero.units import ParamSites, find_blocks, find_parameters, find_units
+
+__all__ = ["Sharding", "ShardingOptions", "clip_grad_norm_", "no_sync", "shard", "sharding_of"]
+
+logger = logging.getLogger(__name__)
+
+HANDLE = "_zcore_sharding"  # attribute of the root module
+
+
+@dataclass(frozen=True, slots=True)
+class ShardingOptions:
+    """How a model is cut and moved. Sizes are in elements; see `ZeroOptimization` for what each means."""
+
+    precision: Precision = field(default_factory=Precision)
+    bucket_numel: int = 500_000_000
+    small_numel: int = 8_192
+    small_total_numel: int | None = None
+    prefetch_numel: int | None = None  # None: as much as the largest bucket
+    max_live_numel: int = 1_000_000_000
+    max_reuse_numel: int = 1_000_000_000
+    overlap: bool = True
+
+
+class Sharding:
+    """A sharded model's states: buckets, their traffic, and what an engine or a hand-written loop may ask of them."""
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, *, zero_stage: int, options: ShardingOptions) -> None:
+        self.dp: DataParallel = data_parallel(mesh)
+        self.zero_stage = zero_stage
+        self.row: Row = row_for(zero_stage, shard_size=self.dp.shard_size)
+        self.device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+        self.groups = _open_groups(mesh, self.dp)
+        self.ledger = Ledger()
+        self.mesh = mesh
+        parameters = find_parameters(model)
+        _refuse_sharded(parameters)
+        plans = plan_buckets(
+            find_units(model, parameters),
+            num_slices=self.dp.size,
+            bucket_numel=options.bucket_numel,
+            small_numel=options.small_numel,  # in every row: the cut, and with it each bit, must not depend on the stage
+            small_total_numel=options.small_total_numel,
+        )
+        self._agree(model, plans)
+        by_name = {each.spec.fqn: each for each in parameters}
+        self.buckets = tuple(
+            self._make_bucket(index, plan, by_name, options.precision) for index, plan in enumerate(plans)
+        )
+        self._fill(model, by_name)
+        gatherer = Gatherer(self.buckets, _limits(self.buckets, options))
+        self.gatherer = gatherer
+        self.reducer = Reducer(
+            self.buckets,
+            dp=self.dp,
+            groups=self.groups,
+            device=self.device,
+            max_inflight=2 if options.overlap else 0,
+        )
+        self.conductor = Conductor(
+            self.buckets, gatherer=gatherer, reducer=self.reducer, precision=options.precision
+        )
+        self.conductor.attach(model, _find_sites(model, self.buckets))
+        self._step_hook = register_optimizer_step_post_hook(_note_step)
+        weakref.finalize(self, self._step_hook.remove)
+        model.__dict__[HANDLE] = self
+
+    def _agree(self, model: nn.Module, plans: tuple[BucketPlan, ...]) -> None:
+        facts = {
+            "ZeRO stage": self.zero_stage,
+            "torch": torch.__version__,
+            "number of parameters": len(list(model.parameters())),
+            "parameter": {
+                spec.fqn: f"{list(spec.shape)} {spec.dtype} {'trainable' if spec.trainable else 'frozen'}"
+                for plan in plans
+                for spec in plan.params
+            },
+            "bucket": {plan.name: [spec.fqn for spec in plan.params] for plan in plans},
+        }
+        for group in (self.groups.gather, self.groups.replicate):
+            if group is not None:
+                check_agreement(facts, collectives=group, device=self.device)
+
+    def _make_bucket(
+        self, index: int, plan: BucketPlan, by_name: dict[str, ParamSites], precision: Precision
+    ) -> Bucket:
+        return Bucket(
+            plan,
+            self.row.kept_whole() if plan.keep_whole else self.row,
+            index=index,
+            members=tuple(by_name[spec.fqn] for spec in plan.params),
+            dp=self.dp,
+            dtypes=precision.dtypes_of(plan.dtype, trainable=plan.trainable),
+            groups=self.groups,
+            device=self.device,
+            ledger=self.ledger,
+        )
+
+    def _fill(self, model: nn.Module, by_name: dict[str, ParamSites]) -> None:
+        """Write every fragment, then let the originals go, one bucket after the other."""
+        for bucket in self.buckets:
+            for index, spec in enumerate(bucket.plan.params):
+                param = by_name[spec.fqn].param
+                value = recording_of(model, param, spec.fqn).materialize(param) if param.is_meta else param
+                bucket.write(index, value)
+            bucket.seal()
+        for module_name, module in model.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    value = buffer
+                    if buffer.is_meta:
+                        value = recording_of(model, buffer, f"{module_name}.{name}").materialize(buffer)
+                    module._buffers[name] = value.to(self.device)
+        for module in model.modules():
+            module.__dict__.pop(TAG, None)
+
+    @property
+    def num_params(self) -> int:
+        """Elements of all parameters."""
+        return sum(spec.numel for bucket in self.buckets for spec in bucket.plan.params)
+
+    def reduce_gradients(self, reduces: bool) -> None:
+        """Whether the next backward passes reduce gradients, or only accumulate them on this rank."""
+        self.reducer.reduces = reduces
+
+    def note_update(self) -> None:
+        """The fragments have new values: gathered copies are out of date."""
+        for bucket in self.buckets:
+            if bucket.plan.trainable:
+                bucket.is_stale = True
+
+    def norm(self) -> float:
+        """The global 2-norm of the reduced gradients; every rank calls it."""
+        return clipping.global_norm(self.buckets, dp=self.dp, groups=self.groups, device=self.device)
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients so that their global norm is at most `max_norm`; the norm before, on every rank."""
+        norm = self.norm()
+        factor = max_norm / (norm + 1e-6)
+        if factor < 1:
+            clipping.scale_gradients(self.buckets, factor)
+        return norm
+
+    def close(self) -> None:
+        """Remove all hooks; what is registered stays registered."""
+        self.conductor.detach()
+        self._step_hook.remove()
+
+
+def shard(
+    model: nn.Module, mesh: DeviceMesh, *, stage: int = 3, options: ShardingOptions | None = None
+) -> nn.Module:
+    """Shard `model` in place over the data-parallel axes of `mesh` and return it; every rank calls it.
+
+    Its parameters become this rank's fragments, to be passed to any element-wise `torch.optim` class; training is torch's
+    usual loop. Gradients are averaged over all data ranks at the end of each backward; inside `no_sync(model)` they only
+    accumulate. Clip with `zero.clip_grad_norm_`. `stage` is a row of the placement table (see `placement.py`).
+
+    Raises MismatchError where ranks differ, LayoutError for a model that is sharded already, ConfigError for the stage.
+    """
+    Sharding(model, mesh, zero_stage=stage, options=options or ShardingOptions())
+    return model
+
+
+def sharding_of(model: nn.Module) -> Sharding:
+    """The sharding of a model that `shard` or `initialize` got. Raises StateError for another."""
+    found = model.__dict__.get(HANDLE)
+    if not isinstance(found, Sharding):
+        raise StateError(
+            f"This {type(model).__name__} is not sharded. Pass the model that was given to `zero.shard` or "
+            "`zero.initialize` itself, not a submodule or a wrapper of it."
+        )
+    return found
+
+
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradients of a sharded model to a global 2-norm of at most `max_norm`; every rank calls it.
+
+    Returns the norm before clipping, equal on every rank.
+    """
+    return sharding_of(model).clip(max_norm)
+
+
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Backward passes inside only accumulate gradients on this rank; the first one after it reduces all of them."""
+    sharding = sharding_of(model)
+    before = sharding.reducer.reduces
+    sharding.reduce_gradients(False)
+    try:
+        yield
+    finally:
+        sharding.reduce_gradients(before)
+
+
+def _open_groups(mesh: DeviceMesh, dp: DataParallel) -> DataParallelGroups:
+    shard_group = mesh.get_group(dp.shard_axis)
+    replicate = None
+    if dp.replicate_axis is not None and dp.replicate_size > 1:
+        replicate = choose_collectives(mesh.get_group(dp.replicate_axis), name=dp.replicate_axis)
+    return DataParallelGroups(
+        gather=choose_collectives(shard_group, name=f"{dp.shard_axis} gather"),
+        reduce=choose_collectives(twin_group(mesh, dp.shard_axis), name=f"{dp.shard_axis} reduce"),
+        replicate=replicate,
+    )
+
+
+def _limits(buckets: tuple[Bucket, ...], options: ShardingOptions) -> GatherLimits:
+    prefetch_numel = options.prefetch_numel
+    if prefetch_numel is None:
+        prefetch_numel = max((bucket.plan.layout.numel for bucket in buckets if bucket.is_transient), default=0)
+    limits = GatherLimits(prefetch_numel, options.max_live_numel, options.max_reuse_numel)
+    return limits if options.overlap else replace(limits, prefetch_numel=0)
+
+
+def _refuse_sharded(parameters: tuple[ParamSites, ...]) -> None:
+    taken = [each.spec.fqn for each in parameters if isinstance(each.param, ShardedParameter)]
+    if taken:
+        raise LayoutError(
+            f"{len(taken)} parameters are sharded already, among them {taken[0]}. Shard the outermost module once; to "
+            "shard a part in another way, leave it out of the model or give it a mesh of its own before it joins."
+        )
+
+
+def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.Module, Site]]:
+    """Modules that own parameters, and blocks that lie in one bucket for each kind of parameter."""
+    owners: dict[nn.Module, dict[int, Bucket]] = {}
+    for bucket in buckets:
+        for param in bucket.params:
+            for module_ref, _ in param.sites:
+                module = module_ref()
+                assert module is not None
+                owners.setdefault(module, {})[bucket.index] = bucket
+    for name, block in find_blocks(model).items():
+        whole = {bucket.index: bucket for bucket in buckets if bucket.plan.name == name}
+        if whole:
+            owners.setdefault(block, {}).update(whole)
+    names = {module: name for name, module in model.named_modules()}
+    return [(module, Site(names[module], list(used.values()))) for module, used in owners.items()]
+
+
+def _note_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """After any optimizer's step: what it stepped is out of date where it is gathered. The same on every rank."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if isinstance(param, ShardedParameter) and isinstance(param.owner, Bucket):
+                param.owner.is_stale = True

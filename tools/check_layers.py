@@ -189,7 +189,7 @@ def check_tree(root: Path) -> list[str]:
     wheels = [read_wheel(folder) for folder in folders if (folder / "pyproject.toml").exists()]
     checks = (check_declarations, check_imports, check_circles, check_names)
     findings = missing + [finding for wheel in wheels for check in checks for finding in check(wheel)]
-    return [finding.replace(f"{root}/", "") for finding in findings]
+    return [finding.replace(f"{root}/", "") for finding in dict.fromkeys(findings)]
 
 
 def main() -> int:

@@ -69,7 +69,7 @@ def install_editable(session: nox.Session, *beside: str) -> None:
 
 @nox.session
 def quickstart(session: nox.Session) -> None:
-    """Build and install core and zero, then train a small GPT on two ranks; arguments after -- go to the program."""
+    """Build and install core and zero, then train a small GPT on two ranks; arguments after -- go to it."""
     install_built(session, "zcore-core", "zcore-zero", extras=EXAMPLE_EXTRAS)
     session.run(*TORCHRUN, "docs/examples/train_gpt.py", *session.posargs)
 

@@ -9,6 +9,7 @@ from importlib.metadata import distributions, entry_points, version
 from importlib.util import find_spec
 
 import pytest
+
 import zcore
 
 NAMES = ("core", "comm", "zero", "pipe", "offload", "infer", "kernels")

@@ -18,26 +18,7 @@ from zcore.core.extensions import CONTRACTS, WHEELS, BrokenExtensionError, insta
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Report", "ServedContract", "WheelState", "draw", "examine"]
-
-
-@dataclass(frozen=True, slots=True)
-class WheelState:
-    """One of zcore's wheels, here."""
-
-    name: str
-    version: str | None  # None: not installed
-    gives: str
-    holds_work: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ServedContract:
-    """A contract and everyone who serves it, the core's default first."""
-
-    group: str
-    purpose: str
-    served_by: tuple[str, ...]
+__all__ = ["Report", "draw", "examine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +29,8 @@ class Report:
     torch: str
     devices: tuple[str, ...]
     backends: dict[str, bool]  # of torch.distributed: built in or not
-    wheels: tuple[WheelState, ...]
-    contracts: tuple[ServedContract, ...]
+    wheels: dict[str, str | None]  # version, None where not installed
+    contracts: dict[str, tuple[str, ...]]  # who serves each, the core's default first
     ops: dict[str, dict[str, str]]  # op -> device type -> the source that serves fp32 there
     gains: dict[str, str]  # pip command -> what it brings
     problems: tuple[str, ...]  # what is installed and does not load
@@ -58,13 +39,12 @@ class Report:
 def examine() -> Report:
     """Look at this environment."""
     device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    wheels = tuple(
-        WheelState(wheel.name, installed(wheel.name), wheel.gives, wheel.holds_work) for wheel in WHEELS.values()
-    )
-    gains = {f"pip install {wheel.name}": wheel.gives for wheel in wheels if wheel.holds_work and not wheel.version}
+    wheels = {name: installed(name) for name in WHEELS}
+    missing = [wheel for wheel in WHEELS.values() if wheel.holds_work and not wheels[wheel.name]]
+    gains = {f"pip install {wheel.name}": wheel.gives for wheel in missing}
     if not installed("pyyaml"):
         gains["pip install 'zcore-core[yaml]'"] = "reads configurations in YAML"
-    contracts, problems = [], []
+    contracts, problems = {}, []
     for contract in CONTRACTS.values():
         served_by = [contract.default]
         for offer in offered(contract.group):
@@ -74,7 +54,7 @@ def examine() -> Report:
                 problems.append(str(error))
             else:
                 served_by.append(f"{offer.name} ({offer.wheel})")
-        contracts.append(ServedContract(contract.group, contract.purpose, tuple(served_by)))
+        contracts[contract.group] = tuple(served_by)
     return Report(
         python=f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         torch=str(torch.__version__),
@@ -84,7 +64,7 @@ def examine() -> Report:
             "nccl": dist.is_available() and dist.is_nccl_available(),
         },
         wheels=wheels,
-        contracts=tuple(contracts),
+        contracts=contracts,
         ops={
             op: {device: _source(served, device) for device in device_types}
             for op, served in ops.implementations().items()
@@ -132,15 +112,14 @@ def draw(report: Report) -> "RenderableType":
     parts.append(facts)
 
     wheels = table("Wheels", "name", "version", "gives")
-    for wheel in report.wheels:
-        gives = wheel.gives if wheel.holds_work else f"nothing yet; to be: {wheel.gives}"
-        wheels.add_row(
-            wheel.name, wheel.version or "-", gives, style="" if wheel.version and wheel.holds_work else "dim"
-        )
+    for name, version in report.wheels.items():
+        gives, holds_work = WHEELS[name].gives, WHEELS[name].holds_work
+        style = "" if version and holds_work else "dim"
+        wheels.add_row(name, version or "-", gives if holds_work else f"nothing yet; to be: {gives}", style=style)
 
     contracts = table("Contracts", "name", "purpose", "served by")
-    for contract in report.contracts:
-        contracts.add_row(contract.group, contract.purpose, ", ".join(contract.served_by))
+    for group, served_by in report.contracts.items():
+        contracts.add_row(group, CONTRACTS[group].purpose, ", ".join(served_by))
 
     if report.ops:
         served = table("Ops in fp32", "name", *next(iter(report.ops.values())))

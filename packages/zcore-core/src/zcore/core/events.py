@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, Self, TextIO, cast
+from typing import Any, Protocol, Self, SupportsFloat, TextIO, cast
 
 from zcore.core import extensions
 from zcore.core.errors import ConfigError
@@ -65,7 +65,7 @@ class Events:
         self.sinks = tuple(sinks)
         self.rank = rank
 
-    def emit(self, name: str, value: float, *, unit: str, step: int | None = None) -> None:
+    def emit(self, name: str, value: SupportsFloat, *, unit: str, step: int | None = None) -> None:
         """Send one number on; `value` is read to a Python float here, which waits for a tensor on an accelerator."""
         metric = Metric(name, float(value), unit, step, self.rank)
         for sink in self.sinks:
@@ -143,15 +143,20 @@ def open_sink(name: str, **options: Any) -> Sink:
     return factory(**options)
 
 
-class Progress(Protocol):
-    """What `progress` gives, whatever shows it: to be used in a `with`."""
+class Progress:
+    """What `progress` gives, to be used in a `with`. This one shows nothing, as ranks other than 0 do."""
 
     def update(self, advance: int = 1, **values: float | str) -> None:
         """So much more is done; `values` replace the values shown, `tokens_per_s` under the name tokens/s."""
 
-    def __enter__(self) -> Self: ...
+    def close(self) -> None:
+        """Show where the work stopped."""
 
-    def __exit__(self, *_: object) -> None: ...
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def progress(title: str, *, total: int, rank: int = 0, stream: TextIO | None = None) -> Progress:
@@ -163,7 +168,7 @@ def progress(title: str, *, total: int, rank: int = 0, stream: TextIO | None = N
     """
     stream = stream or sys.stderr
     if rank != 0:
-        return _Silence()
+        return Progress()
     if stream.isatty() and find_spec("rich") is not None:
         return _Bar(title, total, stream)
     return _Lines(title, total, stream)
@@ -178,20 +183,7 @@ def _joined(values: Mapping[str, float | str]) -> str:
     )
 
 
-class _Silence:
-    """Ranks other than 0 show nothing."""
-
-    def update(self, advance: int = 1, **values: float | str) -> None:
-        pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class _Lines:
+class _Lines(Progress):
     """For a pipe or a log file: the first step, the last, where work stopped, and a line each 5 s between."""
 
     def __init__(self, title: str, total: int, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -211,15 +203,12 @@ class _Lines:
         self._stream.write(f"{self._title} {self._done}/{self._total}{_joined(self._values)}\n")
         self._stream.flush()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self._shown != self._done:
             self._show()
 
 
-class _Bar:
+class _Bar(Progress):
     """For a terminal: a live bar with the time taken and the time left, and the values on the line below."""
 
     def __init__(self, title: str, total: int, stream: TextIO) -> None:
@@ -251,5 +240,5 @@ class _Bar:
         self._live.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._live.stop()

@@ -1,0 +1,74 @@
+"""The doctor tells what is here, what is broken and what one would gain, and promises nothing."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from zcore.core import cli, ops
+from zcore.core.doctor import Report, draw, examine
+from zcore.core.extensions import WHEELS
+
+
+def drawn(report: Report, *, width: int = 80) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(draw(report))
+    return stream.getvalue()
+
+
+def test_what_a_wheel_serves_is_listed_under_its_contract(
+    add_wheel: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "from zcore.core import ops\nops.reference('rotate')(lambda: None)"
+    add_wheel("zcore-fast", "1", {"zcore.ops": {"fast": "fast_ops"}}, fast_ops=source)
+    report = examine()
+    assert report.contracts["zcore.ops"] == ("torch references", "fast (zcore-fast)")
+    assert report.ops["rotate"]["cpu"] == "reference"
+    assert report.problems == ()
+    assert report.backends["gloo"]
+
+
+def test_a_broken_wheel_is_a_problem_with_its_cause_and_exit_1(
+    add_wheel: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_wheel("zcore-torn", "2", {"zcore.stores": {"tape": "torn_module"}}, torn_module="import nonesuch")
+    monkeypatch.setattr(sys, "argv", ["zcore", "doctor", "--json"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert "zcore-torn 2 offers `tape`" in problem
+    assert "nonesuch" in problem
+
+
+def test_only_wheels_that_hold_work_are_advised() -> None:
+    report = examine()
+    empty = [wheel for wheel in WHEELS.values() if not wheel.holds_work]
+    assert not any(wheel.name in command for wheel in empty for command in report.gains)
+    assert drawn(report).count("nothing yet; to be:") == len(empty)
+
+
+@pytest.mark.parametrize("width", [60, 80, 132])
+def test_the_drawing_fits_its_width(width: int) -> None:
+    report = replace(examine(), problems=("zcore-torn 2 offers `tape`, but fails to load. " * 3,))
+    lines = drawn(report, width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert {"Wheels", "Contracts", "To gain"} <= {line.strip() for line in lines}
+
+
+def test_the_drawing_shows_versions_gains_and_ops() -> None:
+    wheels = {"zcore-zero": "9.8.7", "zcore-comm": None}
+    text = drawn(replace(examine(), wheels=wheels, gains={"pip install it": "speed"}, ops={"scale": {"cpu": "cpp"}}))
+    assert "9.8.7" in text
+    assert "pip install it" in text
+    assert any(line.split() == ["scale", "cpp"] for line in text.splitlines())
+    assert "every wheel that holds something is here" in drawn(replace(examine(), gains={}))
+
+
+def test_an_op_that_nothing_serves_here_says_so(add_wheel: Callable[..., None]) -> None:
+    add_wheel("zcore-fast", "1", {})
+    ops.implementation("far", source="cuda", priority=1, devices=("cuda",))(lambda: None)
+    assert examine().ops["far"]["cpu"] == "nothing"

@@ -10,8 +10,9 @@ WHEELS = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
 
 
 @pytest.mark.parametrize("wheel", WHEELS, ids=lambda wheel: wheel.name)
-def test_a_wheel_carries_license_readme_and_changelog(wheel: Path) -> None:
+def test_a_wheel_carries_license_readme_changelog_and_the_mark_of_its_types(wheel: Path) -> None:
     assert (wheel / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    assert (wheel / "src/zcore" / wheel.name.removeprefix("zcore-") / "py.typed").exists()
     assert (wheel / "README.md").read_text().startswith(f"# {wheel.name}\n")
     assert (wheel / "CHANGELOG.md").read_text().startswith("# Changelog\n")
 

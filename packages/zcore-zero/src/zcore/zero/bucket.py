@@ -114,6 +114,7 @@ class Bucket:
             self.gradients = BucketGradients(
                 plan, row, dp=dp, dtype=dtypes.master, groups=groups, device=device, ledger=ledger
             )
+        self._groups = groups
         self._pending: Pending | None = None
         self.params = tuple(self._make_param(index, each) for index, each in enumerate(members))
 
@@ -143,12 +144,33 @@ class Bucket:
             )
         self.state = target
 
-    def write(self, index: int, value: Tensor) -> None:
-        """Keep this rank's fragment of parameter `index` from its whole value, of any dtype and device."""
+    def write(self, index: int, value: Tensor, *, where: Tensor | None = None) -> None:
+        """Keep this rank's fragment of parameter `index` from its whole value, of any dtype and device.
+
+        With `where` (bool, of the parameter's shape) only the elements it marks.
+        """
         part = self.params[index].fragment
         with torch.no_grad():
             held = self.memory.master[part.offset : part.offset + part.numel]
-            held.copy_(value.detach().reshape(-1)[part.start : part.stop])
+            new = value.detach().reshape(-1)[part.start : part.stop].to(held.device)
+            if where is None:
+                held.copy_(new)
+            else:
+                marked = where.reshape(-1)[part.start : part.stop]
+                held[marked] = new[marked].to(held.dtype)
+
+    def broadcast(self, index: int, *, src: int) -> None:
+        """Send the whole parameter `index` of data-parallel rank `src` to all; the bucket must be AVAILABLE."""
+        full = self.params[index].full.detach().view(-1)
+        self._groups.broadcast(full, src=src, label=f"edited {self.plan.params[index].fqn}")
+
+    def gather_master(self) -> Tensor:
+        """The whole bucket in the master dtype, in memory of its own; every rank calls it."""
+        if self.memory.master.numel() == self.plan.layout.numel:
+            return self.memory.master.clone()
+        whole = torch.empty(self.plan.layout.numel, dtype=self.memory.master.dtype, device=self.memory.master.device)
+        self._groups.gather.all_gather(whole, self.memory.master, label=f"{self.plan.name} (whole)").wait()
+        return whole
 
     def seal(self) -> None:
         """UNINITIALIZED -> SHARDED: every fragment is written; register them."""

@@ -40,6 +40,18 @@ class DataParallelGroups:
     reduce: Collectives  # the same ranks
     replicate: Collectives | None  # dp_replicate
 
+    def all_reduce(self, tensor: Tensor, *, label: str) -> None:
+        """Sum a flat tensor over every data rank, in place, and wait for it."""
+        self.reduce.all_reduce(tensor, label=label).wait()
+        if self.replicate is not None:
+            self.replicate.all_reduce(tensor, label=label).wait()
+
+    def broadcast(self, tensor: Tensor, *, src: int, label: str) -> None:
+        """Send a flat tensor from data rank `src` (replica x shard size + rank in the shard group) to all, and wait."""
+        if self.replicate is not None:
+            self.replicate.broadcast(tensor, src=src // self.reduce.size, label=label).wait()
+        self.reduce.broadcast(tensor, src=src % self.reduce.size, label=label).wait()
+
 
 @dataclass(slots=True)
 class Ledger:
@@ -81,8 +93,8 @@ class BucketParameters:
             for offset, spec in zip(plan.layout.offsets, plan.params, strict=True)
         )
         self._own_slot = self.gathered[low:high]
-        self._casts = dtypes.compute != dtypes.master
-        if self._transient or self._casts:
+        self.casts = dtypes.compute != dtypes.master  # master and gathered copy are two
+        if self._transient or self.casts:
             self.master = torch.zeros(high - low, dtype=dtypes.master, device=device)
         else:
             self.gathered.zero_()
@@ -99,7 +111,7 @@ class BucketParameters:
     def resting_bytes(self) -> tuple[int, int]:
         """Bytes held between steps: by the copy that computes, and by a master copy apart from it."""
         master_bytes = self.master.numel() * self.master.element_size()
-        if self._casts:
+        if self.casts:
             return (0 if self._transient else self.gathered_bytes), master_bytes
         return (master_bytes if self._transient else self.gathered_bytes), 0
 
@@ -108,11 +120,11 @@ class BucketParameters:
         if self._transient:
             self._collectives.alloc_storage(self.gathered)
             self._ledger.add(self.gathered_bytes)
-        if self._casts:
+        if self.casts:
             self._own_slot.copy_(self.master)
         if not self._needs_gather:
             return None
-        source = self._own_slot if self._casts else self.master
+        source = self._own_slot if self.casts else self.master
         return self._collectives.all_gather(self.gathered, source, label=self._label)
 
     def release(self) -> bool:

@@ -27,7 +27,9 @@ def squared_norm(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
 
 
-def global_norm(buckets: Sequence[Bucket], *, dp: DataParallel, groups: DataParallelGroups, device: torch.device) -> float:
+def global_norm(
+    buckets: Sequence[Bucket], *, dp: DataParallel, groups: DataParallelGroups, device: torch.device
+) -> float:
     """The 2-norm of the mean gradient over all parameters; every rank calls it after a reduction."""
     sums = torch.zeros(len(buckets), dp.size, dtype=torch.float64, device=device)
     mine = dp.shard_rank * dp.replicate_size + dp.replicate_rank
@@ -39,9 +41,7 @@ def global_norm(buckets: Sequence[Bucket], *, dp: DataParallel, groups: DataPara
         function = ops.get("squared_norm", device=device, dtype=reduced.dtype)
         sums[row, mine] = function(reduced[start : start + size])
     flat = sums.view(-1)
-    groups.reduce.all_reduce(flat, label="norm of the gradients").wait()
-    if groups.replicate is not None:
-        groups.replicate.all_reduce(flat, label="norm of the gradients").wait()
+    groups.all_reduce(flat, label="norm of the gradients")
     return float(flat.sum().sqrt())
 
 

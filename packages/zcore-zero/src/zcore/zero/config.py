@@ -15,6 +15,7 @@ from zcore.core.errors import ConfigError
 
 __all__ = ["BatchSizes", "Bf16", "Choice", "TrainingConfig", "ZeroOptimization", "plan_batch"]
 
+
 class Choice(Config):
     """A class by name with its keyword arguments: an optimizer or a learning-rate schedule."""
 
@@ -32,7 +33,9 @@ class ZeroOptimization(Config):
     """What is sharded, and how far ahead and in which pieces it moves. Sizes are in elements, not bytes."""
 
     stage: Literal[0, 1, 2, 3] = 0
-    mics_shard_size: int = -1  # ranks that share one copy of the states; -1: all. More than one such group is hybrid sharding
+    mics_shard_size: int = (
+        -1
+    )  # ranks that share one copy of the states; -1: all. More than one such group is hybrid sharding
     reduce_bucket_size: PositiveInt | Auto = 500_000_000  # a block larger than this is gathered and reduced in pieces
     allgather_bucket_size: PositiveInt | Auto = 500_000_000  # the same pieces: the smaller of the two counts
     overlap_comm: bool | Auto = True  # False waits for each collective where it starts
@@ -47,7 +50,9 @@ class ZeroOptimization(Config):
     allgather_partitions: Literal[True] = True
     round_robin_gradients: Literal[False] = False
     sub_group_size: PositiveInt | Auto = 1_000_000_000_000  # without offload the step is one pass whatever this says
-    stage3_gather_16bit_weights_on_model_save: bool | Auto = False  # consolidated_state_dict() gathers when it is called
+    stage3_gather_16bit_weights_on_model_save: bool | Auto = (
+        False  # consolidated_state_dict() gathers when it is called
+    )
 
     known_unserved: ClassVar[Mapping[str, str]] = {
         "offload_optimizer": "States stay on the device; leave the section out.",

@@ -33,7 +33,18 @@ __all__ = ["Recording", "deferred_init", "recording_of"]
 
 SMALL_NUMEL = 2**16
 OVERWRITES = frozenset(
-    {"normal_", "uniform_", "zero_", "fill_", "copy_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+    {
+        "normal_",
+        "uniform_",
+        "zero_",
+        "fill_",
+        "copy_",
+        "random_",
+        "exponential_",
+        "log_normal_",
+        "cauchy_",
+        "geometric_",
+    }
 )  # in-place operations that read nothing of what they write, if they write all of it
 READS_VALUES = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "nonzero"})
 IS_META, DEVICE = Tensor.is_meta.__get__, Tensor.device.__get__  # type: ignore[attr-defined]  # descriptors at run time

@@ -1,11 +1,11 @@
 """Where the model tells the sharding what it is about to do. Hooks ask for transitions and decide nothing.
 
-    root forward     begin: phase, inputs cast, stale whole buckets refreshed      end: back to rest without autograd
-    site forward     a block, or a module that owns parameters: its buckets AVAILABLE before, idle after
-    site outputs     gradients are about to flow into the site: its buckets AVAILABLE again
-    site inputs      all gradients of the site's inputs are there: it reads its parameters no more
-    parameter        its gradient is final for this backward: move it into the bucket
-    end of backward  reduce what is left, hand out gradients, everything SHARDED
+root forward     begin: phase, inputs cast, stale whole buckets refreshed      end: back to rest without autograd
+site forward     a block, or a module that owns parameters: its buckets AVAILABLE before, idle after
+site outputs     gradients are about to flow into the site: its buckets AVAILABLE again
+site inputs      all gradients of the site's inputs are there: it reads its parameters no more
+parameter        its gradient is final for this backward: move it into the bucket
+end of backward  reduce what is left, hand out gradients, everything SHARDED
 """
 
 import logging
@@ -51,9 +51,11 @@ class Site:
 class Conductor:
     """Turns hooks into requests to the gatherer and the reducer; keeps the phase."""
 
-    def __init__(self, buckets: Sequence[Bucket], *, gatherer: Gatherer, reducer: Reducer, precision: Precision) -> None:
+    def __init__(
+        self, buckets: Sequence[Bucket], *, gatherer: Gatherer, reducer: Reducer, precision: Precision
+    ) -> None:
         self._buckets = buckets
-        self._gatherer = gatherer
+        self.gatherer = gatherer
         self._reducer = reducer
         self._precision = precision
         self._phase = Phase.REST
@@ -75,7 +77,9 @@ class Conductor:
             if bucket.gradients is None:
                 continue
             for index, param in enumerate(bucket.params):
-                keep(param.full.register_post_accumulate_grad_hook(_on_gradient(weakref.ref(self), bucket.index, index)))
+                keep(
+                    param.full.register_post_accumulate_grad_hook(_on_gradient(weakref.ref(self), bucket.index, index))
+                )
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -90,8 +94,8 @@ class Conductor:
 
     def borrow(self, bucket: Bucket) -> None:
         """See BucketHost."""
-        self._gatherer.use(bucket, self._pass, module="an operation outside its module")
-        self._gatherer.let_go(bucket, self._pass)
+        self.gatherer.use(bucket, self._pass, module="an operation outside its module")
+        self.gatherer.let_go(bucket, self._pass)
 
     def watch_outputs(self, bucket: Bucket, result: object) -> None:
         """See BucketHost."""
@@ -110,7 +114,7 @@ class Conductor:
         if self._phase is Phase.BACKWARD:
             self._recover()
         self._phase = Phase.FORWARD
-        self._gatherer.begin(training=torch.is_grad_enabled())
+        self.gatherer.begin(training=torch.is_grad_enabled())
         return self._precision.cast_inputs(args, kwargs)
 
     def _root_post(self, module: nn.Module, args: object, result: object) -> None:
@@ -118,14 +122,14 @@ class Conductor:
             return
         self._phase = Phase.REST
         if not torch.is_grad_enabled():
-            self._gatherer.rest()
+            self.gatherer.rest()
 
     def _site_pre(self, site: Site) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
         def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             during = self._pass
             outermost = False
             for bucket in site.buckets:
-                outermost |= self._gatherer.enter(bucket, during, module=site.name)
+                outermost |= self.gatherer.enter(bucket, during, module=site.name)
             if outermost and during is Pass.FORWARD and torch.is_grad_enabled():
                 self._watch_inputs(site, (args, kwargs))
 
@@ -138,9 +142,9 @@ class Conductor:
         def leave(module: nn.Module, args: object, result: object) -> None:
             if transient and torch.is_grad_enabled() and self._phase is not Phase.BACKWARD:
                 self._hook_tensors(result, before_backward)
-            outermost = [self._gatherer.leave(bucket, self._pass) for bucket in site.buckets]
+            outermost = [self.gatherer.leave(bucket, self._pass) for bucket in site.buckets]
             if self._phase is Phase.REST and all(outermost) and not torch.is_grad_enabled():
-                self._gatherer.rest()  # a submodule that was called by itself
+                self.gatherer.rest()  # a submodule that was called by itself
 
         return leave
 
@@ -148,7 +152,7 @@ class Conductor:
         def gather_again(grad: Tensor) -> None:
             self._begin_backward()
             for bucket in buckets:
-                self._gatherer.use(bucket, Pass.BACKWARD, module="the backward pass")
+                self.gatherer.use(bucket, Pass.BACKWARD, module="the backward pass")
 
         return gather_again
 
@@ -189,7 +193,7 @@ class Conductor:
     def _release_if_done(self, bucket: Bucket) -> None:
         finished = bucket.gradients is None or bucket.index in self._complete
         if self._phase is Phase.BACKWARD and finished and not self._open_calls.get(bucket.index):
-            self._gatherer.release(bucket)
+            self.gatherer.release(bucket)
 
     def _begin_backward(self) -> None:
         if self._phase is Phase.BACKWARD:
@@ -203,7 +207,7 @@ class Conductor:
         self._phase = Phase.REST
         self._open_calls.clear()
         with torch.no_grad():
-            self._gatherer.rest()
+            self.gatherer.rest()
             self._reducer.finish()
 
     def _recover(self) -> None:
@@ -211,16 +215,14 @@ class Conductor:
         self._phase = Phase.REST
         self._open_calls.clear()
         self._reducer.abandon()
-        self._gatherer.rest()
+        self.gatherer.rest()
         logger.warning(
             "The last backward did not finish, so all gradients of this step are incomplete and were dropped. Run the "
             "micro-batches of this step again."
         )
 
 
-def _on_gradient(
-    conductor: "weakref.ref[Conductor]", bucket_index: int, index: int
-) -> Callable[[Tensor], None]:
+def _on_gradient(conductor: "weakref.ref[Conductor]", bucket_index: int, index: int) -> Callable[[Tensor], None]:
     def on_gradient(param: Tensor) -> None:
         alive = conductor()
         if alive is not None:

@@ -87,7 +87,9 @@ def plan_layout(numels: Sequence[int], *, num_slices: int, align_numel: int = AL
     BucketLayout(offsets=(0, 6), numels=(5, 6), slice_numel=4, num_slices=3)
     """
     if num_slices < 1 or align_numel < 1:
-        raise LayoutError(f"Cannot cut {num_slices=} at {align_numel=}; both must be 1 or more. Check the mesh's sizes.")
+        raise LayoutError(
+            f"Cannot cut {num_slices=} at {align_numel=}; both must be 1 or more. Check the mesh's sizes."
+        )
     offsets, end = [], 0
     for numel in numels:
         offsets.append(end)

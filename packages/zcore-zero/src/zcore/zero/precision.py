@@ -1,7 +1,7 @@
 """Which dtype parameters are computed in and which they are stepped in. Buffers are never cast.
 
-    fp32        compute = master = the dtype the model was built in
-    bf16        compute bf16; trainable parameters have an fp32 master, gradients accumulate and are reduced in fp32
+fp32        compute = master = the dtype the model was built in
+bf16        compute bf16; trainable parameters have an fp32 master, gradients accumulate and are reduced in fp32
 """
 
 from dataclasses import dataclass

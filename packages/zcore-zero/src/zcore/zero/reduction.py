@@ -17,6 +17,7 @@ from zcore.zero.buffer import BucketGradients, DataParallelGroups
 
 __all__ = ["Reducer"]
 
+
 class Reducer:
     """The gradients of all trainable buckets, from autograd to the fragments' `.grad`."""
 
@@ -117,9 +118,7 @@ class Reducer:
         self._order_is_observed = True
         rest = [index for index in self._order if index not in set(self._ready)]
         order = torch.tensor(self._ready + rest, dtype=torch.int64, device=self._device)
-        self._groups.reduce.broadcast(order, src=0, label="order of reductions").wait()
-        if self._groups.replicate is not None:
-            self._groups.replicate.broadcast(order, src=0, label="order of reductions").wait()
+        self._groups.broadcast(order, src=0, label="order of reductions")
         self._order = order.tolist()
 
     def _deliver(self) -> None:
@@ -129,9 +128,7 @@ class Reducer:
             flags[own] = self._is_loss_bad
         used = [flag for bucket in self._buckets for flag in self._used[bucket.index]]
         flags[self._dp.size :] = torch.tensor(used, dtype=flags.dtype)
-        self._groups.reduce.all_reduce(flags, label="which parameters had a gradient").wait()
-        if self._groups.replicate is not None:
-            self._groups.replicate.all_reduce(flags, label="which parameters had a gradient").wait()
+        self._groups.all_reduce(flags, label="which parameters had a gradient")
         totals = flags.tolist()
         self.bad_ranks = tuple(rank for rank in range(self._dp.size) if totals[rank])
         position = self._dp.size

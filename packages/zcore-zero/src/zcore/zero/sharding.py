@@ -56,7 +56,9 @@ class Sharding:
         self.dp: DataParallel = data_parallel(mesh)
         self.zero_stage = zero_stage
         self.row: Row = row_for(zero_stage, shard_size=self.dp.shard_size)
-        self.device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+        self.device = torch.device(
+            mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None
+        )
         self.groups = _open_groups(mesh, self.dp)
         self.ledger = Ledger()
         self.mesh = mesh
@@ -84,12 +86,14 @@ class Sharding:
             device=self.device,
             max_inflight=2 if options.overlap else 0,
         )
-        self.conductor = Conductor(
-            self.buckets, gatherer=gatherer, reducer=self.reducer, precision=options.precision
-        )
+        self.conductor = Conductor(self.buckets, gatherer=gatherer, reducer=self.reducer, precision=options.precision)
         self.conductor.attach(model, _find_sites(model, self.buckets))
         self._step_hook = register_optimizer_step_post_hook(_note_step)
         weakref.finalize(self, self._step_hook.remove)
+        self._state_dict_hooks = (
+            model.register_state_dict_pre_hook(_refuse_state_dict),
+            model.register_load_state_dict_pre_hook(_refuse_load),
+        )
         model.__dict__[HANDLE] = self
 
     def _agree(self, model: nn.Module, plans: tuple[BucketPlan, ...]) -> None:
@@ -142,6 +146,11 @@ class Sharding:
             module.__dict__.pop(TAG, None)
 
     @property
+    def fragments(self) -> dict[str, ShardedParameter]:
+        """Every parameter's fragment by fully qualified name, in order of the plan."""
+        return {param.shard.fqn: param.shard for bucket in self.buckets for param in bucket.params}
+
+    @property
     def num_params(self) -> int:
         """Elements of all parameters."""
         return sum(spec.numel for bucket in self.buckets for spec in bucket.plan.params)
@@ -151,10 +160,9 @@ class Sharding:
         self.reducer.reduces = reduces
 
     def note_update(self) -> None:
-        """The fragments have new values: gathered copies are out of date."""
+        """The fragments have new values from elsewhere than an optimizer: gathered copies are out of date."""
         for bucket in self.buckets:
-            if bucket.plan.trainable:
-                bucket.is_stale = True
+            bucket.is_stale = True
 
     def norm(self) -> float:
         """The global 2-norm of the reduced gradients; every rank calls it."""
@@ -165,18 +173,22 @@ class Sharding:
         norm = self.norm()
         factor = max_norm / (norm + 1e-6)
         if factor < 1:
-            clipping.scale_gradients(self.buckets, factor)
+            self.scale_gradients(factor)
         return norm
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply every reduced gradient by `factor`."""
+        clipping.scale_gradients(self.buckets, factor)
 
     def close(self) -> None:
         """Remove all hooks; what is registered stays registered."""
         self.conductor.detach()
         self._step_hook.remove()
+        for hook in self._state_dict_hooks:
+            hook.remove()
 
 
-def shard(
-    model: nn.Module, mesh: DeviceMesh, *, stage: int = 3, options: ShardingOptions | None = None
-) -> nn.Module:
+def shard(model: nn.Module, mesh: DeviceMesh, *, stage: int = 3, options: ShardingOptions | None = None) -> nn.Module:
     """Shard `model` in place over the data-parallel axes of `mesh` and return it; every rank calls it.
 
     Its parameters become this rank's fragments, to be passed to any element-wise `torch.optim` class; training is torch's
@@ -272,3 +284,19 @@ def _note_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -
         for param in group["params"]:
             if isinstance(param, ShardedParameter) and isinstance(param.owner, Bucket):
                 param.owner.is_stale = True
+
+
+def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    if not prefix:
+        raise StateError(
+            "state_dict() of a sharded model would hold this rank's fragments. Call `engine.consolidated_state_dict()` on "
+            "every rank for the whole weights, or `zero.consolidated_state_dict(model)` without an engine."
+        )
+
+
+def _refuse_load(module: nn.Module, state_dict: object, prefix: str, *rest: object) -> None:
+    if not prefix:
+        raise StateError(
+            "load_state_dict() cannot put whole weights into fragments. Load them before `zero.initialize` or "
+            "`zero.shard`; to continue a run of the engine use `engine.load_checkpoint`."
+        )

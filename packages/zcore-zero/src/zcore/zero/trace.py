@@ -80,9 +80,7 @@ def plan_prefetch(
     return planned
 
 
-def returns_within(
-    upcoming: Iterable[Use], use: Use, *, numel_of: Callable[[int], int], distance_numel: int
-) -> bool:
+def returns_within(upcoming: Iterable[Use], use: Use, *, numel_of: Callable[[int], int], distance_numel: int) -> bool:
     """Whether `use` comes again in the same pass before `distance_numel` elements of other buckets are used."""
     for other in upcoming:
         if other == use:

@@ -1,0 +1,35 @@
+"""ZeRO training: parameters, gradients and optimizer state sharded over data-parallel ranks."""
+
+from zcore.zero.config import TrainingConfig
+from zcore.zero.consolidated import consolidated_state_dict
+from zcore.zero.engine import Engine
+from zcore.zero.gathered import GatheredParameters
+from zcore.zero.initialize import Init, init_distributed, initialize
+from zcore.zero.memory import MemoryReport, RankMemory
+from zcore.zero.placement import TABLE, Placement, Row
+from zcore.zero.precision import Precision
+from zcore.zero.schedulers import WarmupCosineLR, WarmupDecayLR, WarmupLR
+from zcore.zero.sharding import ShardingOptions, clip_grad_norm_, no_sync, shard
+
+__all__ = [
+    "TABLE",
+    "Engine",
+    "GatheredParameters",
+    "Init",
+    "MemoryReport",
+    "Placement",
+    "Precision",
+    "RankMemory",
+    "Row",
+    "ShardingOptions",
+    "TrainingConfig",
+    "WarmupCosineLR",
+    "WarmupDecayLR",
+    "WarmupLR",
+    "clip_grad_norm_",
+    "consolidated_state_dict",
+    "init_distributed",
+    "initialize",
+    "no_sync",
+    "shard",
+]

@@ -1,0 +1,42 @@
+"""The whole weights of a sharded model, as plain torch's `state_dict()` of the unsharded model would have them."""
+
+import torch
+from torch import Tensor, nn
+
+from zcore.zero.sharding import sharding_of
+
+__all__ = ["consolidated_state_dict"]
+
+
+def consolidated_state_dict(model: nn.Module, *, rank: int | None = 0) -> dict[str, Tensor]:
+    """Whole parameters and persistent buffers on the CPU by name, tied names included; every rank calls it.
+
+    The values are the master weights, in the dtype the model was built in. Only data-parallel rank `rank` gets them, the
+    others an empty dict; None gives them to every rank. One bucket is gathered at a time.
+    """
+    sharding = sharding_of(model)
+    dp = sharding.dp
+    wanted = rank is None or rank == dp.replicate_rank * dp.shard_size + dp.shard_rank
+    whole: dict[str, Tensor] = {}  # by the parameter's first name
+    for bucket in sharding.buckets:
+        flat = bucket.gather_master()
+        if not wanted:
+            continue
+        for spec, offset in zip(bucket.plan.params, bucket.plan.layout.offsets, strict=True):
+            value = flat[offset : offset + spec.numel].view(spec.shape)
+            whole[spec.fqn] = value.to(device="cpu", dtype=spec.dtype, copy=True)
+    return _as_state_dict(model, whole) if wanted else {}
+
+
+def _as_state_dict(model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    first_names = {id(fragment): name for name, fragment in sharding_of(model).fragments.items()}
+    result: dict[str, Tensor] = {}
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        for name, param in module._parameters.items():
+            if param is not None:
+                result[prefix + name] = whole[first_names[id(param)]]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                result[prefix + name] = buffer.detach().to("cpu", copy=True, memory_format=torch.preserve_format)
+    return result

@@ -1,0 +1,238 @@
+"""The engine: a config, a sharded model, an optimizer and a schedule, stepped together. A thin layer over `Sharding`."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zcore.core.collectives import Traffic
+from zcore.core.errors import NonFiniteError, StateError
+from zcore.zero import checkpoint
+from zcore.zero.checkpoint import RunState
+from zcore.zero.config import TrainingConfig
+from zcore.zero.consolidated import consolidated_state_dict
+from zcore.zero.memory import MemoryReport, measure_memory
+from zcore.zero.placement import Placement
+from zcore.zero.sharding import Sharding
+
+__all__ = ["Engine"]
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Made by `zero.initialize`. Call it as the model; then `backward(loss)` and `step()` for every micro-batch.
+
+    An optimizer step happens in each `gradient_accumulation_steps`-th `step()`; gradients are the mean over those
+    micro-batches and over all data ranks.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        sharding: Sharding,
+        *,
+        optimizer: torch.optim.Optimizer | None,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+        config: TrainingConfig,
+    ) -> None:
+        self.module = module
+        self.sharding = sharding
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.config = config
+        self.global_steps = 0  # optimizer steps taken
+        self.micro_steps = 0  # calls of step()
+        self.skipped_steps = 0  # optimizer steps refused because something was not finite
+        self._accumulation_steps = int(config.gradient_accumulation_steps or 1)
+        self._clip_norm = float(config.gradient_clipping)
+        self._num_backwards = 0  # since the last step()
+        self._has_synced = False  # whether gradients of this step have been reduced
+        self._is_held_back = False  # inside no_sync()
+        self._grad_norm: float | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. Its arguments and result are the model's own."""
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> Tensor:
+        """Compute gradients of a scalar loss, divided by the number of accumulated micro-batches; returns `loss`.
+
+        Raises StateError if the loss has no graph or is not one number.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise StateError(
+                f"backward() needs one number that the model's parameters lead to, and got {found}"
+                f"{'' if not isinstance(loss, Tensor) or loss.requires_grad else ' without a graph'}. Reduce the loss with "
+                ".mean(), and compute it outside torch.no_grad()."
+            )
+        last = self.is_gradient_accumulation_boundary()
+        reduces_always = self.sharding.row.gradients is Placement.SHARD
+        reduces = (last or reduces_always) and not self._is_held_back
+        self.sharding.reduce_gradients(reduces)
+        self.sharding.reducer.note_loss(loss)
+        (loss / self._accumulation_steps).backward()  # type: ignore[no-untyped-call]  # torch's own is not annotated
+        self._num_backwards += 1
+        self._has_synced = reduces
+        return loss
+
+    def step(self) -> None:
+        """Count a micro-batch; at the last one of a step clip, step the optimizer and the schedule, forget gradients.
+
+        Raises StateError without a backward before it, and NonFiniteError on every rank if a loss or the norm of the
+        gradients is not finite; parameters and states are then as before the step.
+        """
+        if not self._num_backwards:
+            raise StateError(
+                "step() was called without a backward() since the last one, so there is no gradient to step with. Call "
+                "`engine.backward(loss)` before each `engine.step()`."
+            )
+        is_boundary = self.is_gradient_accumulation_boundary()
+        if is_boundary and not self._has_synced:
+            raise StateError(
+                "The last backward of this step ran inside no_sync(), so its gradients were not reduced. Leave no_sync() "
+                "before the backward of the last micro-batch."
+            )
+        self._num_backwards = 0
+        self.micro_steps += 1
+        if not is_boundary:
+            return
+        self._has_synced = False
+        try:
+            self._grad_norm = self._checked_norm()
+            factor = self._clip_norm / (self._grad_norm + 1e-6)  # torch's, to the bit
+            if self._clip_norm and factor < 1:
+                self.sharding.scale_gradients(factor)
+            if self.optimizer is not None:
+                self.optimizer.step()
+        finally:
+            self.sharding.reducer.clear()
+        self.global_steps += 1
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self._print_step()
+
+    def _checked_norm(self) -> float:
+        bad = self.sharding.reducer.bad_ranks
+        norm = self.sharding.norm()
+        if not bad and isfinite(norm):
+            return norm
+        self.skipped_steps += 1
+        what = f"the loss was not finite on data ranks {list(bad)}" if bad else f"the norm of the gradients is {norm}"
+        raise NonFiniteError(
+            f"In optimizer step {self.global_steps + 1}, {what}. The step was not taken: parameters and optimizer states are "
+            "as before it, and its gradients are dropped. Look at the data of this step, lower the learning rate or set "
+            "gradient_clipping; to go on with the next batch, catch zcore.core.errors.NonFiniteError."
+        )
+
+    def _print_step(self) -> None:
+        every = self.config.steps_per_print
+        if every and self.global_steps % every == 0 and self.global_rank == 0:
+            logger.info("step %d: gradient norm %.4g, lr %s", self.global_steps, self._grad_norm, self.get_lr())
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro-batch at hand is the last one of its optimizer step."""
+        return (self.micro_steps + 1) % self._accumulation_steps == 0
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside keep their gradients on this rank, whole; the next one outside reduces all of them.
+
+        Saves the reductions of stages 2 and 3 between accumulated micro-batches, for the memory of whole gradients.
+        """
+        before, self._is_held_back = self._is_held_back, True
+        try:
+            yield
+        finally:
+            self._is_held_back = before
+
+    def train(self, mode: bool = True) -> "Engine":
+        """Put the model into training mode."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> "Engine":
+        """Put the model into evaluation mode."""
+        return self.train(False)
+
+    def get_global_grad_norm(self) -> float | None:
+        """The norm of the whole gradient at the last optimizer step, before clipping; None before the first."""
+        return self._grad_norm
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group."""
+        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    @property
+    def global_rank(self) -> int:
+        """This process's rank among all."""
+        return torch.distributed.get_rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Ranks that see different data."""
+        return self.sharding.dp.size
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's place among them: which part of the data it reads."""
+        return self.sharding.dp.replicate_rank * self.sharding.dp.shard_size + self.sharding.dp.shard_rank
+
+    @property
+    def device(self) -> torch.device:
+        """Where parameters and inputs live."""
+        return self.sharding.device
+
+    def memory_report(self) -> MemoryReport:
+        """Measured bytes of model states on each rank; every rank calls it."""
+        return measure_memory(self.sharding, [] if self.optimizer is None else [self.optimizer])
+
+    def traffic(self) -> dict[str, Traffic]:
+        """Number and bytes of collectives so far, by group: gathers, reductions and, when hybrid, replicas."""
+        groups = self.sharding.groups
+        traffic = {"gather": groups.gather.traffic, "reduce": groups.reduce.traffic}
+        return traffic if groups.replicate is None else {**traffic, "replicate": groups.replicate.traffic}
+
+    def consolidated_state_dict(self, *, rank: int | None = 0) -> dict[str, Tensor]:
+        """See `zero.consolidated_state_dict`."""
+        return consolidated_state_dict(self.module, rank=rank)
+
+    def save_checkpoint(
+        self, directory: str | Path, tag: str | None = None, client_state: dict[str, Any] | None = None
+    ) -> Path:
+        """Save under `tag` (by default `global_step<N>`) and return the folder; every rank calls it.
+
+        `client_state` is JSON data of the caller's, each rank its own. Raises CheckpointError, StateError in mid-step.
+        """
+        if self._num_backwards or self.micro_steps % self._accumulation_steps:
+            raise StateError("A checkpoint holds no gradients: save after the step() that ends an optimizer step.")
+        counters = {"global_steps": self.global_steps, "micro_steps": self.micro_steps, "skipped": self.skipped_steps}
+        extra = {"counters": counters, "client_state": client_state or {}}
+        return checkpoint.save(directory, tag or f"global_step{self.global_steps}", self._run_state(), extra)
+
+    def load_checkpoint(self, directory: str | Path, tag: str | None = None) -> dict[str, Any]:
+        """Continue from a checkpoint, bit for bit, and return its client state; every rank calls it.
+
+        Without a tag the newest. Raises CheckpointError before anything is changed.
+        """
+        extra = checkpoint.load(directory, tag, self._run_state())
+        counters = extra["counters"]
+        self.global_steps, self.micro_steps = counters["global_steps"], counters["micro_steps"]
+        self.skipped_steps = counters["skipped"]
+        self.sharding.reducer.clear()
+        self._num_backwards = 0
+        client_state: dict[str, Any] = extra["client_state"]
+        return client_state
+
+    def _run_state(self) -> RunState:
+        return RunState(self.module, self.sharding, self.optimizer, self.lr_scheduler)
+
+    def close(self) -> None:
+        """Remove every hook from the model."""
+        self.sharding.close()

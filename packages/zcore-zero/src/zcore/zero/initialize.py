@@ -1,0 +1,157 @@
+"""From a model and a config to an engine: `init_distributed`, `Init`, `initialize`."""
+
+import logging
+import os
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.lr_scheduler import LRScheduler
+
+from zcore.core.device import backend_for, choose_device
+from zcore.core.errors import ConfigError
+from zcore.core.mesh import build_mesh, data_parallel
+from zcore.zero.agreement import check_agreement
+from zcore.zero.config import TrainingConfig, ZeroOptimization
+from zcore.zero.deferred import deferred_init
+from zcore.zero.engine import Engine
+from zcore.zero.optimizer import (
+    GroupsByName,
+    OptimizerSource,
+    ParamGroups,
+    build_optimizer,
+    name_groups,
+    release_params,
+)
+from zcore.zero.precision import Precision
+from zcore.zero.schedulers import build_scheduler
+from zcore.zero.sharding import Sharding, ShardingOptions
+
+__all__ = ["ConfigSource", "Init", "init_distributed", "initialize"]
+
+logger = logging.getLogger(__name__)
+
+ConfigSource = str | Path | Mapping[str, Any] | TrainingConfig
+
+
+def init_distributed(*, timeout_s: float = 300.0) -> None:
+    """Join the process group that the launcher (torchrun) describes, or be the only rank without one.
+
+    Harmless when there is a process group already. `timeout_s` is how long a rank waits in a collective for the others
+    before it raises.
+    """
+    if dist.is_initialized():
+        return
+    device = choose_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend_for(device), timeout=timeout)
+    else:
+        dist.init_process_group(backend_for(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+@contextmanager
+def Init(config: ConfigSource | None = None, *, enabled: bool = True) -> Generator[None]:  # noqa: N802  # the field's name
+    """Models constructed inside take no memory; `initialize` or `shard` computes this rank's part of each parameter.
+
+    Values are those that plain construction would give, bit for bit, whatever the constructor does to them. A config given
+    here is checked at once, before a large model is built.
+    """
+    if config is not None:
+        TrainingConfig.read(config)
+    if not enabled:
+        yield
+        return
+    with deferred_init():
+        yield
+
+
+def initialize(
+    model: nn.Module,
+    config: ConfigSource | None = None,
+    *,
+    optimizer: OptimizerSource | None = None,
+    lr_scheduler: LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    model_parameters: ParamGroups | None = None,
+    mesh: DeviceMesh | None = None,
+) -> Engine:
+    """Shard `model` as `config` says and return its engine; every rank calls it.
+
+    config: path of a JSON or YAML file, dict, or TrainingConfig. optimizer: an element-wise torch optimizer, its class, or a
+    function from parameter groups to it; else the config's; None in both trains nothing. lr_scheduler: a schedule on that
+    optimizer, or a function from the optimizer to it; else the config's. model_parameters: parameters or groups as torch
+    takes them; by default all that are trainable. mesh: with axis `dp`, or `dp_replicate` and `dp_shard` for hybrid
+    sharding; by default all ranks.
+
+    Raises ConfigError, MeshError, and MismatchError on every rank where ranks differ.
+    """
+    raw = TrainingConfig.read(config if config is not None else {})
+    if optimizer is not None and raw.optimizer is not None:
+        raise ConfigError("An optimizer was passed and the config has one, too. Leave one of them out.")
+    if lr_scheduler is not None and raw.scheduler is not None:
+        raise ConfigError("A learning-rate schedule was passed and the config has one, too. Leave one of them out.")
+    init_distributed()
+    mesh = mesh or _mesh_for(raw.zero_optimization)
+    settings = raw.settle(dp_size=data_parallel(mesh).size)
+    _warn_of_no_effect(raw.zero_optimization)
+    source = optimizer or settings.optimizer
+    if lr_scheduler is not None or settings.scheduler is not None:
+        _need_optimizer(source)
+    groups: GroupsByName
+    if isinstance(optimizer, torch.optim.Optimizer):
+        groups = release_params(optimizer, model)
+    else:
+        groups = name_groups(model_parameters, model)
+    sharding = Sharding(model, mesh, zero_stage=settings.zero_optimization.stage, options=_options(settings))
+    check_agreement({"config": settings.to_dict()}, collectives=sharding.groups.gather, device=sharding.device)
+    built = None
+    if source is not None:
+        built = build_optimizer(source, groups, sharding.fragments, device=sharding.device)
+    schedule = lr_scheduler
+    if schedule is not None and not isinstance(schedule, LRScheduler):
+        assert built is not None
+        schedule = schedule(built)
+    elif schedule is None and settings.scheduler is not None:
+        assert built is not None
+        schedule = build_scheduler(settings.scheduler.type, settings.scheduler.params, built)
+    return Engine(model, sharding, optimizer=built, lr_scheduler=schedule, config=settings)
+
+
+def _mesh_for(zero: ZeroOptimization) -> DeviceMesh:
+    device_type = choose_device().type
+    if zero.mics_shard_size == -1:
+        return build_mesh(device_type=device_type, dp=-1)
+    return build_mesh(device_type=device_type, dp_replicate=-1, dp_shard=zero.mics_shard_size)
+
+
+def _options(settings: TrainingConfig) -> ShardingOptions:
+    zero = settings.zero_optimization
+    return ShardingOptions(
+        precision=Precision(torch.bfloat16 if settings.bf16.enabled is True else None),
+        bucket_numel=min(int(zero.reduce_bucket_size), int(zero.allgather_bucket_size)),
+        small_numel=int(zero.stage3_param_persistence_threshold),
+        small_total_numel=int(zero.stage3_model_persistence_threshold),
+        prefetch_numel=None if zero.stage3_prefetch_bucket_size is None else int(zero.stage3_prefetch_bucket_size),
+        max_live_numel=int(zero.stage3_max_live_parameters),
+        max_reuse_numel=int(zero.stage3_max_reuse_distance),
+        overlap=bool(zero.overlap_comm),
+    )
+
+
+def _need_optimizer(source: object) -> None:
+    if source is None:
+        raise ConfigError("A learning-rate schedule needs an optimizer: pass one, or give the config an `optimizer`.")
+
+
+def _warn_of_no_effect(zero: ZeroOptimization) -> None:
+    for name in ("sub_group_size", "stage3_gather_16bit_weights_on_model_save"):
+        if name in zero.model_fields_set and getattr(zero, name) != ZeroOptimization.model_fields[name].default:
+            logger.warning("zero_optimization.%s is accepted and has no effect here.", name)

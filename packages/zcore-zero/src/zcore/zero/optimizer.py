@@ -1,0 +1,140 @@
+"""Any element-wise `torch.optim` class on fragments: built by name, class or factory, or taken over as an instance.
+
+The parameter groups of the user name whole parameters; before sharding they become names, after it fragments.
+"""
+
+import difflib
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zcore.core.errors import ConfigError, StateError
+from zcore.zero.config import Choice
+
+__all__ = ["GroupsByName", "OptimizerSource", "ParamGroups", "build_optimizer", "name_groups", "release_params"]
+
+logger = logging.getLogger(__name__)
+
+ParamGroups = Iterable[Tensor] | Iterable[Mapping[str, Any]]
+OptimizerSource = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
+GroupsByName = list[dict[str, Any]]  # torch's groups with "params" a list of fully qualified names
+
+MATRIX_WISE = frozenset({"Muon", "Adafactor", "LBFGS", "SparseAdam"})  # of torch.optim: they need whole parameters
+
+
+def name_groups(groups: ParamGroups | None, model: nn.Module) -> GroupsByName:
+    """The user's groups with names in place of parameters; one group of all that is trainable where there are none.
+
+    Raises ConfigError for a parameter that is not of `model`, or stands in two groups.
+    """
+    names = {id(param): name for name, param in model.named_parameters()}
+    if groups is None:
+        return [{"params": [name for name, param in model.named_parameters() if param.requires_grad]}]
+    listed = list(groups)
+    as_groups: list[Mapping[str, Any]] = [
+        group if isinstance(group, Mapping) else {"params": [group]} for group in listed
+    ]
+    if listed and not any(isinstance(group, Mapping) for group in listed):
+        as_groups = [{"params": listed}]
+    seen: set[str] = set()
+    named: GroupsByName = []
+    for group in as_groups:
+        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        if strangers := [tuple(param.shape) for param in params if id(param) not in names]:
+            raise ConfigError(
+                f"{len(strangers)} parameters in the optimizer's groups are not parameters of the model, the first of shape "
+                f"{strangers[0]}. Build the groups from the very model that is passed, after its last change of parameters."
+            )
+        fqns = [names[id(param)] for param in params]
+        if twice := sorted(seen & set(fqns)):
+            raise ConfigError(f"{twice[0]} stands in two parameter groups; each parameter belongs in one.")
+        seen |= set(fqns)
+        named.append({**group, "params": fqns})
+    return named
+
+
+def release_params(optimizer: torch.optim.Optimizer, model: nn.Module) -> GroupsByName:
+    """Take the whole parameters out of a client's optimizer, so that sharding can free them; its groups, by name.
+
+    Raises StateError if it has stepped already.
+    """
+    if optimizer.state:
+        raise StateError(
+            f"The {type(optimizer).__name__} that was passed has stepped already, and its states belong to whole "
+            "parameters. Pass a new one; to continue a run, load a checkpoint after initialize()."
+        )
+    _refuse_matrix_wise(type(optimizer).__name__)
+    groups = name_groups(optimizer.param_groups, model)
+    for group in optimizer.param_groups:
+        group["params"] = []
+    return groups
+
+
+def build_optimizer(
+    source: OptimizerSource | Choice,
+    groups: GroupsByName,
+    fragments: Mapping[str, nn.Parameter],
+    *,
+    device: torch.device,
+) -> torch.optim.Optimizer:
+    """The optimizer over fragments.
+
+    A name takes torch's class of it with its fused step where it has one; names are DeepSpeed's, whose "Adam" decouples
+    weight decay unless `adam_w_mode` is false. Frozen parameters are left out.
+    """
+    with_fragments = [
+        {**group, "params": [fragments[name] for name in group["params"] if fragments[name].requires_grad]}
+        for group in groups
+    ]
+    if isinstance(source, torch.optim.Optimizer):
+        for kept, group in zip(source.param_groups, with_fragments, strict=True):
+            kept["params"] = group["params"]
+        return source
+    if isinstance(source, Choice):
+        return _build_by_name(source, with_fragments, device)
+    _refuse_matrix_wise(getattr(source, "__name__", ""))
+    return source(with_fragments)
+
+
+def _build_by_name(choice: Choice, groups: Sequence[Mapping[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    params = dict(choice.params)
+    name = choice.type
+    params.pop("torch_adam", None)  # which implementation: there is one here
+    decoupled = params.pop("adam_w_mode", True)
+    if name == "Adam" and decoupled:
+        name = "AdamW"
+        if params.get("weight_decay"):
+            logger.info("optimizer Adam: weight decay is decoupled, as in DeepSpeed; adam_w_mode: false makes it L2.")
+    known = {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and key != "Optimizer"
+    }
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        advice = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(sorted(set(known) - MATRIX_WISE))}."
+        raise ConfigError(f"optimizer.type is {choice.type!r}, which torch.optim does not have. {advice}")
+    _refuse_matrix_wise(name)
+    accepted = inspect.signature(known[name]).parameters
+    if unknown := sorted(set(params) - set(accepted)):
+        near = difflib.get_close_matches(unknown[0], accepted, n=1)
+        advice = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(list(accepted)[1:])}."
+        raise ConfigError(f"optimizer.params.{unknown[0]} is not an argument of torch.optim.{name}. {advice}")
+    if "fused" in accepted and "foreach" not in params and device.type in ("cpu", "cuda"):
+        params.setdefault("fused", True)
+    try:
+        return known[name](groups, **params)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer.params: torch.optim.{name} refuses them: {error}") from error
+
+
+def _refuse_matrix_wise(name: str) -> None:
+    if name in MATRIX_WISE:
+        raise ConfigError(
+            f"{name} looks at whole matrices, but sharded parameters are stepped in flat pieces. Take an element-wise "
+            "optimizer such as AdamW, Adagrad or SGD."
+        )

@@ -1,0 +1,128 @@
+"""What the example shows at its end: memory per rank, bits per byte, a sample, and where everything lies."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.syntax import Syntax
+from rich.table import Table
+from text import Corpus, compressed_bits_per_byte
+
+from zcore.zero import MemoryReport, RankMemory
+
+
+def show(
+    config: Mapping,
+    corpus: Corpus,
+    history: Mapping,
+    memory: MemoryReport,
+    sample: str,
+    *,
+    out: Path,
+    steps: int,
+    train_s: float,
+) -> None:
+    """Print the whole report and write the loss curve; called on one rank."""
+    others = compressed_bits_per_byte(corpus.held_out_text)
+    curve = out / "loss_curve.png"
+    draw_loss_curve(curve, corpus, history, others)
+    Console().print(
+        memory_table(memory, zero_stage=config["zero_optimization"]["stage"]),
+        compression_table(history["bits_per_byte"], others, corpus, steps=steps, train_s=train_s),
+        Panel(Syntax(sample, "python", background_color="default"), title="A sample, after its first words", width=100),
+        files_and_next_commands(out, curve, steps),
+        sep="\n",
+    )
+
+
+def memory_table(memory: MemoryReport, *, zero_stage: int) -> Table:
+    """What each rank holds between steps, beside what plain data parallelism would hold on each."""
+    table = Table(title=f"Model states on each of {len(memory.ranks)} ranks at ZeRO stage {zero_stage}, in MiB")
+    table.add_column("")
+    for name in ("parameters", "gradients", "optimizer", "together", "gathered at most"):
+        table.add_column(name, justify="right")
+    for rank, held in enumerate(memory.ranks):
+        table.add_row(f"rank {rank}", *_in_mib(held), style="green")
+    table.add_section()
+    table.add_row("plain data parallelism, every rank", *_in_mib(memory.data_parallel)[:-1], "-")
+    return table
+
+
+def _in_mib(held: RankMemory) -> list[str]:
+    parts = (
+        held.parameters_bytes,
+        held.gradients_bytes,
+        held.optimizer_bytes,
+        held.states_bytes,
+        held.gathered_peak_bytes,
+    )
+    return [f"{part / 2**20:.1f}" for part in parts]
+
+
+def compression_table(
+    model: Mapping[str, float], others: Mapping[str, float], corpus: Corpus, *, steps: int, train_s: float
+) -> Table:
+    """Validation loss as a compressor would see it: bits for each byte of text that nobody has trained on."""
+    table = Table(title=f"Bits per byte of {len(corpus.held_out_text):,} bytes of held-out files (lower is better)")
+    table.add_column("")
+    table.add_column("bits per byte", justify="right")
+    table.add_row("the model, untrained", f"{model['start']:.3f}")
+    for name, bits in others.items():
+        table.add_row(name, f"{bits:.3f}")
+    table.add_row(f"the model after {steps} steps ({train_s:.0f} s in this run)", f"{model['end']:.3f}", style="green")
+    return table
+
+
+def files_and_next_commands(out: Path, curve: Path, steps: int) -> Group:
+    """Where things lie, and what to try."""
+    run = "torchrun --nproc-per-node 2 docs/examples/train_gpt.py"
+    files = Table.grid(padding=(0, 2))
+    files.add_row("loss curve", str(curve))
+    files.add_row("checkpoint", str(out / "last"))
+    files.add_row("weights for plain torch", str(out / "model.safetensors"))
+    files.add_row("tokenizer", str(out / "tokenizer.json"))
+    commands = Table.grid(padding=(0, 2))
+    commands.add_row(f"{run} --resume --steps {steps + 200}", "train on")
+    commands.add_row(f"{run} --stage 1 --out runs/stage1", "the same losses, other memory")
+    commands.add_row("zcore doctor", "what is installed, and what one would gain by what")
+    return Group("[bold]Where it lies", Padding(files, (0, 0, 1, 2)), "[bold]Next", Padding(commands, (0, 0, 0, 2)))
+
+
+def draw_loss_curve(path: Path, corpus: Corpus, history: Mapping, others: Mapping[str, float]) -> None:
+    """Write the training loss as bits per byte, with the held-out loss and the compressors' lines, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    scale = 1 / (math.log(2) * corpus.train_bytes_per_token)  # nats per token to bits per byte
+    losses = [loss * scale for loss in history["losses"]]
+    steps = range(1, len(losses) + 1)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
+    axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label="training, smoothed")
+    ends = history["bits_per_byte"]
+    axes.plot((0, len(losses)), (ends["start"], ends["end"]), "o", color="tab:red", label="held-out files")
+    axes.annotate(f"{ends['end']:.2f}", (len(losses), ends["end"]), (6, -3), textcoords="offset points")
+    for (name, bits), style in zip(others.items(), ("--", ":"), strict=True):
+        axes.axhline(bits, color="0.35", linestyle=style, linewidth=1.2, label=f"{name} on held-out files, {bits:.2f}")
+    axes.set(xlabel="optimizer step", ylabel="bits per byte", title="A small GPT on Python's standard library")
+    axes.set_ylim(bottom=min([1.0, *losses]), top=4.0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def smoothed(losses: Sequence[float], *, keep: float = 0.95) -> list[float]:
+    """An exponential moving average without the pull of its start."""
+    mean, weight, result = 0.0, 0.0, []
+    for loss in losses:
+        mean, weight = keep * mean + (1 - keep) * loss, keep * weight + (1 - keep)
+        result.append(mean / weight)
+    return result

@@ -1,16 +1,16 @@
-"""The `Collectives` contract: one process group's collectives on flat tensors, and its torch.distributed default.
+r"""The `Collectives` contract: one process group's collectives on flat tensors, and its torch.distributed default.
 
-Every call starts at once and returns a `Pending`; nobody reads or writes the tensors before its `wait()`. The group also
-says where a buffer is born, so that an implementation may put it into pages that its ranks share.
+Every call starts at once and returns a `Pending`; nobody reads or writes the tensors before its `wait()`. The group
+also says where a buffer is born, so that an implementation may put it into pages that its ranks share.
 
 Sums have ONE order, whoever serves: a balanced binary tree over the ranks, a function of rank alone.
 
-    rank   0   1   2   3   4          A sum over 4 ranks equals a sum over 2 hosts of 2 ranks, bit for bit, so flat and
-            \ /     \ /    |          hierarchical sharding, and every implementation, give the same gradients.
+    rank   0   1   2   3   4       A sum over 4 ranks equals a sum over 2 hosts of 2 ranks, bit for bit, so flat and
+            \ /     \ /    |       hierarchical sharding, and every implementation, give the same gradients.
             0+1     2+3    4
-               \   /       |          gloo's own reductions split the tensor into segments and start each at another rank:
-                +          4          their order depends on where an element lies. They are also slower than an exchange
-                 \________/           and one sum (16 MiB, 2 ranks: 20.5 ms against 5.6). NCCL reduces in its own order.
+               \   /       |       gloo's own reductions split the tensor into segments and start each at another rank:
+                +          4       their order depends on where an element lies. They are also slower than an exchange
+                 \________/        and one sum (16 MiB, 2 ranks: 20.5 ms against 5.6). NCCL reduces in its own order.
 """
 
 import logging
@@ -26,7 +26,16 @@ from torch import Tensor
 from zcore.core import compat, extensions
 from zcore.core.errors import CollectiveError
 
-__all__ = ["Call", "Collectives", "Pending", "TorchCollectives", "Traffic", "choose_collectives", "last_collective", "tree_sum_"]
+__all__ = [
+    "Call",
+    "Collectives",
+    "Pending",
+    "TorchCollectives",
+    "Traffic",
+    "choose_collectives",
+    "last_collective",
+    "tree_sum_",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +204,8 @@ def failed_collective(call: Call, error: BaseException) -> CollectiveError:
 class TorchCollectives:
     """The contract over torch.distributed, for any backend.
 
-    On gloo sums are an exchange and one tree sum; on others the backend's own. `group` is the process group, `name` what
-    reports call it. With one rank nothing is sent.
+    On gloo sums are an exchange and one tree sum; on others the backend's own. `group` is the process group, `name`
+    what reports call it. With one rank nothing is sent.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, name: str) -> None:
@@ -234,7 +243,7 @@ class TorchCollectives:
     def alloc_storage(self, buffer: Tensor) -> None:
         """Resize the storage back to what the buffer's elements need."""
         storage = buffer.untyped_storage()
-        needed_bytes = (buffer.storage_offset() + buffer.numel()) * buffer.element_size()
+        needed_bytes = (cast("int", buffer.storage_offset()) + buffer.numel()) * buffer.element_size()
         if storage.nbytes() != needed_bytes:
             storage.resize_(needed_bytes)
 
@@ -310,9 +319,7 @@ class TorchCollectives:
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
         """See `Collectives.all_to_all`."""
         call = self._begin("all_to_all", label, input)
-        return self._start(
-            call, lambda: compat.all_to_all_flat(self._raw(output), self._raw(input), group=self._group)
-        )
+        return self._start(call, lambda: compat.all_to_all_flat(self._raw(output), self._raw(input), group=self._group))
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.broadcast`."""

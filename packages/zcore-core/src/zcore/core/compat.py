@@ -10,14 +10,19 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-__all__ = ["all_gather_flat", "all_to_all_flat", "in_backward", "queue_backward_callback", "reduce_scatter_flat", "tree_leaves"]
+__all__ = [
+    "all_gather_flat",
+    "all_to_all_flat",
+    "in_backward",
+    "queue_backward_callback",
+    "reduce_scatter_flat",
+    "tree_leaves",
+]
 
 
 def _first(*names: str) -> Callable[..., dist.Work | None]:
     """The first of `names` that this torch has."""
-    return cast(
-        "Callable[..., dist.Work | None]", next(getattr(dist, name) for name in names if hasattr(dist, name))
-    )
+    return cast("Callable[..., dist.Work | None]", next(getattr(dist, name) for name in names if hasattr(dist, name)))
 
 
 def all_gather_flat(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup) -> dist.Work | None:
@@ -38,7 +43,7 @@ def all_to_all_flat(output: torch.Tensor, input: torch.Tensor, *, group: dist.Pr
 
 def queue_backward_callback(callback: Callable[[], None]) -> None:
     """Run `callback` when the backward pass now running has computed its last gradient."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]  # private in torch
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # private in torch
 
 
 def tree_leaves(value: object) -> list[object]:

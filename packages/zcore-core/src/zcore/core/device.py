@@ -6,6 +6,7 @@ The same program runs on both; CUDA adds speed, not semantics. A device is chose
 import os
 import resource
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def choose_device(environ: Mapping[str, str] = os.environ) -> torch.device:
 
 def backend_for(device: torch.device) -> str:
     """The torch.distributed backend that moves tensors of `device`."""
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def device_in_use_bytes(device: torch.device) -> int:
@@ -30,8 +31,8 @@ def device_in_use_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
-        with open("/proc/self/statm", encoding="ascii") as statm:
-            return int(statm.read().split()[1]) * resource.getpagesize()
+        resident_pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+        return int(resident_pages) * resource.getpagesize()
     except FileNotFoundError:  # not Linux: the peak is the nearest figure that the standard library has
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -1,6 +1,7 @@
 """Named axes over torch's DeviceMesh: which ranks work on what together.
 
-    axis          outermost first; neighbours in the innermost axis are neighbours in rank
+The axes, outermost first; neighbours in the innermost axis are neighbours in rank:
+
     pp            pipeline stages
     dp_replicate  copies of the sharded state   } hybrid sharding: a shard lives in one dp_shard group and is
     dp_shard      ranks that share one state    } copied along dp_replicate. Plain sharding has `dp` instead.
@@ -41,8 +42,8 @@ def plan_mesh(sizes: dict[str, int], *, world_size: int) -> dict[str, int]:
         ordered[axis] = max(1, world_size // prod(size for size in ordered.values() if size != -1))
     if prod(ordered.values()) != world_size:
         raise MeshError(
-            f"A mesh of {ordered} has {prod(ordered.values())} ranks, but this run has {world_size}. Change one axis to "
-            "-1 to have it filled in, or start as many processes as the mesh has ranks."
+            f"A mesh of {ordered} has {prod(ordered.values())} ranks, but this run has {world_size}. Change one axis "
+            "to -1 to have it filled in, or start as many processes as the mesh has ranks."
         )
     return ordered
 
@@ -103,8 +104,8 @@ def twin_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
     """
     dim = (mesh.mesh_dim_names or ()).index(axis)
     rows: list[list[int]] = mesh.mesh.movedim(dim, -1).reshape(-1, mesh.mesh.size(dim)).tolist()
+    group: dist.ProcessGroup | None
     group, _ = dist.new_subgroups_by_enumeration(rows)
     if group is None:
         raise MeshError(f"Rank {dist.get_rank()} is not part of the mesh {mesh}; build the mesh over all ranks.")
     return group
-

@@ -1,4 +1,4 @@
-"""Do all ranks build the same thing? Asked once at the start by a digest, so that a difference is an error, not a hang."""
+"""Do all ranks build the same thing? Asked once at the start by a digest, so a difference is an error, not a hang."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from torch import Tensor
 from zcore.core.collectives import Collectives
 from zcore.core.errors import MismatchError
 
-__all__ = ["check_agreement"]
+__all__ = ["Plain", "check_agreement"]
 
 Plain = str | int | float | bool | None | list["Plain"] | dict[str, "Plain"]
 
@@ -32,10 +32,10 @@ def check_agreement(facts: dict[str, Plain], *, collectives: Collectives, device
     facts_of = _gather_texts(text, collectives, device)
     path, first, second = next(_differences(json.loads(facts_of[0]), json.loads(facts_of[others[0]]), path=""))
     raise MismatchError(
-        f"Ranks {others} do not build what rank 0 builds. First difference, between rank 0 and rank {others[0]}: {path} is "
-        f"{first!r} on rank 0 and {second!r} on rank {others[0]}. Every rank has to construct the same model from the same "
-        "config; look for code that depends on the rank, an uneven checkout, or a config file that differs between hosts. "
-        f"(This is global rank {dist.get_rank()}.)"
+        f"Ranks {others} do not build what rank 0 builds. First difference, between rank 0 and rank {others[0]}: "
+        f"{path} is {first!r} on rank 0 and {second!r} on rank {others[0]}. Every rank has to construct the same model "
+        "from the same config; look for code that depends on the rank, an uneven checkout, or a config file that "
+        f"differs between hosts. (This is global rank {dist.get_rank()}.)"
     )
 
 

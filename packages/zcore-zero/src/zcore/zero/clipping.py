@@ -1,9 +1,9 @@
 """The global norm of the gradients and clipping by it, equal on every rank and bit-equal in every row of the table.
 
-Each bucket is cut into as many slices as there are data ranks, whatever is sharded. A rank sums the squares of one slice of
-each bucket, in fp32; the sums of slices are exchanged and added up in fp64, in order of slice. So the work is shared, and
-neither what a rank owns nor who computed a slice changes a bit of the result (section 5 of the ZeRO paper needs the same
-norm on every rank; arXiv 1910.02054).
+Each bucket is cut into as many slices as there are data ranks, whatever is sharded. A rank sums the squares of one
+slice of each bucket, in fp32; the sums of slices are exchanged and added up in fp64, in order of slice. So the work is
+shared, and neither what a rank owns nor who computed a slice changes a bit of the result (section 5 of the ZeRO paper
+needs the same norm on every rank; arXiv 1910.02054).
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ def squared_norm(tensor: Tensor) -> Tensor:
     """The sum of squares of a flat floating-point tensor: one fp32 element, accumulated in fp32."""
     if tensor.dtype is torch.float64:
         return tensor.square().sum()
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32)
+    return norm.square()
 
 
 def global_norm(

@@ -1,8 +1,8 @@
 """Construct a model on meta and compute each parameter later, one at a time, with the values plain torch would give.
 
-Inside `deferred_init()` a parameter takes no memory. Every operation that makes or edits a tensor is run on meta for its
-shapes, and kept with the state of the random generator, which moves on as if the operation had run. `materialize` then
-replays what one tensor depends on, whenever and in whichever order it is asked:
+Inside `deferred_init()` a parameter takes no memory. Every operation that makes or edits a tensor is run on meta for
+its shapes, and kept with the state of the random generator, which moves on as if the operation had run. `materialize`
+then replays what one tensor depends on, whenever and in whichever order it is asked:
 
     record   w = empty(1000, 1000)       meta; no values
              w.uniform_(-k, k)           keep the generator's state, draw 1,000,000 numbers into scratch, drop them
@@ -79,7 +79,7 @@ class Recording(TorchDispatchMode):
     """The operations of one construction. Entered as a mode it records; afterwards it materialises."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own is not annotated
         self._operations: list[_Operation] = []
         self._writers: list[list[int]] = []  # per storage: the operations that make or edit it
         self._devices: list[torch.device] = []  # per storage: where it will be
@@ -166,9 +166,9 @@ class Recording(TorchDispatchMode):
         written = {self._ref(each).storage for each in (*made, *writes) if self.owns(each)}
         overwritten = None
         if len(writes) == 1 and func._schema.name.partition("::")[2] in OVERWRITES and self.owns(writes[0]):
-            target = writes[0]
-            if target.numel() * target.element_size() == target.untyped_storage().nbytes():
-                overwritten = self._ref(target).storage
+            edited = writes[0]
+            if edited.numel() * edited.element_size() == edited.untyped_storage().nbytes():
+                overwritten = self._ref(edited).storage
         for storage_index in written:
             self._writers[storage_index].append(len(self._operations))
         self._operations.append(
@@ -243,7 +243,10 @@ class Recording(TorchDispatchMode):
 
 
 class _Poised(TorchFunctionMode):
-    """Lets a tensor without values answer like the one it will be: torch's initialisers skip what says it is on meta."""
+    """Lets a tensor without values answer like the one it will be.
+
+    Needed because torch's initialisers skip what says that it is on meta.
+    """
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()
@@ -308,6 +311,7 @@ def recording_of(module: nn.Module, tensor: Tensor, name: str) -> Recording:
         if isinstance(recording, Recording) and recording.owns(tensor):
             return recording
     raise StateError(
-        f"{name} is on the meta device, but was not constructed inside `zero.Init`, so its values are unknown. Construct "
-        "the model inside `with zero.Init():` instead of `with torch.device('meta'):`, or give it values first."
+        f"{name} is on the meta device, but was not constructed inside `zero.Init`, so its values are "
+        "unknown. Construct the model inside `with zero.Init():` instead of `with torch.device('meta'):`, or "
+        "give it values first."
     )

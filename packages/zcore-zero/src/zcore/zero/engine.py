@@ -1,11 +1,11 @@
-"""The engine: a config, a sharded model, an optimizer and a schedule, stepped together. A thin layer over `Sharding`."""
+"""The engine: a config, a sharded model, an optimizer and a schedule, stepped together; a thin layer on `Sharding`."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,19 +65,20 @@ class Engine:
 
         Raises StateError if the loss has no graph or is not one number.
         """
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        given = cast("object", loss)  # a training loop that is not type-checked may pass anything
+        if not isinstance(given, Tensor) or given.numel() != 1 or not given.requires_grad:
+            found = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
             raise StateError(
-                f"backward() needs one number that the model's parameters lead to, and got {found}"
-                f"{'' if not isinstance(loss, Tensor) or loss.requires_grad else ' without a graph'}. Reduce the loss with "
-                ".mean(), and compute it outside torch.no_grad()."
+                "backward() needs one number that the model's parameters lead to, and got "
+                f"{found}{'' if not isinstance(given, Tensor) or given.requires_grad else ' without a graph'}. Reduce "
+                "the loss with .mean(), and compute it outside torch.no_grad()."
             )
         last = self.is_gradient_accumulation_boundary()
         reduces_always = self.sharding.row.gradients is Placement.SHARD
         reduces = (last or reduces_always) and not self._is_held_back
         self.sharding.reduce_gradients(reduces)
         self.sharding.reducer.note_loss(loss)
-        (loss / self._accumulation_steps).backward()  # type: ignore[no-untyped-call]  # torch's own is not annotated
+        (loss / self._accumulation_steps).backward()
         self._num_backwards += 1
         self._has_synced = reduces
         return loss
@@ -96,8 +97,8 @@ class Engine:
         is_boundary = self.is_gradient_accumulation_boundary()
         if is_boundary and not self._has_synced:
             raise StateError(
-                "The last backward of this step ran inside no_sync(), so its gradients were not reduced. Leave no_sync() "
-                "before the backward of the last micro-batch."
+                "The last backward of this step ran inside no_sync(), so its gradients were not reduced. Leave "
+                "no_sync() before the backward of the last micro-batch."
             )
         self._num_backwards = 0
         self.micro_steps += 1
@@ -126,9 +127,9 @@ class Engine:
         self.skipped_steps += 1
         what = f"the loss was not finite on data ranks {list(bad)}" if bad else f"the norm of the gradients is {norm}"
         raise NonFiniteError(
-            f"In optimizer step {self.global_steps + 1}, {what}. The step was not taken: parameters and optimizer states are "
-            "as before it, and its gradients are dropped. Look at the data of this step, lower the learning rate or set "
-            "gradient_clipping; to go on with the next batch, catch zcore.core.errors.NonFiniteError."
+            f"In optimizer step {self.global_steps + 1}, {what}. The step was not taken: parameters and optimizer "
+            "states are as before it, and its gradients are dropped. Look at the data of this step, lower the learning "
+            "rate or set gradient_clipping; to go on with the next batch, catch zcore.core.errors.NonFiniteError."
         )
 
     def _print_step(self) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LRScheduler
 
+from zcore.core.collectives import choose_collectives
 from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import ConfigError
 from zcore.core.mesh import build_mesh, data_parallel
@@ -55,15 +56,16 @@ def init_distributed(*, timeout_s: float = 300.0) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend_for(device), timeout=timeout)
     else:
-        dist.init_process_group(backend_for(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but torch's types do not export it
+        dist.init_process_group(backend_for(device), store=store, rank=0, world_size=1, timeout=timeout)
 
 
 @contextmanager
-def Init(config: ConfigSource | None = None, *, enabled: bool = True) -> Generator[None]:  # noqa: N802  # the field's name
+def Init(config: ConfigSource | None = None, *, enabled: bool = True) -> Generator[None]:  # the field's name
     """Models constructed inside take no memory; `initialize` or `shard` computes this rank's part of each parameter.
 
-    Values are those that plain construction would give, bit for bit, whatever the constructor does to them. A config given
-    here is checked at once, before a large model is built.
+    Values are those that plain construction would give, bit for bit, whatever the constructor does to them. A config
+    given here is checked at once, before a large model is built.
     """
     if config is not None:
         TrainingConfig.read(config)
@@ -85,11 +87,11 @@ def initialize(
 ) -> Engine:
     """Shard `model` as `config` says and return its engine; every rank calls it.
 
-    config: path of a JSON or YAML file, dict, or TrainingConfig. optimizer: an element-wise torch optimizer, its class, or a
-    function from parameter groups to it; else the config's; None in both trains nothing. lr_scheduler: a schedule on that
-    optimizer, or a function from the optimizer to it; else the config's. model_parameters: parameters or groups as torch
-    takes them; by default all that are trainable. mesh: with axis `dp`, or `dp_replicate` and `dp_shard` for hybrid
-    sharding; by default all ranks.
+    config: path of a JSON or YAML file, dict, or TrainingConfig. optimizer: an element-wise torch optimizer, its class,
+    or a function from parameter groups to it; else the config's; None in both trains nothing. lr_scheduler: a schedule
+    on that optimizer, or a function from the optimizer to it; else the config's. model_parameters: parameters or groups
+    as torch takes them; by default all that are trainable. mesh: with axis `dp`, or `dp_replicate` and `dp_shard` for
+    hybrid sharding; by default all ranks.
 
     Raises ConfigError, MeshError, and MismatchError on every rank where ranks differ.
     """
@@ -99,6 +101,7 @@ def initialize(
     if lr_scheduler is not None and raw.scheduler is not None:
         raise ConfigError("A learning-rate schedule was passed and the config has one, too. Leave one of them out.")
     init_distributed()
+    _agree_on_config(raw)  # before the mesh: groups cut in different ways would wait for each other
     mesh = mesh or _mesh_for(raw.zero_optimization)
     settings = raw.settle(dp_size=data_parallel(mesh).size)
     _warn_of_no_effect(raw.zero_optimization)
@@ -111,7 +114,6 @@ def initialize(
     else:
         groups = name_groups(model_parameters, model)
     sharding = Sharding(model, mesh, zero_stage=settings.zero_optimization.stage, options=_options(settings))
-    check_agreement({"config": settings.to_dict()}, collectives=sharding.groups.gather, device=sharding.device)
     built = None
     if source is not None:
         built = build_optimizer(source, groups, sharding.fragments, device=sharding.device)
@@ -123,6 +125,14 @@ def initialize(
         assert built is not None
         schedule = build_scheduler(settings.scheduler.type, settings.scheduler.params, built)
     return Engine(model, sharding, optimizer=built, lr_scheduler=schedule, config=settings)
+
+
+def _agree_on_config(config: TrainingConfig) -> None:
+    world = dist.group.WORLD
+    assert world is not None
+    check_agreement(
+        {"config": config.to_dict()}, collectives=choose_collectives(world, name="world"), device=choose_device()
+    )
 
 
 def _mesh_for(zero: ZeroOptimization) -> DeviceMesh:

@@ -46,8 +46,9 @@ def name_groups(groups: ParamGroups | None, model: nn.Module) -> GroupsByName:
         params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         if strangers := [tuple(param.shape) for param in params if id(param) not in names]:
             raise ConfigError(
-                f"{len(strangers)} parameters in the optimizer's groups are not parameters of the model, the first of shape "
-                f"{strangers[0]}. Build the groups from the very model that is passed, after its last change of parameters."
+                f"{len(strangers)} parameters in the optimizer's groups are not parameters of the model, the "
+                f"first of shape {strangers[0]}. Build the groups from the very model that is passed, after its "
+                "last change of parameters."
             )
         fqns = [names[id(param)] for param in params]
         if twice := sorted(seen & set(fqns)):
@@ -100,7 +101,7 @@ def build_optimizer(
     return source(with_fragments)
 
 
-def _build_by_name(choice: Choice, groups: Sequence[Mapping[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
     params = dict(choice.params)
     name = choice.type
     params.pop("torch_adam", None)  # which implementation: there is one here

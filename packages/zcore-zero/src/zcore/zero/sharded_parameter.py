@@ -1,8 +1,8 @@
-"""What is registered on a module while its parameters are sharded: this rank's fragment, which knows what it is part of.
+"""What a module has registered while its parameters are sharded: this rank's fragment, which knows what it is part of.
 
-An optimizer steps it like any parameter. In a forward it stands for the whole: whoever uses it there, outside the module
-that owns it, has it gathered (a weight that one module borrows from another just works). Used anywhere else, where a
-fragment would give a wrong result or a puzzling shape error, it refuses by name.
+An optimizer steps it like any parameter. In a forward it stands for the whole: whoever uses it there, outside the
+module that owns it, has it gathered (a weight that one module borrows from another just works). Used anywhere else,
+where a fragment would give a wrong result or a puzzling shape error, it refuses by name.
 """
 
 import weakref
@@ -28,6 +28,7 @@ METADATA = frozenset(
     | {Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.get_device}
     | {Tensor.requires_grad_, Tensor.untyped_storage, Tensor.data_ptr, Tensor.__format__}
 )
+DATA_SET = Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor at run time
 VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 
 
@@ -57,7 +58,7 @@ class ShardedParameter(nn.Parameter):
     fqn: str
     full_shape: tuple[int, ...]
     full_start: int  # where the fragment begins in the flattened parameter
-    index: int  # in its bucket
+    index: int  # type: ignore[assignment]  # in its bucket; hides a method that torch has for named dims
     _owner: "weakref.ref[ParameterOwner]"  # weak: the bucket owns the fragment
 
     @classmethod
@@ -99,6 +100,11 @@ class ShardedParameter(nn.Parameter):
             first = _first_sharded(args, kwargs)
             if first is None or first.owner is None:
                 return func(*args, **kwargs)
+            if func == DATA_SET:
+                raise StateError(
+                    f"{first.fqn} is sharded, and its .data was to be replaced, as model.to(), .half() or an assignment do. "
+                    "Cast and move the model before sharding; copy values into place with `zero.GatheredParameters`."
+                )
             if first.owner.may_gather() or first.owner.is_available():
                 return _call_on_whole(func, args, kwargs)
             if _wants_values(func) and (torch.is_grad_enabled() or func in COMPUTE):
@@ -121,8 +127,8 @@ class ShardedGradient(Tensor):
         if func in (torch.linalg.vector_norm, torch.norm, torch._foreach_norm, Tensor.norm):
             raise StateError(
                 "A norm was asked of one rank's gradient fragments, and would differ from rank to rank. Use "
-                "`zero.clip_grad_norm_(model, max_norm)`, or the `gradient_clipping` setting of the engine; for your own "
-                "arithmetic on the local values take `grad.as_subclass(torch.Tensor)`."
+                "`zero.clip_grad_norm_(model, max_norm)`, or the `gradient_clipping` setting of the engine; for your "
+                "own arithmetic on the local values take `grad.as_subclass(torch.Tensor)`."
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -166,8 +172,8 @@ def _call_on_whole(func: Callable[..., object], args: Sequence[object], kwargs: 
 
 def _outside_forward(param: ShardedParameter, func: Callable[..., object]) -> str:
     return (
-        f"{param.fqn} (shape {param.full_shape}) is sharded, and `{func.__name__}` was called on it outside the model's "
-        "forward, where this rank holds a fragment only. Use it inside the forward of the sharded model; or read and edit "
-        "it inside `with zero.GatheredParameters([param], modifier_rank=...)`; or look at the local fragment with "
-        "`param.detach()`."
+        f"{param.fqn} (shape {param.full_shape}) is sharded, and `{func.__name__}` was called on it outside the "
+        "model's forward, where this rank holds a fragment only. Use it inside the forward of the sharded model; "
+        "or read and edit it inside `with zero.GatheredParameters([param], modifier_rank=...)`; or look at the "
+        "local fragment with `param.detach()`."
     )

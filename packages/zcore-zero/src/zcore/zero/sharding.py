@@ -15,7 +15,7 @@ from zcore.core.collectives import choose_collectives
 from zcore.core.errors import LayoutError, StateError
 from zcore.core.mesh import DataParallel, data_parallel, twin_group
 from zcore.zero import clipping
-from zcore.zero.agreement import check_agreement
+from zcore.zero.agreement import Plain, check_agreement
 from zcore.zero.bucket import Bucket
 from zcore.zero.buffer import DataParallelGroups, Ledger
 from zcore.zero.deferred import TAG, recording_of
@@ -56,9 +56,9 @@ class Sharding:
         self.dp: DataParallel = data_parallel(mesh)
         self.zero_stage = zero_stage
         self.row: Row = row_for(zero_stage, shard_size=self.dp.shard_size)
-        self.device = torch.device(
-            mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None
-        )
+        self.device = torch.device(mesh.device_type)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.groups = _open_groups(mesh, self.dp)
         self.ledger = Ledger()
         self.mesh = mesh
@@ -68,7 +68,8 @@ class Sharding:
             find_units(model, parameters),
             num_slices=self.dp.size,
             bucket_numel=options.bucket_numel,
-            small_numel=options.small_numel,  # in every row: the cut, and with it each bit, must not depend on the stage
+            # In every row: the cut, and with it each bit, must not depend on the stage.
+            small_numel=options.small_numel,
             small_total_numel=options.small_total_numel,
         )
         self._agree(model, plans)
@@ -97,7 +98,7 @@ class Sharding:
         model.__dict__[HANDLE] = self
 
     def _agree(self, model: nn.Module, plans: tuple[BucketPlan, ...]) -> None:
-        facts = {
+        facts: dict[str, Plain] = {
             "ZeRO stage": self.zero_stage,
             "torch": torch.__version__,
             "number of parameters": len(list(model.parameters())),
@@ -191,9 +192,10 @@ class Sharding:
 def shard(model: nn.Module, mesh: DeviceMesh, *, stage: int = 3, options: ShardingOptions | None = None) -> nn.Module:
     """Shard `model` in place over the data-parallel axes of `mesh` and return it; every rank calls it.
 
-    Its parameters become this rank's fragments, to be passed to any element-wise `torch.optim` class; training is torch's
-    usual loop. Gradients are averaged over all data ranks at the end of each backward; inside `no_sync(model)` they only
-    accumulate. Clip with `zero.clip_grad_norm_`. `stage` is a row of the placement table (see `placement.py`).
+    Its parameters become this rank's fragments, to be passed to any element-wise `torch.optim` class;
+    training is torch's usual loop. Gradients are averaged over all data ranks at the end of each backward;
+    inside `no_sync(model)` they only accumulate. Clip with `zero.clip_grad_norm_`. `stage` is a row of the
+    placement table (see `placement.py`).
 
     Raises MismatchError where ranks differ, LayoutError for a model that is sharded already, ConfigError for the stage.
     """
@@ -289,8 +291,9 @@ def _note_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     if not prefix:
         raise StateError(
-            "state_dict() of a sharded model would hold this rank's fragments. Call `engine.consolidated_state_dict()` on "
-            "every rank for the whole weights, or `zero.consolidated_state_dict(model)` without an engine."
+            "state_dict() of a sharded model would hold this rank's fragments. Call "
+            "`engine.consolidated_state_dict()` on every rank for the whole weights, or "
+            "`zero.consolidated_state_dict(model)` without an engine."
         )
 
 

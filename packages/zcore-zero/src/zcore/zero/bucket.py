@@ -63,7 +63,7 @@ class BucketHost(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BucketParam:
-    """One parameter of a bucket: the whole as the modules compute with it, and the fragment as the optimizer sees it."""
+    """One parameter of a bucket: the whole that the modules compute with, and the fragment that the optimizer sees."""
 
     full: nn.Parameter
     shard: ShardedParameter
@@ -74,6 +74,18 @@ class BucketParam:
         """The fragment's `.grad`, whatever the fragment stands for right now."""
         with torch._C.DisableTorchFunctionSubclass():
             self.shard.grad = grad.as_subclass(ShardedGradient) if grad is not None else None
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the fragment has a `.grad`."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.shard.grad is not None
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the fragment requires a gradient now; users may freeze it between steps."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.shard.requires_grad
 
     def register(self, param: nn.Parameter) -> None:
         """Put `param` at every place of the model where this parameter belongs."""
@@ -138,9 +150,9 @@ class Bucket:
     def _move(self, target: ParamState) -> None:
         if target not in MOVES[self.state]:
             raise StateError(
-                f"Bucket {self.plan.name!r} is {self.state.name} and cannot become {target.name}; from there it can only "
-                f"become {', '.join(sorted(each.name for each in MOVES[self.state]))}. This is a fault in zcore: please "
-                "report it with the model."
+                f"Bucket {self.plan.name!r} is {self.state.name} and cannot become {target.name}; from there it can "
+                f"only become {', '.join(sorted(each.name for each in MOVES[self.state]))}. This is a fault in zcore: "
+                "please report it with the model."
             )
         self.state = target
 
@@ -197,6 +209,14 @@ class Bucket:
     def _make_available(self) -> None:
         self._move(ParamState.AVAILABLE)
         for param in self.params:
+            trains = param.is_trainable
+            if trains and self.gradients is None:
+                raise StateError(
+                    f"{param.shard.fqn} was frozen when the model was sharded and is to be trained now, but its bucket "
+                    "has no gradients. Set requires_grad before sharding; freezing later is fine."
+                )
+            if trains != param.full.requires_grad:
+                param.full.requires_grad_(trains)
             param.register(param.full)
 
     def reshard(self) -> None:
@@ -218,6 +238,19 @@ class Bucket:
             part = param.fragment
             grad = reduced[part.offset : part.offset + part.numel] if is_used else None
             param.set_gradient(grad)
+
+    def take_dropped(self) -> list[int]:
+        """The parameters whose `.grad` the user has set to None, as `zero_grad` does; their gradients are zero again."""
+        if self.gradients is None or self.gradients.reduced is None:
+            return []
+        dropped = [index for index, param in enumerate(self.params) if not param.has_gradient]
+        if len(dropped) == len(self.params):
+            self.gradients.clear()
+        else:
+            for index in dropped:
+                part = self.params[index].fragment
+                self.gradients.reduced[part.offset : part.offset + part.numel].zero_()
+        return dropped
 
     def clear_gradients(self) -> None:
         """Forget the gradients of fragments and buffers."""

@@ -1,10 +1,10 @@
 """The memory of one bucket: allocated, freed and handed to collectives here and nowhere else.
 
-                      |p0        |p1            |p2  |--|    one layout, in elements (see layout.py)
-    gathered          [whole bucket, compute dtype]          parameters are views of it; all-gather writes straight into it
-    master            [owned slices, master dtype]           what the optimizer steps; fragments are views of it
-    gradients.full    [whole bucket, master dtype]           where gradients accumulate and are reduced from
-    gradients.reduced [owned slices, master dtype]           the mean gradient of the owned slices
+                      |p0        |p1           |p2 |--|  one layout, in elements (see layout.py)
+    gathered          [whole bucket, compute dtype]      parameters are views of it; all-gather writes straight into it
+    master            [owned slices, master dtype]       what the optimizer steps; fragments are views of it
+    gradients.full    [whole bucket, master dtype]       where gradients accumulate and are reduced from
+    gradients.reduced [owned slices, master dtype]       the mean gradient of the owned slices
 
 Where a row keeps something WHOLE, the owned part is the own slot of the whole, so it costs no second copy: `master` in
 `gathered` (equal dtypes), `reduced` in `full`. What is SHARD lives as long as it is used.
@@ -34,7 +34,10 @@ class BucketDtypes:
 
 @dataclass(frozen=True, slots=True)
 class DataParallelGroups:
-    """The collectives of the data-parallel axes. Gathers and reductions have a group each: neither waits for the other."""
+    """The collectives of the data-parallel axes.
+
+    Gathers and reductions have a group each: neither waits for the other.
+    """
 
     gather: Collectives  # dp or dp_shard
     reduce: Collectives  # the same ranks

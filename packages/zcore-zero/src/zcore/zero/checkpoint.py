@@ -1,11 +1,11 @@
 """Save and load a run: each rank its own fragments, safetensors and JSON only, committed as a whole or not at all.
 
     directory/
-      latest                         the tag of the newest complete checkpoint
-      global_step120/                appears by one rename, after every rank has written and flushed its files
-        manifest.json                format, world, stage, plan, and each file's size and SHA-256
-        rank_00000.safetensors       master/<parameter>, optimizer/<parameter>/<state>, buffer/<name>, random/<generator>
-        rank_00000.json              groups, schedule, counters, client state: what is not a tensor
+      latest                      the tag of the newest complete checkpoint
+      global_step120/             appears by one rename, after every rank has written and flushed its files
+        manifest.json             format, world, stage, plan, and each file's size and SHA-256
+        rank_00000.safetensors    master/<parameter>, optimizer/<parameter>/<state>, buffer/<name>, random/<generator>
+        rank_00000.json           groups, schedule, counters, client state: what is not a tensor
 
 A checkpoint loads into the same model, stage and number of ranks, and goes on bit for bit.
 """
@@ -103,8 +103,8 @@ def load(directory: str | Path, tag: str | None, run: RunState) -> dict[str, Any
         for name in (f"{stem}.safetensors", f"{stem}.json"):
             if manifest["files"].get(name) != _fingerprint(folder / name):
                 raise CheckpointError(
-                    f"{folder / name} is not what was saved: its size or SHA-256 differs from the manifest. The file was "
-                    "changed or cut; restore it from a copy, or load an earlier tag."
+                    f"{folder / name} is not what was saved: its size or SHA-256 differs from the manifest. The file "
+                    "was changed or cut; restore it from a copy, or load an earlier tag."
                 )
         tensors = load_file(folder / f"{stem}.safetensors")
         plain = _read_json(folder / f"{stem}.json")
@@ -222,8 +222,8 @@ def _compare(manifest: Mapping[str, Any], facts: Mapping[str, Any], folder: Path
     for fact, here in facts.items():
         if manifest.get(fact) != here:
             raise CheckpointError(
-                f"{folder} was saved with {fact} {manifest.get(fact)!r}, and this run has {here!r}. A checkpoint loads into "
-                "the same model, stage, bucket settings and number of ranks; start the run as it was."
+                f"{folder} was saved with {fact} {manifest.get(fact)!r}, and this run has {here!r}. A checkpoint loads "
+                "into the same model, stage, bucket settings and number of ranks; start the run as it was."
             )
 
 

@@ -33,26 +33,24 @@ class ZeroOptimization(Config):
     """What is sharded, and how far ahead and in which pieces it moves. Sizes are in elements, not bytes."""
 
     stage: Literal[0, 1, 2, 3] = 0
-    mics_shard_size: int = (
-        -1
-    )  # ranks that share one copy of the states; -1: all. More than one such group is hybrid sharding
+    # Ranks that share one copy of the states; -1: all. More than one such group is hybrid sharding.
+    mics_shard_size: int = -1
     reduce_bucket_size: PositiveInt | Auto = 500_000_000  # a block larger than this is gathered and reduced in pieces
     allgather_bucket_size: PositiveInt | Auto = 500_000_000  # the same pieces: the smaller of the two counts
     overlap_comm: bool | Auto = True  # False waits for each collective where it starts
     stage3_prefetch_bucket_size: NonNegativeInt | Auto | None = None  # null: one bucket ahead; DeepSpeed has 5e7
     stage3_max_live_parameters: NonNegativeInt | Auto = 1_000_000_000
     stage3_max_reuse_distance: NonNegativeInt | Auto = 1_000_000_000  # within one pass; DeepSpeed counts across passes
-    stage3_param_persistence_threshold: NonNegativeInt | Auto = 8_192  # norms and biases; DeepSpeed's 1e5 keeps whole
-    # matrices of a small model unsharded
+    # Norms and biases; DeepSpeed's 1e5 keeps whole matrices of a small model unsharded.
+    stage3_param_persistence_threshold: NonNegativeInt | Auto = 8_192
     stage3_model_persistence_threshold: NonNegativeInt | Auto = Field(default=2**63 - 1)
     contiguous_gradients: Literal[True] | Auto = True  # flat buffers are how gradients are kept here
     reduce_scatter: Literal[True] = True
     allgather_partitions: Literal[True] = True
     round_robin_gradients: Literal[False] = False
     sub_group_size: PositiveInt | Auto = 1_000_000_000_000  # without offload the step is one pass whatever this says
-    stage3_gather_16bit_weights_on_model_save: bool | Auto = (
-        False  # consolidated_state_dict() gathers when it is called
-    )
+    # consolidated_state_dict() gathers when it is called.
+    stage3_gather_16bit_weights_on_model_save: bool | Auto = False
 
     known_unserved: ClassVar[Mapping[str, str]] = {
         "offload_optimizer": "States stay on the device; leave the section out.",
@@ -164,9 +162,9 @@ def plan_batch(
     if micro * steps * dp_size != train_batch_size or micro < 1:
         raise ConfigError(
             f"train_batch_size is {train_batch_size}, but train_micro_batch_size_per_gpu {micro} x "
-            f"gradient_accumulation_steps {steps} x {dp_size} data-parallel ranks is {micro * steps * dp_size}. Change one "
-            "so that the product is right, or leave one out and it is worked out; a train_batch_size must be a multiple of "
-            "the number of ranks."
+            f"gradient_accumulation_steps {steps} x {dp_size} data-parallel ranks is {micro * steps * dp_size}. Change "
+            "one so that the product is right, or leave one out and it is worked out; a train_batch_size must be a "
+            "multiple of the number of ranks."
         )
     return BatchSizes(train_batch_size, micro, steps)
 

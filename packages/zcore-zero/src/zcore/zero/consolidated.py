@@ -11,8 +11,8 @@ __all__ = ["consolidated_state_dict"]
 def consolidated_state_dict(model: nn.Module, *, rank: int | None = 0) -> dict[str, Tensor]:
     """Whole parameters and persistent buffers on the CPU by name, tied names included; every rank calls it.
 
-    The values are the master weights, in the dtype the model was built in. Only data-parallel rank `rank` gets them, the
-    others an empty dict; None gives them to every rank. One bucket is gathered at a time.
+    The values are the master weights, in the dtype the model was built in. Only data-parallel rank `rank` gets them,
+    the others an empty dict; None gives them to every rank. One bucket is gathered at a time.
     """
     sharding = sharding_of(model)
     dp = sharding.dp

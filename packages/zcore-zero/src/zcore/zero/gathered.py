@@ -17,9 +17,9 @@ __all__ = ["GatheredParameters"]
 class GatheredParameters:
     """`with GatheredParameters(params, modifier_rank=0) as full:` - inside, the parameters are whole on every rank.
 
-    `params` is a parameter or several, as the model has them; `full` holds the whole ones, and the model's attributes are
-    whole too. With `modifier_rank`, what that data-parallel rank has written is sent to all and kept on leaving; without,
-    changes are dropped. Parameters that are not sharded pass through. Every rank enters and leaves.
+    `params` is a parameter or several, as the model has them; `full` holds the whole ones, and the model's attributes
+    are whole too. With `modifier_rank`, what that data-parallel rank has written is sent to all and kept on leaving;
+    without, changes are dropped. Parameters that are not sharded pass through. Every rank enters and leaves.
 
     Raises StateError for a parameter of `zero.Init` that has no values yet.
     """
@@ -31,9 +31,8 @@ class GatheredParameters:
         self._modifier_rank = modifier_rank
         self._enabled = enabled
         self._buckets: dict[int, tuple[Bucket, Conductor]] = {}
-        self._before: dict[
-            tuple[int, int], Tensor
-        ] = {}  # to tell what was edited, where master and compute dtype differ
+        # To tell what was edited, where master and compute dtype differ.
+        self._before: dict[tuple[int, int], Tensor] = {}
 
     def __enter__(self) -> tuple[Tensor, ...]:
         """Gather, bucket by bucket in the order of the plan."""
@@ -48,8 +47,8 @@ class GatheredParameters:
                 self._buckets[bucket.index] = bucket, conductor
             elif param.is_meta:
                 raise StateError(
-                    "A parameter constructed inside `zero.Init` has no values before `zero.initialize` or `zero.shard`. Edit "
-                    "it inside the `zero.Init` block, where edits are recorded, or after sharding."
+                    "A parameter constructed inside `zero.Init` has no values before `zero.initialize` or "
+                    "`zero.shard`. Edit it inside the `zero.Init` block, where edits are recorded, or after sharding."
                 )
         for index in sorted(self._buckets):
             bucket, conductor = self._buckets[index]

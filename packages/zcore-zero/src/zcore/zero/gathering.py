@@ -1,7 +1,8 @@
 """When buckets are gathered and released: on use, a little ahead of it, and no longer than needed.
 
-A bucket that a module has left is *idle*. It is released at the moment another bucket needs memory, so that the last one
-of a forward is still there when the backward begins with it, and modules in a row that share a bucket gather it once.
+A bucket that a module has left is *idle*. It is released at the moment another bucket needs memory, so that
+the last one of a forward is still there when the backward begins with it, and modules in a row that share a
+bucket gather it once.
 """
 
 import logging
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from zcore.zero.bucket import Bucket, ParamState
 from zcore.zero.trace import Pass, Trace, Use, plan_prefetch, returns_within
 
-__all__ = ["Gatherer", "GatherLimits"]
+__all__ = ["GatherLimits", "Gatherer"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,10 @@ class Gatherer:
         self._has_warned = False
 
     def begin(self, *, training: bool) -> None:
-        """A forward of the root module starts: expect the last such step's order, and refresh what is whole but stale."""
+        """A forward of the root module starts.
+
+        Expect the order of the last such step, and refresh what is whole but stale.
+        """
         self._trace = self._training if training else self._inference
         self._trace.begin()
         self._depth.clear()  # an exception may have left modules without their post-forward hook
@@ -54,7 +58,14 @@ class Gatherer:
                 bucket.gather()
 
     def enter(self, bucket: Bucket, during: Pass, *, module: str) -> bool:
-        """Make `bucket` AVAILABLE for a module that starts, and start what comes next; whether it is the outermost one."""
+        """Make `bucket` AVAILABLE for a module that starts, and start what comes next; True for the outermost module.
+
+        A recomputation inside a backward may stop in the middle of a module, so there entering and leaving do not
+        count: what is gathered then stays until `release` or `rest`.
+        """
+        if during is Pass.BACKWARD:
+            self.use(bucket, during, module=module)
+            return False
         self._depth[bucket.index] += 1
         if self._depth[bucket.index] > 1:
             return False
@@ -62,7 +73,9 @@ class Gatherer:
         return True
 
     def leave(self, bucket: Bucket, during: Pass) -> bool:
-        """A module is done with `bucket`; whether it was the outermost one."""
+        """A module is done with `bucket`; True if it was the outermost one."""
+        if during is Pass.BACKWARD:
+            return False
         self._depth[bucket.index] = max(0, self._depth[bucket.index] - 1)
         outermost = self._depth[bucket.index] == 0
         if outermost:
@@ -76,8 +89,8 @@ class Gatherer:
             if not self._trace.add(Use(bucket.index, during)) and not self._has_warned:
                 self._has_warned = True
                 logger.warning(
-                    "The order of modules changed: %s uses bucket %r where another was expected. Gathers of this step are "
-                    "no longer started ahead; results are not affected. Said once.",
+                    "The order of modules changed: %s uses bucket %r where another was expected. Gathers of this step "
+                    "are no longer started ahead; results are not affected. Said once.",
                     module or "the model",
                     bucket.plan.name,
                 )
@@ -91,9 +104,9 @@ class Gatherer:
 
     def let_go(self, bucket: Bucket, during: Pass) -> None:
         """`bucket` may be released when memory is needed. In a backward only `release` and `rest` say so."""
-        if during is Pass.FORWARD and bucket.is_transient and bucket.state is ParamState.AVAILABLE:
-            if not self._depth[bucket.index]:
-                self._idle[bucket.index] = during
+        is_held = bucket.is_transient and bucket.state is ParamState.AVAILABLE
+        if during is Pass.FORWARD and is_held and not self._depth[bucket.index]:
+            self._idle[bucket.index] = during
 
     def release(self, bucket: Bucket) -> None:
         """`bucket` will not be read again in this backward."""

@@ -1,10 +1,10 @@
 """The placement table: a ZeRO stage is a row that says what each rank holds of parameters, gradients, optimizer state.
 
-    dp (or dp_shard)   parameters   gradients   optimizer     what follows from the row
-    stage 0            WHOLE        WHOLE       WHOLE         all-reduce of gradients, once per optimizer step
-    stage 1            WHOLE        WHOLE       SHARD         reduce-scatter once per optimizer step, all-gather after it
-    stage 2            WHOLE        SHARD       SHARD         reduce-scatter in each backward, all-gather after the step
-    stage 3            SHARD        SHARD       SHARD         the same, and parameters are gathered around their use
+    dp (or dp_shard)    parameters  gradients  optimizer    what follows from the row
+    stage 0             WHOLE       WHOLE      WHOLE        all-reduce of gradients, once per optimizer step
+    stage 1             WHOLE       WHOLE      SHARD        reduce-scatter once per optimizer step, all-gather after it
+    stage 2             WHOLE       SHARD      SHARD        reduce-scatter in each backward, all-gather after the step
+    stage 3             SHARD       SHARD      SHARD        the same, and parameters are gathered around their use
 
 Along `dp_replicate` everything is WHOLE: hybrid sharding (HSDP, MiCS) is any row on a mesh that has that axis, with one
 more all-reduce of the gradient shards along it. Small parameters of stage 3 stay whole: they take the row of stage 2.
@@ -62,8 +62,9 @@ def row_for(zero_stage: int, *, shard_size: int) -> Row:
     """
     if zero_stage not in TABLE:
         raise ConfigError(
-            f"ZeRO stage {zero_stage!r} does not exist; expected 0 (nothing sharded), 1 (optimizer state), 2 (and "
-            "gradients) or 3 (and parameters). To shard inside a group only, pass a mesh with dp_replicate and dp_shard."
+            f"ZeRO stage {zero_stage!r} does not exist; expected 0 (nothing sharded), 1 (optimizer "
+            "state), 2 (and gradients) or 3 (and parameters). To shard inside a group only, pass a mesh "
+            "with dp_replicate and dp_shard."
         )
     return TABLE[zero_stage] if shard_size > 1 else TABLE[0]
 
@@ -80,9 +81,9 @@ def state_bytes(
 ) -> int:
     """Model-state bytes per rank, all `_bytes` per element (ZeRO, arXiv 1910.02054, sec. 3 and fig. 1).
 
-    `compute_bytes` is the parameter's, `master_bytes` that of the copy which is stepped and of its gradient (equal to the
-    parameter itself without mixed precision), `optimizer_bytes` the optimizer's own state. Sharded parameters keep no
-    low-precision copy of their own: it is cast from the master shard into the gathered buffer.
+    `compute_bytes` is the parameter's, `master_bytes` that of the copy which is stepped and of its gradient (equal to
+    the parameter itself without mixed precision), `optimizer_bytes` the optimizer's own state. Sharded parameters keep
+    no low-precision copy of their own: it is cast from the master shard into the gathered buffer.
 
     >>> state_bytes(TABLE[1], numel=1000, shard_size=4, compute_bytes=2, master_bytes=4, optimizer_bytes=8)
     9000

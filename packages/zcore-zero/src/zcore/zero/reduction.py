@@ -1,8 +1,9 @@
 """When gradients are reduced: each bucket as soon as its last gradient is there, in one order on every rank.
 
-The order is fixed so that ranks which leave different modules out still issue the same collectives: first the reverse of
-the plan, then the order that rank 0 saw in its first backward. At the end of a backward that reduces, ranks tell each other
-which parameters had a gradient anywhere: one that had none stays without, as in plain torch, and is not stepped.
+The order is fixed so that ranks which leave different modules out still issue the same collectives: first the
+reverse of the plan, then the order that rank 0 saw in its first backward. At the end of a backward that reduces,
+ranks tell each other which parameters had a gradient anywhere: one that had none stays without, as in plain torch,
+and is not stepped.
 """
 
 from collections import deque
@@ -49,12 +50,18 @@ class Reducer:
         self._inflight: deque[BucketGradients] = deque()
 
     def note_loss(self, loss: Tensor) -> None:
-        """Remember whether `loss` is finite, without waiting for the device; told to all ranks at the next reduction."""
+        """Remember whether `loss` is finite, without waiting for the device.
+
+        It is told to all ranks at the next reduction.
+        """
         is_bad = ~torch.isfinite(loss.detach()).all()
         self._is_loss_bad = is_bad if self._is_loss_bad is None else self._is_loss_bad | is_bad
 
     def begin(self) -> None:
-        """A backward starts."""
+        """A backward starts: what `zero_grad` dropped since the last one is forgotten here, too."""
+        for bucket in self._buckets:
+            for index in bucket.take_dropped():
+                self._used[bucket.index][index] = False
         self._remaining = {bucket.index: len(bucket.params) for bucket in self._buckets}
         self._ready.clear()
         self._next = 0

@@ -5,7 +5,7 @@
     |- LayoutError (ValueError)         parameters, buckets or ranks cannot be laid out as asked
     |- MeshError (ValueError)           the ranks do not form the mesh that was asked for
     |- NotInstalledError (ImportError)  a wheel or an extra is needed that is not there
-    |- StateError (RuntimeError)        a call out of order: a sharded parameter used outside forward, a step without backward
+    |- StateError (RuntimeError)        a call out of order, such as a step without a backward
     |- NonFiniteError (ArithmeticError) a loss or a gradient is NaN or infinite
     |- MismatchError (RuntimeError)     ranks disagree about model, config or the order of collectives
     |- CollectiveError (RuntimeError)   a collective failed or outlived its deadline: some rank died, hangs, or left

@@ -240,7 +240,7 @@ class Bucket:
             param.set_gradient(grad)
 
     def take_dropped(self) -> list[int]:
-        """The parameters whose `.grad` the user has set to None, as `zero_grad` does; their gradients are zero again."""
+        """The parameters whose `.grad` the user set to None, as `zero_grad` does; their gradients are zero again."""
         if self.gradients is None or self.gradients.reduced is None:
             return []
         dropped = [index for index, param in enumerate(self.params) if not param.has_gradient]

@@ -102,8 +102,8 @@ class ShardedParameter(nn.Parameter):
                 return func(*args, **kwargs)
             if func == DATA_SET:
                 raise StateError(
-                    f"{first.fqn} is sharded, and its .data was to be replaced, as model.to(), .half() or an assignment do. "
-                    "Cast and move the model before sharding; copy values into place with `zero.GatheredParameters`."
+                    f"{first.fqn} is sharded, and its .data was to be replaced, as model.to(), .half() or an assignment "
+                    "do. Cast and move the model before sharding; copy values into place with `zero.GatheredParameters`."
                 )
             if first.owner.may_gather() or first.owner.is_available():
                 return _call_on_whole(func, args, kwargs)

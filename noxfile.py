@@ -23,7 +23,7 @@ COMBINATIONS = {
     "all": WHEELS,
 }
 
-TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", "2")
+TRAIN_GPT = ("torchrun", "--standalone", "--nproc-per-node", "2", "docs/examples/train_gpt.py")
 
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -71,7 +71,7 @@ def install_editable(session: nox.Session, *beside: str) -> None:
 def quickstart(session: nox.Session) -> None:
     """Build and install core and zero, then train a small GPT on two ranks; arguments after -- go to it."""
     install_built(session, "zcore-core", "zcore-zero", extras=EXAMPLE_EXTRAS)
-    session.run(*TORCHRUN, "docs/examples/train_gpt.py", *session.posargs)
+    session.run(*TRAIN_GPT, *session.posargs)
 
 
 @nox.session
@@ -123,7 +123,9 @@ def matrix(session: nox.Session, wheels: tuple[str, ...]) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Check the docs: every doctest, every relative link, and the examples in a short form."""
+    """Check the docs: every doctest, every relative link, and the example in a short form."""
     install_editable(session, "pytest")
     session.run("pytest", "--doctest-modules", *(f"packages/{wheel}/src" for wheel in WHEELS))
     session.run("python", "tools/check_links.py")
+    out = session.create_tmp()
+    session.run(*TRAIN_GPT, "--steps", "2", "--out", out)

@@ -35,7 +35,7 @@ if "PIP_FIND_LINKS" in os.environ:
     os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
 # The ranks of a test share the cores; with one thread each they are quicker and add in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A new environment holds no bytecode; written on first use, it saves each later process over a second of importing torch.
+# A new environment holds no bytecode; once written, each later process imports torch over a second sooner.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 

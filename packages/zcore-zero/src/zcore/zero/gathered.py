@@ -76,11 +76,11 @@ class GatheredParameters:
             return param
         owner = param.owner
         assert isinstance(owner, Bucket)
-        return owner.params[param.index].full
+        return owner.params[param.position].full
 
     def _keep(self, bucket: Bucket, modifier_rank: int) -> None:
         wanted = {
-            param.index for param in self._params if isinstance(param, ShardedParameter) and param.owner is bucket
+            param.position for param in self._params if isinstance(param, ShardedParameter) and param.owner is bucket
         }
         for index in sorted(wanted):
             full: nn.Parameter = bucket.params[index].full

@@ -15,7 +15,6 @@ from enum import Enum, auto
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
 
 from zcore.core import compat
 from zcore.zero.bucket import Bucket
@@ -172,12 +171,19 @@ class Conductor:
         for bucket in buckets:
             self._open_calls[bucket.index] = self._open_calls.get(bucket.index, 0) + 1
 
-        def close(grads: Sequence[Tensor | None]) -> None:
-            for bucket in buckets:
-                self._open_calls[bucket.index] = max(0, self._open_calls.get(bucket.index, 0) - 1)
-                self._release_if_done(bucket)
+        to_come = len(tensors)
 
-        register_multi_grad_hook(tensors, close, mode="all")
+        def note(grad: Tensor) -> None:
+            nonlocal to_come
+            to_come -= 1
+            if to_come == 0:
+                for bucket in buckets:
+                    self._open_calls[bucket.index] = max(0, self._open_calls.get(bucket.index, 0) - 1)
+                    self._release_if_done(bucket)
+
+        # Not torch's register_multi_grad_hook: its hook holds the graph nodes that hold the hook, and nothing is freed.
+        for tensor in tensors:
+            tensor.register_hook(note)
 
     def on_gradient(self, bucket_index: int, index: int) -> None:
         """The gradient of a whole parameter is final for this backward."""

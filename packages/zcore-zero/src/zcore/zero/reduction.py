@@ -29,7 +29,7 @@ class Reducer:
         dp: DataParallel,
         groups: DataParallelGroups,
         device: torch.device,
-        max_inflight: int = 2,
+        max_inflight: int = 1,
     ) -> None:
         self._buckets = [bucket for bucket in buckets if bucket.gradients is not None]
         self._dp = dp

@@ -58,7 +58,7 @@ class ShardedParameter(nn.Parameter):
     fqn: str
     full_shape: tuple[int, ...]
     full_start: int  # where the fragment begins in the flattened parameter
-    index: int  # type: ignore[assignment]  # in its bucket; hides a method that torch has for named dims
+    position: int  # in its bucket
     _owner: "weakref.ref[ParameterOwner]"  # weak: the bucket owns the fragment
 
     @classmethod
@@ -67,7 +67,7 @@ class ShardedParameter(nn.Parameter):
     ) -> "ShardedParameter":
         """Wrap `fragment` without a copy; frozen until told otherwise."""
         self = Tensor._make_subclass(cls, fragment, False)
-        self._owner, self.index = weakref.ref(owner), index
+        self._owner, self.position = weakref.ref(owner), index
         self.fqn, self.full_shape, self.full_start = fqn, full_shape, start
         return self
 
@@ -102,8 +102,9 @@ class ShardedParameter(nn.Parameter):
                 return func(*args, **kwargs)
             if func == DATA_SET:
                 raise StateError(
-                    f"{first.fqn} is sharded, and its .data was to be replaced, as model.to(), .half() or an assignment "
-                    "do. Cast and move the model before sharding; copy values into place with `zero.GatheredParameters`."
+                    f"{first.fqn} is sharded, and its .data was to be replaced, as model.to(), .half() or an "
+                    "assignment do. Cast and move the model before sharding; copy values into place with "
+                    "`zero.GatheredParameters`."
                 )
             if first.owner.may_gather() or first.owner.is_available():
                 return _call_on_whole(func, args, kwargs)
@@ -160,7 +161,7 @@ def _call_on_whole(func: Callable[..., object], args: Sequence[object], kwargs: 
         if owner is None:
             return param
         owners.append(owner)
-        return owner.whole(param.index, with_data=with_data)
+        return owner.whole(param.position, with_data=with_data)
 
     args, kwargs = tree_map_only(ShardedParameter, whole, (tuple(args), dict(kwargs)))
     result = func(*args, **kwargs)

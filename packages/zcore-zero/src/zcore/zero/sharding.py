@@ -85,7 +85,7 @@ class Sharding:
             dp=self.dp,
             groups=self.groups,
             device=self.device,
-            max_inflight=2 if options.overlap else 0,
+            max_inflight=1 if options.overlap else 0,
         )
         self.conductor = Conductor(self.buckets, gatherer=gatherer, reducer=self.reducer, precision=options.precision)
         self.conductor.attach(model, _find_sites(model, self.buckets))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent
 WHEELS = ("zcore-core", "zcore-comm", "zcore-zero", "zcore-pipe", "zcore-offload", "zcore-infer", "zcore-kernels")
 # The extras that a wheel's own tests use, and those that docs/examples use.
 TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]"}
-EXAMPLE_EXTRAS = {"zcore-zero": "[examples]"}
+EXAMPLE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[examples]"}
 # Sets of wheels that a user may well combine; `alone-*` shows each by itself.
 COMBINATIONS = {
     "train": ("zcore-core", "zcore-zero", "zcore-comm", "zcore-offload"),
@@ -62,7 +62,7 @@ def install_built(session: nox.Session, *wheels: str, extras: dict[str, str], be
 
 def install_editable(session: nox.Session, *beside: str) -> None:
     """Install the whole tree in editable form, with all extras and what stands `beside`."""
-    extras = TEST_EXTRAS | EXAMPLE_EXTRAS
+    extras = EXAMPLE_EXTRAS | TEST_EXTRAS
     folders = (f"{ROOT / 'packages' / wheel}{extras.get(wheel, '')}" for wheel in WHEELS)
     install(session, *(argument for folder in folders for argument in ("--editable", folder)), *beside)
 

@@ -47,7 +47,7 @@ def memory_table(memory: MemoryReport, *, zero_stage: int) -> Table:
     for rank, held in enumerate(memory.ranks):
         table.add_row(f"rank {rank}", *_in_mib(held), style="green")
     table.add_section()
-    table.add_row("plain data parallelism, every rank", *_in_mib(memory.data_parallel)[:-1], "-")
+    table.add_row("plain DDP, each", *_in_mib(memory.data_parallel)[:-1], "-")
     return table
 
 
@@ -84,11 +84,13 @@ def files_and_next_commands(out: Path, curve: Path, steps: int) -> Group:
     files.add_row("checkpoint", str(out / "last"))
     files.add_row("weights for plain torch", str(out / "model.safetensors"))
     files.add_row("tokenizer", str(out / "tokenizer.json"))
-    commands = Table.grid(padding=(0, 2))
-    commands.add_row(f"{run} --resume --steps {steps + 200}", "train on")
-    commands.add_row(f"{run} --stage 1 --out runs/stage1", "the same losses, other memory")
-    commands.add_row("zcore doctor", "what is installed, and what one would gain by what")
-    return Group("[bold]Where it lies", Padding(files, (0, 0, 1, 2)), "[bold]Next", Padding(commands, (0, 0, 0, 2)))
+    commands = {
+        "train on from the checkpoint": f"{run} --resume --steps {steps + 200}",
+        "the same losses with other memory": f"{run} --stage 1 --out runs/stage1",
+        "what is installed, and what would be gained by what": "zcore doctor",
+    }
+    lines = [line for aim, command in commands.items() for line in (f"[dim]# {aim}", command)]
+    return Group("[bold]Where it lies", Padding(files, (0, 0, 1, 2)), "[bold]Next", *lines)
 
 
 def draw_loss_curve(path: Path, corpus: Corpus, history: Mapping, others: Mapping[str, float]) -> None:

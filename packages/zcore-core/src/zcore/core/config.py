@@ -6,7 +6,6 @@ Sections are nested `Config` classes. A key is named by its dotted path in the u
 key of any wheel; the sections live beside the code that honours them.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from zcore.core.config_file import read_settings
-from zcore.core.errors import ConfigError
+from zcore.core.errors import ConfigError, nearest
 
 __all__ = ["Auto", "Config", "settled"]
 
@@ -201,11 +200,12 @@ def _describe_unknown(root: type[Config], location: Location, value: object) -> 
     ]:
         where = f"in `{parents}`" if parents else "at the top level"
         return f"`{key}` stands {where}; it belongs {_either(owners)}."
-    near = difflib.get_close_matches(key, _keys(here), n=1)
-    if not near:
+    near = nearest(key, _keys(here))
+    if near is None:
         elsewhere = {name: f"{owner}.{name}".strip(".") for owner in sections for name in _keys(sections[owner])}
-        near = [elsewhere[name] for name in difflib.get_close_matches(key, elsewhere, n=1)]
-    advice = f"did you mean `{near[0]}`?" if near else f"expected {_either(_keys(here)) or 'none'}."
+        found = nearest(key, elsewhere)
+        near = elsewhere[found] if found else None
+    advice = f"did you mean `{near}`?" if near else f"expected {_either(_keys(here)) or 'none'}."
     return f"{path} is not a known key; {advice}"
 
 

@@ -14,6 +14,9 @@
 A message says what happened, what was expected, and what to do, in one paragraph.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 __all__ = [
     "CheckpointError",
     "CollectiveError",
@@ -25,6 +28,7 @@ __all__ = [
     "NotInstalledError",
     "StateError",
     "ZcoreError",
+    "nearest",
 ]
 
 
@@ -66,3 +70,14 @@ class CollectiveError(ZcoreError, RuntimeError):
 
 class CheckpointError(ZcoreError, OSError):
     """A checkpoint is missing, incomplete, damaged, or was written by another kind of run."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice a misspelled `word` was most likely meant to be, whatever its case; None if none is near.
+
+    >>> nearest("adamw", ["Adam", "AdamW", "SGD"])
+    'AdamW'
+    """
+    by_lower = {choice.lower(): choice for choice in choices}
+    found = get_close_matches(word.lower(), by_lower, n=1)
+    return by_lower[found[0]] if found else None

@@ -73,6 +73,11 @@ class DataParallel:
         """Ranks that see different data: the divisor of the mean gradient."""
         return self.shard_size * self.replicate_size
 
+    @property
+    def rank(self) -> int:
+        """This rank's place among them: one shard group after the other."""
+        return self.replicate_rank * self.shard_size + self.shard_rank
+
 
 def data_parallel(mesh: DeviceMesh) -> DataParallel:
     """Find `dp`, or `dp_shard` with or without `dp_replicate`, in `mesh`.

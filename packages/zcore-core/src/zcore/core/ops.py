@@ -7,7 +7,6 @@ those that serve the device and dtype and are available here wins; the reference
     ZCORE_OPS=reference torchrun train.py     everything from the references, to find out whether a fast op is wrong
 """
 
-import difflib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from zcore.core.errors import NotInstalledError
+from zcore.core.errors import NotInstalledError, nearest
 from zcore.core.extensions import offered
 
 __all__ = ["Implementation", "force", "get", "implementation", "implementations", "reference"]
@@ -125,8 +124,8 @@ def _choose(op: str, device: str, dtype: torch.dtype, forced: str | None) -> Imp
     _load_wheels()
     registered = implementations()
     if op not in registered:
-        near = difflib.get_close_matches(op, registered, n=1)
-        advice = f"did you mean `{near[0]}`?" if near else f"there is {_listed(registered) or 'none'}."
+        near = nearest(op, registered)
+        advice = f"did you mean `{near}`?" if near else f"there is {_listed(registered) or 'none'}."
         raise NotInstalledError(
             f"No op is called `{op}`; {advice} An op exists once the module of its reference is imported."
         )

@@ -1,56 +1,60 @@
-"""Do all ranks build the same thing? Asked once at the start by a digest, so a difference is an error, not a hang."""
+"""Do all ranks build the same thing? Asked at the start by a digest, so that a difference is an error, not a hang."""
 
 import hashlib
 import json
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from zcore.core.collectives import Collectives
 from zcore.core.errors import MismatchError
+from zcore.zero.buffer import DataParallelGroups
 
 __all__ = ["Plain", "check_agreement"]
 
-Plain = str | int | float | bool | None | list["Plain"] | dict[str, "Plain"]
+Plain: TypeAlias = str | int | float | bool | list["Plain"] | dict[str, "Plain"] | None
+
+LABEL = "agreement at start"
 
 
-def check_agreement(facts: dict[str, Plain], *, collectives: Collectives, device: torch.device) -> None:
-    """Compare `facts` (plain JSON data) over the ranks of a group; every rank calls it.
+def check_agreement(
+    facts: dict[str, Plain], *, rank: int, num_ranks: int, groups: DataParallelGroups, device: torch.device
+) -> None:
+    """Compare `facts` (plain JSON data) over all data ranks, of which this is `rank`; every one calls it.
 
     Raises MismatchError on every rank, naming the ranks that differ from rank 0 and the first fact in which they do.
     """
-    if collectives.size == 1:
-        return
     text = json.dumps(facts, sort_keys=True).encode()
-    digest = torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8).to(device)
-    digests = _gather(digest, collectives).view(collectives.size, -1)
-    others = [rank for rank in range(collectives.size) if not torch.equal(digests[rank], digests[0])]
+    own = torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8).to(device)
+    first = own.clone()
+    groups.broadcast(first, src=0, label=LABEL)
+    differs = torch.zeros(num_ranks, dtype=torch.int32, device=device)
+    differs[rank] = not torch.equal(own, first)
+    groups.all_reduce(differs, label=LABEL)
+    others = differs.nonzero().view(-1).tolist()
     if not others:
         return
-    facts_of = _gather_texts(text, collectives, device)
-    path, first, second = next(_differences(json.loads(facts_of[0]), json.loads(facts_of[others[0]]), path=""))
+    facts_0, facts_1 = (json.loads(_send(text, src, groups, device)) for src in (0, others[0]))
+    path, here, there = next(_differences(facts_0, facts_1, path=""))
     raise MismatchError(
-        f"Ranks {others} do not build what rank 0 builds. First difference, between rank 0 and rank {others[0]}: "
-        f"{path} is {first!r} on rank 0 and {second!r} on rank {others[0]}. Every rank has to construct the same model "
-        "from the same config; look for code that depends on the rank, an uneven checkout, or a config file that "
-        f"differs between hosts. (This is global rank {dist.get_rank()}.)"
+        f"Ranks {others} do not build what rank 0 builds. The first difference: {path} is {here!r} on rank 0 and "
+        f"{there!r} on rank {others[0]}. Every rank has to construct the same model from the same config; look for "
+        "code that depends on the rank, an uneven checkout, or a config file that differs between hosts. (Said by "
+        f"{rank=}.)"
     )
 
 
-def _gather(own: Tensor, collectives: Collectives) -> Tensor:
-    output = own.new_empty(collectives.size * own.numel())
-    collectives.all_gather(output, own, label="agreement at start").wait()
-    return output
-
-
-def _gather_texts(text: bytes, collectives: Collectives, device: torch.device) -> list[str]:
-    lengths = _gather(torch.tensor([len(text)], device=device), collectives).tolist()
-    padded = torch.zeros(max(lengths), dtype=torch.uint8)
-    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    rows = _gather(padded.to(device), collectives).view(collectives.size, -1).cpu()
-    return [bytes(row[:length].tolist()).decode() for row, length in zip(rows, lengths, strict=True)]
+def _send(text: bytes, src: int, groups: DataParallelGroups, device: torch.device) -> str:
+    """The text of data rank `src`, on every rank."""
+    length = torch.tensor([len(text)], device=device)
+    groups.broadcast(length, src=src, label=LABEL)
+    sent: Tensor = torch.zeros(int(length), dtype=torch.uint8)
+    fits = text[: len(sent)]  # another rank's text may be shorter or longer than what is to come
+    sent[: len(fits)] = torch.frombuffer(bytearray(fits), dtype=torch.uint8)
+    sent = sent.to(device)
+    groups.broadcast(sent, src=src, label=LABEL)
+    return bytes(sent.tolist()).decode()
 
 
 def _differences(first: Plain, second: Plain, *, path: str) -> Iterator[tuple[str, Plain, Plain]]:

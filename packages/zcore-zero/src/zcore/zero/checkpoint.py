@@ -52,7 +52,7 @@ def save(directory: str | Path, tag: str, run: RunState, extra: Mapping[str, Any
     """
     final = Path(directory) / tag
     staging = Path(directory) / f".{tag}.partial"
-    rank, stem = _data_rank(run.sharding), _stem(_data_rank(run.sharding))
+    rank, stem = run.sharding.dp.rank, _stem(run.sharding.dp.rank)
     if "/" in tag or tag.startswith("."):
         raise CheckpointError(f"The tag {tag!r} is to be a folder's name; use letters, digits, '-' and '_'.")
 
@@ -94,7 +94,7 @@ def load(directory: str | Path, tag: str | None, run: RunState) -> dict[str, Any
     Without a tag the newest complete one. Raises CheckpointError on every rank, before anything is changed, if it is
     missing, damaged, or of another model, stage or number of ranks.
     """
-    stem = _stem(_data_rank(run.sharding))
+    stem = _stem(run.sharding.dp.rank)
 
     def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
         folder = _find(Path(directory), tag)
@@ -248,17 +248,13 @@ def _all_or_none(act: Callable[[], T], sharding: Sharding, *, doing: str) -> T:
         failure.__cause__ = error
     dp = sharding.dp
     failed = torch.zeros(dp.size, dtype=torch.int32, device=sharding.device)
-    failed[_data_rank(sharding)] = failure is not None
+    failed[sharding.dp.rank] = failure is not None
     sharding.groups.all_reduce(failed, label=doing)
     if failure is not None:
         raise failure
     if ranks := failed.nonzero().view(-1).tolist():
         raise CheckpointError(f"{doing} failed on data ranks {ranks}, so no rank goes on; their own messages say why.")
     return result  # type: ignore[return-value]  # None only where T is None
-
-
-def _data_rank(sharding: Sharding) -> int:
-    return sharding.dp.replicate_rank * sharding.dp.shard_size + sharding.dp.shard_rank
 
 
 def _stem(rank: int) -> str:

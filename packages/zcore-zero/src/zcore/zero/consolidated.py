@@ -16,7 +16,7 @@ def consolidated_state_dict(model: nn.Module, *, rank: int | None = 0) -> dict[s
     """
     sharding = sharding_of(model)
     dp = sharding.dp
-    wanted = rank is None or rank == dp.replicate_rank * dp.shard_size + dp.shard_rank
+    wanted = rank is None or rank == dp.rank
     whole: dict[str, Tensor] = {}  # by the parameter's first name
     for bucket in sharding.buckets:
         flat = bucket.gather_master()

@@ -183,7 +183,7 @@ class Engine:
     @property
     def dp_rank(self) -> int:
         """This rank's place among them: which part of the data it reads."""
-        return self.sharding.dp.replicate_rank * self.sharding.dp.shard_size + self.sharding.dp.shard_rank
+        return self.sharding.dp.rank
 
     @property
     def device(self) -> torch.device:

@@ -19,6 +19,7 @@ from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import ConfigError
 from zcore.core.mesh import build_mesh, data_parallel
 from zcore.zero.agreement import check_agreement
+from zcore.zero.buffer import DataParallelGroups
 from zcore.zero.config import TrainingConfig, ZeroOptimization
 from zcore.zero.deferred import deferred_init
 from zcore.zero.engine import Engine
@@ -130,8 +131,13 @@ def initialize(
 def _agree_on_config(config: TrainingConfig) -> None:
     world = dist.group.WORLD
     assert world is not None
+    everyone = choose_collectives(world, name="world")
     check_agreement(
-        {"config": config.to_dict()}, collectives=choose_collectives(world, name="world"), device=choose_device()
+        {"config": config.to_dict()},
+        rank=everyone.rank,
+        num_ranks=everyone.size,
+        groups=DataParallelGroups(gather=everyone, reduce=everyone, replicate=None),
+        device=choose_device(),
     )
 
 

@@ -71,7 +71,7 @@ def _exchange(own: RankMemory, sharding: Sharding) -> tuple[RankMemory, ...]:
     dp, device = sharding.dp, sharding.device
     values = [own.parameters_bytes, own.gradients_bytes, own.optimizer_bytes, own.gathered_peak_bytes]
     table = torch.zeros(dp.size, len(values), dtype=torch.int64, device=device)
-    table[dp.replicate_rank * dp.shard_size + dp.shard_rank] = torch.tensor(values, device=device)
+    table[dp.rank] = torch.tensor(values, device=device)
     sharding.groups.all_reduce(table.view(-1), label="memory report")
     return tuple(RankMemory(*row) for row in table.tolist())
 

@@ -3,7 +3,6 @@
 The parameter groups of the user name whole parameters; before sharding they become names, after it fragments.
 """
 
-import difflib
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zcore.core.errors import ConfigError, StateError
+from zcore.core.errors import ConfigError, StateError, nearest
 from zcore.zero.config import Choice
 
 __all__ = ["GroupsByName", "OptimizerSource", "ParamGroups", "build_optimizer", "name_groups", "release_params"]
@@ -116,14 +115,14 @@ def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: tor
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and key != "Optimizer"
     }
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        advice = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(sorted(set(known) - MATRIX_WISE))}."
+        near = nearest(name, known)
+        advice = f"Did you mean {near}?" if near else f"Known are {', '.join(sorted(set(known) - MATRIX_WISE))}."
         raise ConfigError(f"optimizer.type is {choice.type!r}, which torch.optim does not have. {advice}")
     _refuse_matrix_wise(name)
     accepted = inspect.signature(known[name]).parameters
     if unknown := sorted(set(params) - set(accepted)):
-        near = difflib.get_close_matches(unknown[0], accepted, n=1)
-        advice = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(list(accepted)[1:])}."
+        near = nearest(unknown[0], accepted)
+        advice = f"Did you mean {near}?" if near else f"It takes {', '.join(list(accepted)[1:])}."
         raise ConfigError(f"optimizer.params.{unknown[0]} is not an argument of torch.optim.{name}. {advice}")
     if "fused" in accepted and "foreach" not in params and device.type in ("cpu", "cuda"):
         params.setdefault("fused", True)

@@ -130,9 +130,8 @@ class Reducer:
 
     def _deliver(self) -> None:
         flags = torch.zeros(self._dp.size + sum(map(len, self._used.values())), device=self._device)
-        own = self._dp.replicate_rank * self._dp.shard_size + self._dp.shard_rank
         if self._is_loss_bad is not None:
-            flags[own] = self._is_loss_bad
+            flags[self._dp.rank] = self._is_loss_bad
         used = [flag for bucket in self._buckets for flag in self._used[bucket.index]]
         flags[self._dp.size :] = torch.tensor(used, dtype=flags.dtype)
         self._groups.all_reduce(flags, label="which parameters had a gradient")

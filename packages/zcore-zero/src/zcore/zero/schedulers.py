@@ -13,8 +13,7 @@ The first optimizer step uses the start value and the second one the warmup's ow
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import isclass, signature
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from zcore.core.errors import ConfigError
+from zcore.core.errors import ConfigError, nearest
 
 __all__ = ["WarmupCosineLR", "WarmupDecayLR", "WarmupLR", "build_scheduler"]
 
@@ -167,7 +166,7 @@ def build_scheduler(name: str, params: Mapping[str, object], optimizer: Optimize
     known = _known_schedulers()
     if name not in known:
         raise ConfigError(
-            f"scheduler.type is {name!r}, which is no known schedule.{_nearest(name, known)} Expected WarmupLR, "
+            f"scheduler.type is {name!r}, which is no known schedule.{_suggestion(name, known)} Expected WarmupLR, "
             "WarmupDecayLR, WarmupCosineLR or the name of a class in torch.optim.lr_scheduler."
         )
     arguments: dict[str, Any] = {  # each class checks its own values
@@ -177,7 +176,7 @@ def build_scheduler(name: str, params: Mapping[str, object], optimizer: Optimize
     for key in arguments:
         if key not in accepted:
             raise ConfigError(
-                f"scheduler.params.{key} is no parameter of {name}.{_nearest(key, accepted)} "
+                f"scheduler.params.{key} is no parameter of {name}.{_suggestion(key, accepted)} "
                 f"It takes: {', '.join(accepted)}."
             )
     try:
@@ -195,10 +194,9 @@ def _known_schedulers() -> dict[str, type[LRScheduler]]:
     return torch_schedulers | {cls.__name__: cls for cls in (WarmupLR, WarmupDecayLR, WarmupCosineLR)}
 
 
-def _nearest(word: str, choices: Sequence[str] | Mapping[str, object]) -> str:
-    by_lower = {choice.lower(): choice for choice in choices}
-    matches = get_close_matches(word.lower(), by_lower, n=1)
-    return f" Did you mean {by_lower[matches[0]]}?" if matches else ""
+def _suggestion(word: str, choices: Iterable[str]) -> str:
+    found = nearest(word, choices)
+    return f" Did you mean {found}?" if found else ""
 
 
 def _effective_num_steps(warmup_num_steps: int) -> int:

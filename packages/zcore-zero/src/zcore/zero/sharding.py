@@ -61,7 +61,6 @@ class Sharding:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.groups = _open_groups(mesh, self.dp)
         self.ledger = Ledger()
-        self.mesh = mesh
         parameters = find_parameters(model)
         _refuse_sharded(parameters)
         plans = plan_buckets(
@@ -109,9 +108,7 @@ class Sharding:
             },
             "bucket": {plan.name: [spec.fqn for spec in plan.params] for plan in plans},
         }
-        for group in (self.groups.gather, self.groups.replicate):
-            if group is not None:
-                check_agreement(facts, collectives=group, device=self.device)
+        check_agreement(facts, rank=self.dp.rank, num_ranks=self.dp.size, groups=self.groups, device=self.device)
 
     def _make_bucket(
         self, index: int, plan: BucketPlan, by_name: dict[str, ParamSites], precision: Precision

@@ -268,4 +268,7 @@ def _find_auto(value: object, location: Location = ()) -> Iterator[Location]:
 
 
 def _is_off(value: object) -> bool:
-    return value is None or value is False or (isinstance(value, Mapping) and value.get("enabled") is False)
+    """Whether a setting asks for nothing; "auto" asks for what is at hand."""
+    if isinstance(value, Mapping):
+        return value.get("enabled") in (False, "auto") or value.get("device", ...) in (None, "none")
+    return value in (None, False, "auto")

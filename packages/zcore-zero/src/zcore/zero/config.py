@@ -34,7 +34,7 @@ class ZeroOptimization(Config):
 
     stage: Literal[0, 1, 2, 3] = 0
     # Ranks that share one copy of the states; -1: all. More than one such group is hybrid sharding.
-    mics_shard_size: int = -1
+    mics_shard_size: PositiveInt | Literal[-1] = -1
     reduce_bucket_size: PositiveInt | Auto = 500_000_000  # a block larger than this is gathered and reduced in pieces
     allgather_bucket_size: PositiveInt | Auto = 500_000_000  # the same pieces: the smaller of the two counts
     overlap_comm: bool | Auto = True  # False waits for each collective where it starts

@@ -18,7 +18,7 @@ from zcore.core.collectives import choose_collectives
 from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import ConfigError
 from zcore.core.mesh import build_mesh, data_parallel
-from zcore.zero.agreement import check_agreement
+from zcore.zero.agreement import Plain, check_agreement
 from zcore.zero.buffer import DataParallelGroups
 from zcore.zero.config import TrainingConfig, ZeroOptimization
 from zcore.zero.deferred import deferred_init
@@ -125,6 +125,7 @@ def initialize(
     elif schedule is None and settings.scheduler is not None:
         assert built is not None
         schedule = build_scheduler(settings.scheduler.type, settings.scheduler.params, built)
+    _agree_on_objects(sharding, built, schedule, groups)
     return Engine(model, sharding, optimizer=built, lr_scheduler=schedule, config=settings)
 
 
@@ -141,10 +142,43 @@ def _agree_on_config(config: TrainingConfig) -> None:
     )
 
 
+def _agree_on_objects(
+    sharding: Sharding,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: LRScheduler | None,
+    groups: GroupsByName,
+) -> None:
+    """Objects that a program passes are not in the config, but must be the same on every rank as well."""
+    if schedule is not None and schedule.optimizer is not optimizer:
+        raise ConfigError(
+            "The learning-rate schedule that was passed belongs to another optimizer than this engine's. Pass a function "
+            "from the optimizer to the schedule, or both objects, the schedule made on that optimizer."
+        )
+    settings = [] if optimizer is None else [dict(group, params=None) for group in optimizer.param_groups]
+    facts: dict[str, Plain] = {
+        "optimizer": type(optimizer).__name__,
+        "lr_scheduler": type(schedule).__name__,
+        "parameter group": {
+            str(index): {
+                "parameters": list(group["params"]),
+                "settings": {key: repr(value) for key, value in setting.items() if key != "params"},
+            }
+            for index, (group, setting) in enumerate(zip(groups, settings, strict=False))
+        },
+    }
+    dp = sharding.dp
+    check_agreement(facts, rank=dp.rank, num_ranks=dp.size, groups=sharding.groups, device=sharding.device)
+
+
 def _mesh_for(zero: ZeroOptimization) -> DeviceMesh:
-    device_type = choose_device().type
+    device_type, world_size = choose_device().type, dist.get_world_size()
     if zero.mics_shard_size == -1:
         return build_mesh(device_type=device_type, dp=-1)
+    if world_size % zero.mics_shard_size:
+        raise ConfigError(
+            f"zero_optimization.mics_shard_size is {zero.mics_shard_size}, which does not divide the {world_size} "
+            "ranks of this run into equal groups. Take a divisor, or leave it out to shard over all ranks."
+        )
     return build_mesh(device_type=device_type, dp_replicate=-1, dp_shard=zero.mics_shard_size)
 
 

@@ -97,7 +97,16 @@ def build_optimizer(
     if isinstance(source, Choice):
         return _build_by_name(source, with_fragments, device)
     _refuse_matrix_wise(getattr(source, "__name__", ""))
-    return source(with_fragments)
+    try:
+        optimizer = source(with_fragments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "The optimizer that was passed cannot be built over sharded parameters. It is given torch's parameter groups "
+            "with flat fragments in them: pass an element-wise class, or a function from groups to an optimizer. Its own "
+            "words are in the error above."
+        ) from error
+    _refuse_matrix_wise(type(optimizer).__name__)
+    return optimizer
 
 
 def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
@@ -129,7 +138,9 @@ def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: tor
     try:
         return known[name](groups, **params)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer.params: torch.optim.{name} refuses them: {error}") from error
+        raise ConfigError(
+            f"optimizer.params: torch.optim.{name} refuses them: {error}. Change that value in the config."
+        ) from error
 
 
 def _refuse_matrix_wise(name: str) -> None:

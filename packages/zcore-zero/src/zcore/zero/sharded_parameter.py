@@ -17,19 +17,30 @@ from zcore.core.errors import StateError
 
 __all__ = ["ParameterOwner", "ShardedGradient", "ShardedParameter"]
 
-COMPUTE = frozenset(
-    {torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.einsum, torch.embedding}
-    | {Tensor.matmul, Tensor.mm, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.__getitem__}
-    | {nn.functional.linear, nn.functional.embedding, nn.functional.layer_norm, nn.functional.rms_norm}
-    | {nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d, nn.functional.group_norm}
-)  # refused on a fragment even without autograd, where optimizers are let through
+# What acts on each element by itself, and so means the same on a fragment: optimizers may, without autograd.
+ELEMENTWISE = frozenset(
+    name
+    for names in (
+        "add sub mul div true_divide neg abs sign sqrt rsqrt square pow exp log reciprocal sigmoid tanh lerp addcmul",
+        "addcdiv clamp clamp_min clamp_max maximum minimum where isnan isinf isfinite eq ne lt gt le ge",
+        "clone to float double half bfloat16 cpu cuda type contiguous",
+        "__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__",
+        "__itruediv__ __neg__ __pow__ __abs__",
+    )
+    for name in names.split()
+)
+# What may be asked while the values are elsewhere.
 METADATA = frozenset(
-    {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__, Tensor.__hash__}
-    | {Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.get_device}
-    | {Tensor.requires_grad_, Tensor.untyped_storage, Tensor.data_ptr, Tensor.__format__}
+    name
+    for names in (
+        "size dim numel nelement stride storage_offset element_size get_device data_ptr untyped_storage detach",
+        "is_floating_point is_complex is_contiguous requires_grad_ register_hook __len__ __hash__ __format__ __repr__",
+        "register_post_accumulate_grad_hook __get__ __set__",
+    )
+    for name in names.split()
 )
 DATA_SET = Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor at run time
-VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
 
 class ParameterOwner(Protocol):
@@ -100,7 +111,9 @@ class ShardedParameter(nn.Parameter):
             first = _first_sharded(args, kwargs)
             if first is None or first.owner is None:
                 return func(*args, **kwargs)
-            if func == DATA_SET:
+            if func == DATA_SET or func is torch._has_compatible_shallow_copy_type:
+                if _is_same_memory(args):
+                    return func(*args, **kwargs)  # model.to() the device and dtype that it has
                 raise StateError(
                     f"{first.fqn} is sharded, and its .data was to be replaced, as model.to(), .half() or an "
                     "assignment do. Cast and move the model before sharding; copy values into place with "
@@ -108,7 +121,7 @@ class ShardedParameter(nn.Parameter):
                 )
             if first.owner.may_gather() or first.owner.is_available():
                 return _call_on_whole(func, args, kwargs)
-            if _wants_values(func) and (torch.is_grad_enabled() or func in COMPUTE):
+            if _wants_values(func) and (torch.is_grad_enabled() or not _is_elementwise(func)):
                 raise StateError(_outside_forward(first, func))
             return func(*args, **kwargs)
 
@@ -148,12 +161,30 @@ def _first_sharded(args: Sequence[object], kwargs: Mapping[str, object]) -> Shar
 
 def _wants_values(func: Callable[..., object]) -> bool:
     """False for what an object may be asked while its values are elsewhere: attributes, sizes, `detach`."""
-    return func not in METADATA and func is not Tensor.detach and func.__name__ not in ("__get__", "__set__")
+    return func.__name__ not in METADATA or _property_name(func) in VIEW_PROPERTIES
+
+
+def _property_name(func: Callable[..., object]) -> str:
+    """`T` for the getter of `Tensor.T`; empty for what is no getter."""
+    return getattr(getattr(func, "__self__", None), "__name__", "")
+
+
+def _is_elementwise(func: Callable[..., object]) -> bool:
+    name = func.__name__
+    if name.startswith(("_foreach_", "_fused_")):
+        return name != "_foreach_norm"
+    return name in ELEMENTWISE or name.endswith("_like") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _is_same_memory(args: Sequence[object]) -> bool:
+    held, new = args
+    if not isinstance(held, Tensor) or not isinstance(new, Tensor):
+        return False
+    return held.dtype == new.dtype and held.data_ptr() == new.data_ptr() and held.shape == new.shape
 
 
 def _call_on_whole(func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-    property_name = getattr(getattr(func, "__self__", None), "__name__", "")
-    with_data = _wants_values(func) or func is Tensor.detach or property_name in VIEW_PROPERTIES
+    with_data = _wants_values(func) or func.__name__ == "detach" or _property_name(func) == "data"
     owners: list[ParameterOwner] = []
 
     def whole(param: ShardedParameter) -> Tensor:

@@ -90,10 +90,14 @@ class Sharding:
         self.conductor.attach(model, _find_sites(model, self.buckets))
         self._step_hook = register_optimizer_step_post_hook(_note_step)
         weakref.finalize(self, self._step_hook.remove)
-        self._state_dict_hooks = (
-            model.register_state_dict_pre_hook(_refuse_state_dict),
-            model.register_load_state_dict_pre_hook(_refuse_load),
-        )
+        self._state_dict_hooks = [
+            hook
+            for module in model.modules()
+            for hook in (
+                module.register_state_dict_pre_hook(_refuse_state_dict),
+                module.register_load_state_dict_pre_hook(_refuse_load),
+            )
+        ]
         model.__dict__[HANDLE] = self
 
     def _agree(self, model: nn.Module, plans: tuple[BucketPlan, ...]) -> None:

@@ -26,7 +26,7 @@ def test_what_a_wheel_serves_is_listed_under_its_contract(
     source = "from zcore.core import ops\nops.reference('rotate')(lambda: None)"
     add_wheel("zcore-fast", "1", {"zcore.ops": {"fast": "fast_ops"}}, fast_ops=source)
     report = examine()
-    assert report.contracts["zcore.ops"] == ("torch references", "fast (zcore-fast)")
+    assert {"torch references", "fast (zcore-fast)"} <= set(report.contracts["zcore.ops"])
     assert report.ops["rotate"]["cpu"] == "reference"
     assert report.problems == ()
     assert report.backends["gloo"]

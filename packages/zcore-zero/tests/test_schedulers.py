@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
+
 from zcore.core.errors import ConfigError
 from zcore.zero.schedulers import WarmupCosineLR, WarmupDecayLR, WarmupLR, build_scheduler
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
 from zcore.core.collectives import TorchCollectives
 from zcore.core.errors import ConfigError
 from zcore.core.testing import RankFailed, process
@@ -77,9 +78,9 @@ def test_ranks_have_the_environment_of_torchrun_and_the_path_of_the_caller(ranks
 def start_the_group():
     assert not dist.is_initialized()
     dist.init_process_group("gloo")
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, int(os.environ["RANK"]))
-    return ranks
+    ranks = torch.empty(dist.get_world_size(), dtype=torch.int64)
+    dist.all_gather_into_tensor(ranks, torch.tensor([int(os.environ["RANK"])]))
+    return ranks.tolist()
 
 
 def test_a_body_may_start_the_process_group_itself(ranks):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+
 from zcore.core.errors import StateError
 from zcore.core.testing import simulated_world
 

@@ -151,8 +151,8 @@ def _agree_on_objects(
     """Objects that a program passes are not in the config, but must be the same on every rank as well."""
     if schedule is not None and schedule.optimizer is not optimizer:
         raise ConfigError(
-            "The learning-rate schedule that was passed belongs to another optimizer than this engine's. Pass a function "
-            "from the optimizer to the schedule, or both objects, the schedule made on that optimizer."
+            "The learning-rate schedule that was passed belongs to another optimizer than this engine's. Pass a "
+            "function from the optimizer to the schedule, or both objects, the schedule made on that optimizer."
         )
     settings = [] if optimizer is None else [dict(group, params=None) for group in optimizer.param_groups]
     facts: dict[str, Plain] = {

@@ -101,9 +101,9 @@ def build_optimizer(
         optimizer = source(with_fragments)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            "The optimizer that was passed cannot be built over sharded parameters. It is given torch's parameter groups "
-            "with flat fragments in them: pass an element-wise class, or a function from groups to an optimizer. Its own "
-            "words are in the error above."
+            "The optimizer that was passed cannot be built over sharded parameters. It is given torch's parameter "
+            "groups with flat fragments in them: pass an element-wise class, or a function from groups to an "
+            "optimizer. Its own words are in the error above."
         ) from error
     _refuse_matrix_wise(type(optimizer).__name__)
     return optimizer

@@ -120,6 +120,9 @@ def _load(job: Job) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[job.module] = module  # before it runs, so that its classes can be pickled by name
+    for end, dot in enumerate(job.module):  # pickle imports the parents too, and pytest made those up as well
+        if dot == ".":
+            sys.modules.setdefault(job.module[:end], ModuleType(job.module[:end]))
     if job.rewrite_asserts:
         from _pytest.assertion.rewrite import rewrite_asserts
 

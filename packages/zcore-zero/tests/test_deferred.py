@@ -1,0 +1,286 @@
+"""Inside `zero.Init` a model takes no memory, and afterwards has the values of plain construction, bit for bit."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from parity import MODELS, Recipe, Run, bits_that_differ, by_row, train_rows
+from torch import Tensor, nn
+from torch.nn import init
+
+from zcore import zero
+from zcore.core.errors import StateError
+from zcore.core.mesh import build_mesh
+from zcore.zero.deferred import SMALL_NUMEL, Recording, deferred_init, recording_of
+
+Ranks = Callable[..., Any]
+
+
+class Initialised(nn.Module):
+    """Every initialiser of torch, each on a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, act in {
+            "uniform": init.uniform_,
+            "normal": init.normal_,
+            "trunc_normal": init.trunc_normal_,
+            "constant": lambda weight: init.constant_(weight, 0.3),
+            "eye": init.eye_,
+            "xavier_uniform": init.xavier_uniform_,
+            "xavier_normal": init.xavier_normal_,
+            "kaiming_uniform": init.kaiming_uniform_,
+            "kaiming_normal": init.kaiming_normal_,
+            "orthogonal": init.orthogonal_,
+            "sparse": lambda weight: init.sparse_(weight, 0.5),
+        }.items():
+            weight = nn.Parameter(torch.empty(7, 11))
+            act(weight)
+            self.register_parameter(name, weight)
+        self.dirac = nn.Parameter(init.dirac_(torch.empty(4, 4, 3)))
+
+
+class Edited(nn.Module):
+    """Weights that a constructor computes with, overwrites in part, ties and copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16, padding_idx=3)
+        self.inner = nn.Linear(16, 300)
+        self.outer = nn.Linear(300, 16)
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embed.weight
+        self.copied = copy.deepcopy(self.inner)
+        self.apply(self._initialize)
+        with torch.no_grad():
+            self.inner.weight[5:9].mul_(3)
+            self.inner.weight[:, 2] = self.inner.bias[0]
+            self.outer.weight.copy_(self.inner.weight.t() / math.sqrt(2))
+            self.outer.bias.add_(self.inner.weight.mean())
+        self.inner.weight.data = self.inner.weight.data * 2
+        self.scale = nn.Parameter(torch.randn(3, 3) * 0.1)
+        self.scalar = nn.Parameter(torch.tensor(0.5))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.half = nn.Linear(4, 4).to(torch.bfloat16)
+        self.ones = nn.Parameter(torch.ones(SMALL_NUMEL + 1))
+        self.lists = nn.ParameterList([torch.rand(2) for _ in range(3)])
+
+    @staticmethod
+    def _initialize(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=0.02)
+
+
+class Branching(nn.Module):
+    """A constructor that looks at values, and draws as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0, 1, 4)]
+        self.first = nn.Linear(20, 20)
+        if self.first.weight.abs().max() > 0.1:
+            init.zeros_(self.first.bias)
+        self.drawn = torch.rand(1).item()
+        self.order = torch.randperm(20).tolist()
+        self.second = nn.Linear(20, 20)
+        self.second.weight.data = self.second.weight.data[torch.randperm(20)]
+        self.mean = float(self.second.weight.mean())
+
+
+class Buffered(nn.Module):
+    """Buffers: large, small, drawn, integer, not persistent, of a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tril(torch.ones(300, 300)))
+        self.register_buffer("drawn", torch.randn(5))
+        self.register_buffer("steps", torch.tensor(3))
+        self.register_buffer("table", torch.arange(SMALL_NUMEL + 5).view(-1, 1) * torch.ones(1, 2), persistent=False)
+        positions, rates = torch.arange(40).unsqueeze(1), torch.exp(torch.arange(0, 8, 2) * -0.1)
+        sinusoids = torch.zeros(40, 8)
+        sinusoids[:, 0::2], sinusoids[:, 1::2] = torch.sin(positions * rates), torch.cos(positions * rates)
+        self.register_buffer("sinusoids", sinusoids)
+        self.norm = nn.BatchNorm1d(4)
+        self.linear = nn.Linear(4, 4)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.attention = nn.LSTM(6, 7, num_layers=2), nn.MultiheadAttention(8, 2)
+        self.conv, self.bilinear = nn.Conv2d(2, 3, 3), nn.Bilinear(3, 4, 5)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(5, 6))
+
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    **MODELS,
+    **{each.__name__: each for each in (Initialised, Edited, Branching, Buffered, Recurrent)},
+}
+
+
+def build_plain(name: str) -> tuple[nn.Module, Tensor]:
+    """The model, and what the generator gives next."""
+    torch.manual_seed(0)
+    model = BUILDERS[name]()
+    return model, torch.rand(3)
+
+
+def build_deferred(name: str) -> tuple[nn.Module, Tensor, Recording]:
+    torch.manual_seed(0)
+    with deferred_init() as recording:
+        model = BUILDERS[name]()
+    return model, torch.rand(3), recording
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that are not persistent too."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
+def real(model: nn.Module, tensor: Tensor, name: str) -> Tensor:
+    return recording_of(model, tensor, name).materialize(tensor) if tensor.is_meta else tensor
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_deferred_tensors_have_the_values_of_plain_construction(name: str) -> None:
+    plain, _ = build_plain(name)
+    deferred, _, _ = build_deferred(name)
+    expected, found = tensors_of(plain), tensors_of(deferred)
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        actual = real(deferred, found[key], key)
+        assert (actual.dtype, actual.shape, actual.stride()) == (value.dtype, value.shape, value.stride()), key
+        assert torch.equal(actual, value), key
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_values_do_not_depend_on_what_is_asked_first_or_twice(name: str) -> None:
+    deferred, _, _ = build_deferred(name)
+    found = {key: value for key, value in tensors_of(deferred).items() if value.is_meta}
+    in_order = {key: real(deferred, value, key) for key, value in found.items()}
+    for key in reversed(found):
+        assert torch.equal(real(deferred, found[key], key), in_order[key]), key
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_generator_is_left_where_plain_construction_leaves_it(name: str) -> None:
+    _, expected = build_plain(name)
+    deferred, found, _ = build_deferred(name)
+    assert torch.equal(found, expected)
+    state = torch.get_rng_state()
+    for key, value in tensors_of(deferred).items():
+        real(deferred, value, key)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_no_parameter_has_memory_and_large_constants_have_none(name: str) -> None:
+    deferred, _, _ = build_deferred(name)
+    for key, value in tensors_of(deferred).items():
+        assert value.is_meta or value.numel() <= SMALL_NUMEL, key
+    drawn = [param for param in deferred.parameters() if param.numel() > 64]
+    assert all(param.is_meta for param in drawn)
+
+
+def test_what_a_constructor_reads_is_what_it_would_be() -> None:
+    plain, _ = build_plain("Branching")
+    deferred, _, _ = build_deferred("Branching")
+    for attribute in ("rates", "drawn", "order", "mean"):
+        assert getattr(deferred, attribute) == getattr(plain, attribute)
+
+
+def test_ties_and_copies_are_kept() -> None:
+    deferred, _, _ = build_deferred("Edited")
+    assert deferred.head.weight is deferred.embed.weight
+    assert deferred.copied.weight is not deferred.inner.weight
+    assert deferred.copied.weight.requires_grad
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    deferred, _, _ = build_deferred("odd")
+    plain, _ = build_plain("odd")
+    assert [param.requires_grad for param in deferred.parameters()] == [
+        param.requires_grad for param in plain.parameters()
+    ]
+
+
+def test_a_long_chain_of_steps_leads_to_one_weight() -> None:
+    def build() -> nn.Parameter:
+        torch.manual_seed(0)
+        value = torch.randn(300)
+        for _ in range(1500):
+            value = value * 1.001
+        return nn.Parameter(value)
+
+    with deferred_init() as recording:
+        deferred = build()
+    assert torch.equal(recording.materialize(deferred), build())
+
+
+def test_a_weight_printed_in_a_constructor_shows_its_values() -> None:
+    def build() -> str:
+        torch.manual_seed(0)
+        return repr(nn.Linear(2, 2).weight)
+
+    with deferred_init():
+        found = build()
+    assert found == build()
+
+
+def test_a_model_on_meta_from_elsewhere_is_refused_with_what_to_do() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(StateError, match=r"weight is on the meta device.*with zero\.Init\(\)"):
+        recording_of(model, model.weight, "weight")
+
+
+def test_init_can_be_disabled() -> None:
+    with zero.Init(enabled=False):
+        assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_nothing_is_left_behind_by_an_exception_inside() -> None:
+    with pytest.raises(ZeroDivisionError), zero.Init():
+        1 / 0  # noqa: B018
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+def shard_deferred(names: list[str]) -> list[str]:
+    """Every model, built deferred and sharded in each row: what differs from plain construction."""
+    wrong = []
+    mesh = build_mesh(dp=-1)
+    for name in names:
+        plain, next_draw = build_plain(name)
+        for stage in (0, 3):
+            torch.manual_seed(0)
+            with zero.Init():
+                model = BUILDERS[name]()
+            zero.shard(model, mesh, stage=stage, options=zero.ShardingOptions(small_numel=20))
+            if not torch.equal(torch.rand(3), next_draw):
+                wrong.append(f"{name} stage {stage}: generator")
+            found = zero.consolidated_state_dict(model, rank=None)
+            expected = plain.state_dict()
+            if list(found) != list(expected):
+                wrong.append(f"{name} stage {stage}: names")
+            wrong += [f"{name} stage {stage}: {key}" for key in found if not torch.equal(found[key], expected[key])]
+            for key, buffer in model.named_buffers():
+                if buffer.is_meta or not torch.equal(buffer, plain.get_buffer(key)):
+                    wrong.append(f"{name} stage {stage}: buffer {key}")
+    return wrong
+
+
+def test_a_deferred_model_is_sharded_with_the_weights_of_plain_construction(ranks: Ranks) -> None:
+    assert ranks(2, shard_deferred, list(BUILDERS)) == [[], []]
+
+
+def test_a_deferred_model_trains_as_a_plain_one_to_the_bit(ranks: Ranks) -> None:
+    recipe = Recipe(steps=2)
+    plain: Run
+    deferred: Run
+    plain, deferred = by_row(
+        ranks(2, train_rows, [(recipe, {"stage": 3}), (recipe, {"stage": 3, "is_deferred": True})])
+    )
+    assert bits_that_differ(deferred, plain) == []

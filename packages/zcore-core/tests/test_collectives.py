@@ -1,4 +1,4 @@
-"""Every collective over real ranks: values to the bit, dtypes, sizes, order of sums, counts, and peers that are gone."""
+"""Collectives over real ranks: values to the bit, dtypes, sizes, order of sums, counts, and peers that are gone."""
 
 import os
 
@@ -182,9 +182,8 @@ def large_sums_out_of_order():
     for index in (0, 1) if group.rank == 0 else (1, 0):
         works[index].wait()
     for index, tensor in enumerate(tensors):
-        assert same(
-            tensor, in_tree_order([values(numel, torch.float32, 10 * index + each) for each in range(group.size)])
-        )
+        parts = [values(numel, torch.float32, 10 * index + each) for each in range(group.size)]
+        assert same(tensor, in_tree_order(parts))
 
 
 def test_large_sums_may_be_waited_for_in_any_order(ranks):

@@ -30,7 +30,7 @@ def test_local_ranks_share_out_the_accelerators():
 
 def test_the_backend_moves_tensors_of_the_device():
     assert backend_for(CPU) == "gloo"
-    assert backend_for(torch.device("cuda", 1)) == "cpu:gloo,cuda:nccl"  # host tensors too: checkpoints, reports
+    assert backend_for(torch.device("cuda", 1)) == "nccl"
 
 
 def grow():

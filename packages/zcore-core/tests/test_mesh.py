@@ -65,10 +65,8 @@ def test_a_mesh_that_does_not_fit_says_what_would(sizes, words):
 
 
 def see_data_axes():
-    seen = []
-    for sizes in ({"dp": 4}, {"dp_shard": -1}, {"dp_replicate": 2, "dp_shard": 2}, {"dp": -1, "tp": 2}, {}):
-        seen.append(data_parallel(build_mesh(**sizes)))
-    return seen
+    hybrid, beside_tp = {"dp_replicate": 2, "dp_shard": 2}, {"dp": -1, "tp": 2}
+    return [data_parallel(build_mesh(**sizes)) for sizes in ({"dp": 4}, {"dp_shard": -1}, hybrid, beside_tp, {})]
 
 
 def test_data_axes_are_found_as_each_rank_sees_them(ranks):

@@ -174,7 +174,6 @@ def test_a_completed_triple_multiplies_and_keeps_what_was_given(train, micro, st
         ({"optimizer": {"type": "AdamW", "lr": 0.1}}, ["optimizer.lr", "params"]),
         ({"zero_optimization": {"mics_shard_size": 0}}, ["mics_shard_size is 0"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "not serve"]),
-        ({"zero_optimization": {"round_robin_gradients": True}}, ["round_robin_gradients is true", "false"]),
     ],
     ids=str,
 )

@@ -44,10 +44,11 @@ class ZeroOptimization(Config):
     # Norms and biases; DeepSpeed's 1e5 keeps whole matrices of a small model unsharded.
     stage3_param_persistence_threshold: NonNegativeInt | Auto = 8_192
     stage3_model_persistence_threshold: NonNegativeInt | Auto = Field(default=2**63 - 1)
-    contiguous_gradients: Literal[True] | Auto = True  # flat buffers are how gradients are kept here
-    reduce_scatter: Literal[True] = True
-    allgather_partitions: Literal[True] = True
-    round_robin_gradients: Literal[False] = False
+    # How things are always done here; another value changes no result, and is warned of (see `WITHOUT_EFFECT`).
+    contiguous_gradients: bool | Auto = True
+    reduce_scatter: bool | Auto = True
+    allgather_partitions: bool | Auto = True
+    round_robin_gradients: bool | Auto = False
     sub_group_size: PositiveInt | Auto = 1_000_000_000_000  # without offload the step is one pass whatever this says
     # consolidated_state_dict() gathers when it is called.
     stage3_gather_16bit_weights_on_model_save: bool | Auto = False
@@ -67,6 +68,16 @@ class ZeroOptimization(Config):
     }
 
 
+WITHOUT_EFFECT = (
+    "contiguous_gradients",
+    "reduce_scatter",
+    "allgather_partitions",
+    "round_robin_gradients",
+    "sub_group_size",
+    "stage3_gather_16bit_weights_on_model_save",
+)
+
+
 class TrainingConfig(Config):
     """Everything `zero.initialize` reads.
 
@@ -83,13 +94,13 @@ class TrainingConfig(Config):
     bf16: Bf16 = Bf16()
     gradient_clipping: NonNegativeFloat | Auto = 0.0  # largest global 2-norm; 0 is off, as in torch
     zero_optimization: ZeroOptimization = ZeroOptimization()
+    zero_allow_untested_optimizer: bool = True  # any element-wise optimizer is allowed, asked for or not
     steps_per_print: PositiveInt | None = None  # log loss, norm and learning rate every so many steps
 
     known_unserved: ClassVar[Mapping[str, str]] = {
         "fp16": "Use bf16, which needs no loss scaling.",
         "amp": "Use bf16.",
         "activation_checkpointing": "Wrap blocks with torch.utils.checkpoint, which works under every stage.",
-        "zero_allow_untested_optimizer": "Any element-wise optimizer is allowed.",
         "communication_data_type": "Reductions move the accumulation dtype.",
         "data_types": "Gradients accumulate in the master dtype.",
         "prescale_gradients": "Gradients are summed, then divided.",

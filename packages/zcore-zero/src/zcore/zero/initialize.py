@@ -20,7 +20,7 @@ from zcore.core.errors import ConfigError
 from zcore.core.mesh import build_mesh, data_parallel
 from zcore.zero.agreement import Plain, check_agreement
 from zcore.zero.buffer import DataParallelGroups
-from zcore.zero.config import TrainingConfig, ZeroOptimization
+from zcore.zero.config import WITHOUT_EFFECT, TrainingConfig, ZeroOptimization
 from zcore.zero.deferred import deferred_init
 from zcore.zero.engine import Engine
 from zcore.zero.optimizer import (
@@ -202,6 +202,6 @@ def _need_optimizer(source: object) -> None:
 
 
 def _warn_of_no_effect(zero: ZeroOptimization) -> None:
-    for name in ("sub_group_size", "stage3_gather_16bit_weights_on_model_save"):
+    for name in WITHOUT_EFFECT:
         if name in zero.model_fields_set and getattr(zero, name) != ZeroOptimization.model_fields[name].default:
             logger.warning("zero_optimization.%s is accepted and has no effect here.", name)

@@ -202,6 +202,8 @@ def _need_optimizer(source: object) -> None:
 
 
 def _warn_of_no_effect(zero: ZeroOptimization) -> None:
+    if dist.get_rank() != 0:
+        return
     for name in WITHOUT_EFFECT:
         if name in zero.model_fields_set and getattr(zero, name) != ZeroOptimization.model_fields[name].default:
             logger.warning("zero_optimization.%s is accepted and has no effect here.", name)

@@ -1,11 +1,12 @@
 """What the example shows at its end: memory per rank, bits per byte, a sample, and where everything lies."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
-from rich.console import Console, Group
-from rich.padding import Padding
+from rich.console import Console
 from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
@@ -29,13 +30,12 @@ def show(
     others = compressed_bits_per_byte(corpus.held_out_text)
     curve = out / "loss_curve.png"
     draw_loss_curve(curve, corpus, history, others)
-    Console().print(
-        memory_table(memory, zero_stage=config["zero_optimization"]["stage"]),
-        compression_table(history["bits_per_byte"], others, corpus, steps=steps, train_s=train_s),
-        Panel(Syntax(sample, "python", background_color="default"), title="A sample, after its first words", width=100),
-        files_and_next_commands(out, curve, steps),
-        sep="\n",
-    )
+    console = Console(highlight=False)
+    console.print(memory_table(memory, zero_stage=config["zero_optimization"]["stage"]))
+    console.print(compression_table(history["bits_per_byte"], others, corpus, steps=steps, train_s=train_s))
+    console.print(Panel(Syntax(sample, "python", background_color="default"), title="A sample, after its first words"))
+    for line in files_and_next_commands(out, curve, steps):
+        console.print(line, soft_wrap=True)  # what a reader may copy is not cut
 
 
 def memory_table(memory: MemoryReport, *, zero_stage: int) -> Table:
@@ -66,31 +66,38 @@ def compression_table(
     model: Mapping[str, float], others: Mapping[str, float], corpus: Corpus, *, steps: int, train_s: float
 ) -> Table:
     """Validation loss as a compressor would see it: bits for each byte of text that nobody has trained on."""
-    table = Table(title=f"Bits per byte of {len(corpus.held_out_text):,} bytes of held-out files (lower is better)")
+    table = Table(title=f"Bits per byte of held-out files, {len(corpus.held_out_text):,} bytes")
     table.add_column("")
     table.add_column("bits per byte", justify="right")
     table.add_row("the model, untrained", f"{model['start']:.3f}")
     for name, bits in others.items():
         table.add_row(name, f"{bits:.3f}")
-    table.add_row(f"the model after {steps} steps ({train_s:.0f} s in this run)", f"{model['end']:.3f}", style="green")
+    table.add_row(f"the model after {steps} steps, {train_s:.0f} s of them here", f"{model['end']:.3f}", style="green")
     return table
 
 
-def files_and_next_commands(out: Path, curve: Path, steps: int) -> Group:
-    """Where things lie, and what to try."""
-    run = "torchrun --nproc-per-node 2 docs/examples/train_gpt.py"
-    files = Table.grid(padding=(0, 2))
-    files.add_row("loss curve", str(curve))
-    files.add_row("checkpoint", str(out / "last"))
-    files.add_row("weights for plain torch", str(out / "model.safetensors"))
-    files.add_row("tokenizer", str(out / "tokenizer.json"))
+def files_and_next_commands(out: Path, curve: Path, steps: int) -> list[str]:
+    """Where things lie, and what to try: lines with Rich's markup."""
+    nox = next((parent for parent in Path(sys.prefix).parents if parent.name == ".nox"), None)
+    run = "tools/nox -s quickstart --" if nox else "torchrun --nproc-per-node 2 docs/examples/train_gpt.py"
+    zcore = f"{Path(sys.prefix).relative_to(nox.parent)}/bin/zcore" if nox else "zcore"
+    files = {
+        "loss curve": curve,
+        "checkpoint": out / "last",
+        "weights for plain torch": out / "model.safetensors",
+        "tokenizer": out / "tokenizer.json",
+    }
     commands = {
         "train on from the checkpoint": f"{run} --resume --steps {steps + 200}",
         "the same losses with other memory": f"{run} --stage 1 --out runs/stage1",
-        "what is installed, and what would be gained by what": "zcore doctor",
+        "what is installed, and what would be gained by what": f"{zcore} doctor",
     }
-    lines = [line for aim, command in commands.items() for line in (f"[dim]# {aim}", command)]
-    return Group("[bold]Where it lies", Padding(files, (0, 0, 1, 2)), "[bold]Next", *lines)
+    return [
+        "\n[bold]Where it lies",
+        *(f"  {name:24} {path}" for name, path in files.items()),
+        "\n[bold]Next",
+        *(f"  {command}  [dim]# {aim}" for aim, command in commands.items()),
+    ]
 
 
 def draw_loss_curve(path: Path, corpus: Corpus, history: Mapping, others: Mapping[str, float]) -> None:
@@ -121,10 +128,6 @@ def draw_loss_curve(path: Path, corpus: Corpus, history: Mapping, others: Mappin
     plt.close(figure)
 
 
-def smoothed(losses: Sequence[float], *, keep: float = 0.95) -> list[float]:
-    """An exponential moving average without the pull of its start."""
-    mean, weight, result = 0.0, 0.0, []
-    for loss in losses:
-        mean, weight = keep * mean + (1 - keep) * loss, keep * weight + (1 - keep)
-        result.append(mean / weight)
-    return result
+def smoothed(losses: Sequence[float], *, reach: int = 12) -> list[float]:
+    """Each value's mean with up to `reach` neighbours on either side."""
+    return [fmean(losses[max(0, at - reach) : at + reach + 1]) for at in range(len(losses))]

@@ -360,16 +360,24 @@ DIFFERENCES = {
 }
 
 
-def differ_on_the_last_rank(make_model, changes):
-    is_last = dist.get_rank() == dist.get_world_size() - 1
-    model = make_model() if is_last else TinyModel()
-    return refusal(lambda: zero.initialize(model, settings(**(changes if is_last else {}))))
+def differ_in_everything():
+    messages = {}
+    for case, (make_model, changes, _) in DIFFERENCES.items():
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        model, config = (make_model(), settings(**changes)) if is_last else (TinyModel(), settings())
+        messages[case] = refusal(lambda model=model, config=config: zero.initialize(model, config))
+    return messages
+
+
+@pytest.fixture(scope="module")
+def differences(ranks):
+    return ranks(2, differ_in_everything, **SHORT)
 
 
 @pytest.mark.parametrize("case", DIFFERENCES)
-def test_a_rank_that_differs_is_named_on_every_rank(ranks, case):
-    make_model, changes, words = DIFFERENCES[case]
-    messages = ranks(2, differ_on_the_last_rank, make_model, changes, **SHORT)
+def test_a_rank_that_differs_is_named_on_every_rank(differences, case):
+    words = DIFFERENCES[case][2]
+    messages = [by_case[case] for by_case in differences]
     for message in messages:
         assert message.startswith("MismatchError: "), messages
         assert [word for word in [*words, "[1]"] if word not in message] == [], message
@@ -502,22 +510,25 @@ def meet_a_bad_loss(zero_stage, changes, factor, where):
 SCHEDULED = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 0.1}}}
 
 
-@pytest.mark.parametrize(
-    ("zero_stage", "changes", "factor", "where"),
-    [
-        (0, {}, float("nan"), "loss"),
-        (1, {"gradient_clipping": 0.1}, float("inf"), "loss"),
-        (2, {"gradient_accumulation_steps": 2}, float("nan"), "loss"),
-        (3, {**SCHEDULED, "gradient_clipping": 0.1}, float("nan"), "loss"),
-        (3, {"bf16": {"enabled": True}}, float("nan"), "gradient"),
-        (1, {}, float("inf"), "gradient"),
-    ],
-)
-def test_a_step_that_is_not_finite_on_one_rank_is_refused_on_all_and_leaves_no_trace(
-    ranks, zero_stage, changes, factor, where
-):
-    messages = ranks(2, meet_a_bad_loss, zero_stage, changes, factor, where)
-    for message in messages:
+NOT_FINITE = {
+    "nan loss": (0, {}, float("nan"), "loss"),
+    "infinite loss": (1, {"gradient_clipping": 0.1}, float("inf"), "loss"),
+    "nan loss of a micro-batch": (2, {"gradient_accumulation_steps": 2}, float("nan"), "loss"),
+    "nan loss with a schedule": (3, {**SCHEDULED, "gradient_clipping": 0.1}, float("nan"), "loss"),
+    "nan gradient in bf16": (3, {"bf16": {"enabled": True}}, float("nan"), "gradient"),
+    "infinite gradient": (1, {}, float("inf"), "gradient"),
+}
+
+
+def meet_everything_bad():
+    return {name: meet_a_bad_loss(*case) for name, case in NOT_FINITE.items()}
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_refused_on_all_and_leaves_no_trace(ranks):
+    messages = [
+        (NOT_FINITE[name][3], each) for by_name in ranks(2, meet_everything_bad) for name, each in by_name.items()
+    ]
+    for where, message in messages:
         assert message.startswith(f"{NonFiniteError.__name__}: In optimizer step 3, "), message
         assert ("data ranks [1]" if where == "loss" else "norm of the gradients") in message
         assert "as before it" in message

@@ -70,8 +70,10 @@ def check_that_all_notice(ranks, world_size, place, how, *, victim, zero_stage, 
             assert is_paragraph(failure.message)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(("how", "zero_stage", "victim"), [("SIGKILL", 3, 1), ("exit", 1, 0)])
+@pytest.mark.parametrize(
+    ("place", "how", "zero_stage", "victim"),
+    [(place, "SIGKILL", 3, 1) for place in PLACES] + [("forward", "exit", 1, 0), ("backward", "exit", 1, 0)],
+)
 def test_when_one_of_two_dies_the_other_raises(ranks, place, how, zero_stage, victim):
     check_that_all_notice(ranks, 2, place, how, victim=victim, zero_stage=zero_stage)
 

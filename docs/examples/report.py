@@ -40,7 +40,7 @@ def show(
 
 def memory_table(memory: MemoryReport, *, zero_stage: int) -> Table:
     """What each rank holds between steps, beside what plain data parallelism would hold on each."""
-    table = Table(title=f"Model states on each of {len(memory.ranks)} ranks at ZeRO stage {zero_stage}, in MiB")
+    table = Table(title=f"Model states per rank at ZeRO stage {zero_stage}, in MiB")
     table.add_column("")
     for name in ("parameters", "gradients", "optimizer", "together", "gathered at most"):
         table.add_column(name, justify="right")
@@ -66,13 +66,16 @@ def compression_table(
     model: Mapping[str, float], others: Mapping[str, float], corpus: Corpus, *, steps: int, train_s: float
 ) -> Table:
     """Validation loss as a compressor would see it: bits for each byte of text that nobody has trained on."""
-    table = Table(title=f"Bits per byte of held-out files, {len(corpus.held_out_text):,} bytes")
+    table = Table(
+        title=f"Bits per byte of held-out files, {len(corpus.held_out_text):,} bytes",
+        caption=f"{train_s:.0f} s of training in this run",
+    )
     table.add_column("")
     table.add_column("bits per byte", justify="right")
     table.add_row("the model, untrained", f"{model['start']:.3f}")
     for name, bits in others.items():
         table.add_row(name, f"{bits:.3f}")
-    table.add_row(f"the model after {steps} steps, {train_s:.0f} s of them here", f"{model['end']:.3f}", style="green")
+    table.add_row(f"the model after {steps} steps", f"{model['end']:.3f}", style="green")
     return table
 
 
@@ -119,6 +122,7 @@ def draw_loss_curve(path: Path, corpus: Corpus, history: Mapping, others: Mappin
     for (name, bits), style in zip(others.items(), ("--", ":"), strict=True):
         axes.axhline(bits, color="0.35", linestyle=style, linewidth=1.2, label=f"{name} on held-out files, {bits:.2f}")
     axes.set(xlabel="optimizer step", ylabel="bits per byte", title="A small GPT on Python's standard library")
+    axes.set_xlim(right=1.07 * len(losses))
     axes.set_ylim(bottom=min([1.0, *losses]), top=4.0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
@@ -129,5 +133,6 @@ def draw_loss_curve(path: Path, corpus: Corpus, history: Mapping, others: Mappin
 
 
 def smoothed(losses: Sequence[float], *, reach: int = 12) -> list[float]:
-    """Each value's mean with up to `reach` neighbours on either side."""
-    return [fmean(losses[max(0, at - reach) : at + reach + 1]) for at in range(len(losses))]
+    """Each value's mean with the same number of neighbours on both sides: `reach`, fewer towards the ends."""
+    reaches = (min(reach, at, len(losses) - 1 - at) for at in range(len(losses)))
+    return [fmean(losses[at - each : at + each + 1]) for at, each in enumerate(reaches)]

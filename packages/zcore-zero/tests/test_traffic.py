@@ -103,6 +103,10 @@ def run_rows(rows: list[tuple[Recipe, dict[str, Any]]], num_steps: int = 3, held
     return [run_steps(recipe, arguments, num_steps, held_back) for recipe, arguments in rows]
 
 
+def run_with_and_without_no_sync(rows: list[tuple[Recipe, dict[str, Any]]]) -> list[list[list[Measured]]]:
+    return [run_rows(rows, num_steps=2, held_back=held_back) for held_back in (0, 2)]
+
+
 def of(counts: Counts, group: str, op: str) -> tuple[int, int]:
     return counts.get(group, {}).get(op, (0, 0))
 
@@ -208,9 +212,8 @@ def test_hybrid_reduces_each_shard_once_along_the_replicas(ranks: Ranks) -> None
 
 
 def test_no_sync_leaves_one_reduction_for_all_micro_batches(ranks: Ranks) -> None:
-    recipe = Recipe(accumulation=3)
-    rows = [(recipe, {"stage": stage}) for stage in range(4)]
-    always, held = (ranks(2, run_rows, rows, 2, held_back)[0] for held_back in (0, 2))
+    rows = [(Recipe(accumulation=3), {"stage": stage}) for stage in range(4)]
+    always, held = ranks(2, run_with_and_without_no_sync, rows)[0]
     for stage in range(4):
         trainable = always[stage][1].num_buckets["trainable"]
         op = "all_reduce" if stage == 0 else "reduce_scatter"
@@ -229,38 +232,48 @@ def test_stages_0_to_2_gather_once_per_optimizer_step_however_many_micro_batches
     assert once[2].forward == thrice[2].forward
 
 
-def test_a_tied_weight_is_gathered_and_reduced_once(ranks: Ranks) -> None:
+WAYS: dict[str, tuple[Recipe, dict[str, Any]]] = {
+    "tied": (TIED, {}),
+    "untied": (UNTIED, {}),
+    "bf16": (replace(TIED, is_bf16=True), {}),
+    "no overlap": (TIED, {"overlap_comm": False}),
+    "much prefetch": (TIED, {"stage3_prefetch_bucket_size": 10**9}),
+}
+
+
+@pytest.fixture(scope="module")
+def ways(ranks: Ranks) -> dict[str, Measured]:
+    """The third step of stage 3."""
+    rows = [(recipe, {"stage": 3, **arguments}) for recipe, arguments in WAYS.values()]
+    return {way: steps[2] for way, steps in zip(WAYS, ranks(2, run_rows, rows)[0], strict=True)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_way_to_overlap_gathers_or_reduces_a_bucket_too_often(ways: dict[str, Measured], way: str) -> None:
+    step = ways[way]
+    assert of(step.backward, "reduce", "reduce_scatter")[0] == step.num_buckets["trainable"]
+    gathers = of(step.forward, "gather", "all_gather")[0] + of(step.backward, "gather", "all_gather")[0]
+    assert gathers <= 2 * step.num_buckets["gathered"] + step.num_buckets["trainable whole"]
+
+
+def test_a_tied_weight_is_reduced_once(ways: dict[str, Measured]) -> None:
     """Its gradient has two parts, one from each end of the model; the reduction waits for both."""
-    tied, untied = ranks(2, run_rows, [(TIED, {"stage": 3}), (UNTIED, {"stage": 3})])[0]
-    for step in tied[1:]:
-        assert of(step.backward, "reduce", "reduce_scatter")[0] == step.num_buckets["trainable"]
-        gathers = of(step.forward, "gather", "all_gather")[0] + of(step.backward, "gather", "all_gather")[0]
-        assert gathers <= 2 * step.num_buckets["gathered"] + step.num_buckets["trainable whole"]
-    head_bytes = untied[1].bucket_bytes["trainable"] - tied[1].bucket_bytes["trainable"]
+    head_bytes = ways["untied"].bucket_bytes["trainable"] - ways["tied"].bucket_bytes["trainable"]
     assert head_bytes == pytest.approx(61 * 24 * 4, rel=0.05)
+    reduced = [of(ways[way].backward, "reduce", "reduce_scatter")[1] for way in ("untied", "tied")]
+    assert reduced[0] - reduced[1] == head_bytes
 
 
-def test_a_frozen_bucket_is_never_reduced(ranks: Ranks) -> None:
-    (steps,) = ranks(2, run_rows, [(Recipe(), {"stage": 3})])[0]
-    assert steps[1].num_buckets["all"] > steps[1].num_buckets["trainable"]
-    assert of(steps[1].backward, "reduce", "reduce_scatter")[1] == steps[1].bucket_bytes["trainable"]
+def test_a_frozen_bucket_is_never_reduced(ways: dict[str, Measured]) -> None:
+    step = ways["tied"]
+    assert step.num_buckets["all"] > step.num_buckets["trainable"]
+    assert of(step.backward, "reduce", "reduce_scatter")[1] == step.bucket_bytes["trainable"]
 
 
-def test_bf16_gathers_half_the_bytes_and_reduces_in_fp32(ranks: Ranks) -> None:
-    rows = [(Recipe(is_bf16=is_bf16), {"stage": 3}) for is_bf16 in (False, True)]
-    full, mixed = (steps[1] for steps in ranks(2, run_rows, rows)[0])
+def test_bf16_gathers_half_the_bytes_and_reduces_in_fp32(ways: dict[str, Measured]) -> None:
+    full, mixed = ways["tied"], ways["bf16"]
     assert of(mixed.forward, "gather", "all_gather")[1] * 2 == of(full.forward, "gather", "all_gather")[1]
     assert of(mixed.backward, "reduce", "reduce_scatter") == of(full.backward, "reduce", "reduce_scatter")
-
-
-def test_ways_to_overlap_change_when_and_not_how_often_is_sent(ranks: Ranks) -> None:
-    ways: list[dict[str, Any]] = [{}, {"overlap_comm": False}, {"stage3_prefetch_bucket_size": 10**9}]
-    found = ranks(2, run_rows, [(TIED, {"stage": 3, **way}) for way in ways])[0]
-    for steps in found:
-        for step in steps[1:]:
-            assert of(step.backward, "reduce", "reduce_scatter") == kinds_with_bytes(step)["trainable"]
-            gathers = of(step.forward, "gather", "all_gather")[0] + of(step.backward, "gather", "all_gather")[0]
-            assert gathers <= 2 * step.num_buckets["gathered"] + step.num_buckets["trainable whole"]
 
 
 def test_what_returns_soon_is_kept_unless_the_limits_forbid(ranks: Ranks) -> None:
@@ -273,12 +286,15 @@ def test_what_returns_soon_is_kept_unless_the_limits_forbid(ranks: Ranks) -> Non
     assert of(let_go[2].forward, "gather", "all_gather")[0] >= count
 
 
-def watch_prefetch(recipe: Recipe, zero_options: dict[str, Any]) -> list[tuple[str, str, str]]:
+Seen = list[tuple[str, str, str]]
+
+
+def watch_prefetch(recipe: Recipe, zero_options: dict[str, Any]) -> Seen:
     """(pass, block that runs, state of the next block's bucket) as the second step goes."""
     engine = build_engine(recipe, stage=3, **zero_options)
     model = engine.module
     by_name = {bucket.plan.name: bucket for bucket in engine.sharding.buckets}
-    seen: list[tuple[str, str, str]] = []
+    seen: Seen = []
 
     def watch(name: str, following: str, half: str) -> Callable[..., None]:
         def look(*_: object) -> None:
@@ -302,14 +318,21 @@ def watch_prefetch(recipe: Recipe, zero_options: dict[str, Any]) -> list[tuple[s
     return seen
 
 
-def test_the_next_block_is_on_its_way_before_it_is_used(ranks: Ranks) -> None:
-    for seen in ranks(2, watch_prefetch, TIED, {}):
+@pytest.fixture(scope="module")
+def watched(ranks: Ranks) -> list[Seen]:
+    """Of each rank, with the default options."""
+    found: list[Seen] = ranks(2, watch_prefetch, TIED, {})
+    return found
+
+
+def test_the_next_block_is_on_its_way_before_it_is_used(watched: list[Seen]) -> None:
+    for seen in watched:
         forward = [(name, state) for half, name, state in seen if half == "forward"]
         assert forward == [(f"h.{index}", ParamState.INFLIGHT.name) for index in range(3)]
 
 
-def test_the_next_block_of_the_backward_is_on_its_way_or_still_there(ranks: Ranks) -> None:
-    for seen in ranks(2, watch_prefetch, TIED, {}):
+def test_the_next_block_of_the_backward_is_on_its_way_or_still_there(watched: list[Seen]) -> None:
+    for seen in watched:
         backward = [(name, state) for half, name, state in seen if half == "backward"]
         assert [name for name, _ in backward] == ["h.3", "h.2", "h.1"]
         assert [(name, state) for name, state in backward if state == ParamState.SHARDED.name] == []

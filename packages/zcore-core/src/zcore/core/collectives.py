@@ -172,15 +172,19 @@ def tree_sum_(parts: Sequence[Tensor], *, out: Tensor) -> None:
 class _Pending:
     """Works of torch, waited for in order, then whatever arithmetic is left."""
 
-    __slots__ = ("_call", "_finish", "_works")
+    __slots__ = ("_call", "_finish", "_works", "after")
 
     def __init__(self, call: Call, works: Sequence[dist.Work | None], finish: Callable[[], None] | None = None) -> None:
         self._call = call
+        self.after: _Pending | None = None  # what has to be finished first, where finishing communicates
         self._works = [work for work in works if work is not None]
         self._finish = finish
 
     def wait(self) -> None:
         """Wait, and name the collective if it failed."""
+        after, self.after = self.after, None
+        if after is not None:
+            after.wait()
         works, self._works = self._works, []
         finish, self._finish = self._finish, None
         for work in works:
@@ -194,8 +198,9 @@ class _Pending:
 
 def failed_collective(call: Call, error: BaseException) -> CollectiveError:
     """The paragraph a user reads when a peer is gone."""
+    reason = str(error).splitlines()[0].encode("ascii", "ignore").decode().strip()  # gloo adds a pictogram
     return CollectiveError(
-        f"{call} did not complete: {str(error).splitlines()[0]}. Every rank has to reach this call within the process "
+        f"{call} did not complete: {reason}. Every rank has to reach this call within the process "
         "group's timeout; most often another rank has raised, was killed, or took another path through the model. Look "
         "for the first error in the other ranks' output, mend it, and restart all ranks from the last checkpoint."
     )
@@ -216,6 +221,7 @@ class TorchCollectives:
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
         self._traffic = Traffic()
+        self._chained: _Pending | None = None  # the last started call whose second half starts when it is waited for
 
     @property
     def rank(self) -> int:
@@ -291,9 +297,10 @@ class TorchCollectives:
         return self._all_reduce_by_exchange(call, tensor)
 
     def _all_reduce_by_exchange(self, call: Call, tensor: Tensor) -> Pending:
-        """Each rank sums its slot of every rank's tensor, then all gather the sums; both halves start here in order.
+        """Each rank sums its slot of every rank's tensor, then all gather the sums.
 
-        The second half needs the result of the first, so it runs inside `wait()`.
+        The second half needs the result of the first, so it starts inside `wait()`; in whichever order a rank waits for
+        several, second halves start in the order of the calls.
         """
         slot_numel = -(-tensor.numel() // self._size)
         padded = tensor
@@ -310,11 +317,13 @@ class TorchCollectives:
             if padded is not tensor:
                 tensor.copy_(padded[: tensor.numel()])
 
-        return self._start(
+        pending = self._start(
             call,
             lambda: compat.all_to_all_flat(self._raw(received), self._raw(padded), group=self._group),
             finish=sum_and_gather,
         )
+        pending.after, self._chained = self._chained, pending
+        return pending
 
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
         """See `Collectives.all_to_all`."""
@@ -353,7 +362,7 @@ class TorchCollectives:
 
     def _start(
         self, call: Call, start: Callable[[], dist.Work | None], *, finish: Callable[[], None] | None = None
-    ) -> Pending:
+    ) -> _Pending:
         try:
             with torch.profiler.record_function(f"zcore::{call.op} {call.label}"):
                 work = start()

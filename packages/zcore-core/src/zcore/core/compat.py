@@ -5,6 +5,7 @@ the wheels support torch 2.9 and later. Nothing here decides anything.
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ __all__ = [
     "in_backward",
     "queue_backward_callback",
     "reduce_scatter_flat",
+    "timeout_of",
     "tree_leaves",
 ]
 
@@ -39,6 +41,13 @@ def reduce_scatter_flat(output: torch.Tensor, input: torch.Tensor, *, group: dis
 def all_to_all_flat(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup) -> dist.Work | None:
     """Start the exchange of equal slots: slot r of `input` goes to rank r, slot r of `output` comes from it."""
     return cast("dist.Work | None", dist.all_to_all_single(output, input, group=group, async_op=True))
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """How long a collective of `group` waits for the other ranks."""
+    backend = group._get_backend(torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda"))
+    timeout: timedelta = backend.options._timeout
+    return timeout
 
 
 def queue_backward_callback(callback: Callable[[], None]) -> None:

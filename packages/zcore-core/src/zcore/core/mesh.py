@@ -15,6 +15,7 @@ from math import prod
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from zcore.core import compat
 from zcore.core.errors import MeshError
 
 __all__ = ["AXES", "DataParallel", "build_mesh", "data_parallel", "plan_mesh", "twin_group"]
@@ -110,7 +111,10 @@ def twin_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
     dim = (mesh.mesh_dim_names or ()).index(axis)
     rows: list[list[int]] = mesh.mesh.movedim(dim, -1).reshape(-1, mesh.mesh.size(dim)).tolist()
     group: dist.ProcessGroup | None
-    group, _ = dist.new_subgroups_by_enumeration(rows)
+    world = dist.group.WORLD
+    assert world is not None
+    timeout = compat.timeout_of(world) if dist.get_backend() in ("gloo", "nccl") else None
+    group, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
     if group is None:
         raise MeshError(f"Rank {dist.get_rank()} is not part of the mesh {mesh}; build the mesh over all ranks.")
     return group

@@ -25,7 +25,7 @@ def check_agreement(
 
     Raises MismatchError on every rank, naming the ranks that differ from rank 0 and the first fact in which they do.
     """
-    text = json.dumps(facts, sort_keys=True).encode()
+    text = json.dumps(facts).encode()
     own = torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8).to(device)
     first = own.clone()
     groups.broadcast(first, src=0, label=LABEL)

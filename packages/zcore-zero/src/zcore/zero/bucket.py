@@ -33,7 +33,7 @@ class ParamState(Enum):
     UNINITIALIZED = auto()  # the model is on meta or still whole; the master shard is not written yet
     SHARDED = auto()  # fragments registered; of a SHARD row the gathered storage is freed
     INFLIGHT = auto()  # master shard and gathered storage live; nobody reads the latter before wait()
-    AVAILABLE = auto()  # whole parameters registered, views of the gathered storage; the master shard still lives
+    AVAILABLE = auto()  # gathered storage is whole and registered while the model runs; the master shard still lives
 
 
 MOVES = {
@@ -116,7 +116,10 @@ class Bucket:
         self.row = row
         self.owned = owned_slices(row, dp)
         self.state = ParamState.UNINITIALIZED
-        self.is_stale = True  # whether the master shards have moved on since the last gather
+        self.is_pinned = False  # inside GatheredParameters, where the fragments stand for the whole
+        self.shows_whole = False  # what is registered on the modules
+        self._is_stale = True
+        self._gathered_version = -1
         self.host: weakref.ref[BucketHost] | None = None  # weak, like every edge back up: `del model` frees the memory
         self.memory = BucketParameters(
             plan, row, dp=dp, dtypes=dtypes, collectives=groups.gather, device=device, ledger=ledger
@@ -141,6 +144,15 @@ class Bucket:
         )
         shard.requires_grad_(spec.trainable)
         return BucketParam(full, shard, fragment, tuple((weakref.ref(module), name) for module, name in member.sites))
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the master shards have moved on since the last gather; edits in place count, through any alias."""
+        return self._is_stale or self.memory.master._version != self._gathered_version
+
+    def mark_stale(self) -> None:
+        """The master shards have new values; on every rank alike."""
+        self._is_stale = True
 
     @property
     def is_transient(self) -> bool:
@@ -187,7 +199,7 @@ class Bucket:
     def seal(self) -> None:
         """UNINITIALIZED -> SHARDED: every fragment is written; register them."""
         self._move(ParamState.SHARDED)
-        self._register_shards()
+        self.show_fragments()
 
     def gather(self) -> None:
         """SHARDED -> INFLIGHT, or straight to AVAILABLE where the gathered copy is still current."""
@@ -203,11 +215,17 @@ class Bucket:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.wait()
-        self.is_stale = False
+        self._is_stale = False
+        self._gathered_version = self.memory.master._version
         self._make_available()
 
     def _make_available(self) -> None:
         self._move(ParamState.AVAILABLE)
+        self.show_whole()
+
+    def show_whole(self) -> None:
+        """Register the whole parameters; the bucket must be AVAILABLE."""
+        self.shows_whole = True
         for param in self.params:
             trains = param.is_trainable
             if trains and self.gradients is None:
@@ -219,16 +237,18 @@ class Bucket:
                 param.full.requires_grad_(trains)
             param.register(param.full)
 
+    def show_fragments(self) -> None:
+        """Register the fragments, whatever memory lives: outside forward and backward they are the parameters."""
+        self.shows_whole = False
+        for param in self.params:
+            param.register(param.shard)
+
     def reshard(self) -> None:
         """AVAILABLE -> SHARDED."""
         self._move(ParamState.SHARDED)
         if self.memory.release():
-            self.is_stale = True
-        self._register_shards()
-
-    def _register_shards(self) -> None:
-        for param in self.params:
-            param.register(param.shard)
+            self._is_stale = True
+        self.show_fragments()
 
     def deliver(self, used: list[bool]) -> None:
         """Give every fragment its gradient; None to one that no rank used, as plain torch would."""
@@ -261,9 +281,9 @@ class Bucket:
 
     # What a fragment asks of its bucket (see ParameterOwner).
 
-    def is_available(self) -> bool:
+    def stands_for_whole(self) -> bool:
         """See ParameterOwner."""
-        return self.state is ParamState.AVAILABLE
+        return self.is_pinned
 
     def may_gather(self) -> bool:
         """See ParameterOwner."""

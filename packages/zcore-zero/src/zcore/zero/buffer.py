@@ -192,8 +192,7 @@ class BucketGradients:
                 "embedding with sparse=False."
             )
         full = self._live_full()
-        if not self._written and self.reduced is not None and not self._transient:
-            self.reduced = self.reduced.clone()  # it was the own slot of `full`, which now takes the next gradients
+        self._keep_reduced(full)
         layout = self._plan.layout
         place = full[layout.offsets[index] : layout.offsets[index] + layout.numels[index]].view(grad.shape)
         if index in self._written:
@@ -205,6 +204,7 @@ class BucketGradients:
     def start_reduce(self) -> None:
         """Start the sum over all ranks into the owned slices; parameters without a gradient count as zero."""
         full = self._live_full()
+        self._keep_reduced(full)
         self._zero_unwritten(full)
         low, high = self._bounds
         if self._stepped_whole:
@@ -241,6 +241,13 @@ class BucketGradients:
         self._written.clear()
         if self._transient and self._full_is_live:
             self._free_full()
+
+    def _keep_reduced(self, full: Tensor) -> None:
+        """An earlier sum of this step may be the own slot of `full`, which is about to be written: move it out."""
+        if self.reduced is None or self._transient:
+            return
+        if self.reduced.untyped_storage().data_ptr() == full.untyped_storage().data_ptr():
+            self.reduced = self.reduced.clone()
 
     def _live_full(self) -> Tensor:
         if self._full is None:

@@ -75,6 +75,7 @@ def save(directory: str | Path, tag: str, run: RunState, extra: Mapping[str, Any
         _flush(staging / "manifest.json")
         replaced = final.with_name(f".{tag}.replaced")
         if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)  # of a save that was cut short
             final.rename(replaced)
         staging.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -99,6 +100,8 @@ def load(directory: str | Path, tag: str | None, run: RunState) -> dict[str, Any
     def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
         folder = _find(Path(directory), tag)
         manifest = _read_json(folder / "manifest.json")
+        if not isinstance(manifest.get("files"), dict):
+            raise CheckpointError(f"{folder / 'manifest.json'} is damaged: it names no files. Load an earlier tag.")
         _compare(manifest, _facts(run.sharding), folder)
         for name in (f"{stem}.safetensors", f"{stem}.json"):
             if manifest["files"].get(name) != _fingerprint(folder / name):
@@ -109,6 +112,7 @@ def load(directory: str | Path, tag: str | None, run: RunState) -> dict[str, Any
         tensors = load_file(folder / f"{stem}.safetensors")
         plain = _read_json(folder / f"{stem}.json")
         _check_names(tensors, run, folder)
+        _check_kinds(plain, run, folder)
         return tensors, plain
 
     tensors, plain = _all_or_none(read, run.sharding, doing=f"loading a checkpoint from {directory}")
@@ -121,8 +125,9 @@ def load(directory: str | Path, tag: str | None, run: RunState) -> dict[str, Any
 def _tensors(run: RunState) -> dict[str, Tensor]:
     """This rank's tensors; cloned, since safetensors refuses tensors that share memory."""
     tensors: dict[str, Tensor] = {}
+    masters = run.sharding.masters
     for name, fragment in run.sharding.fragments.items():
-        tensors[f"master/{name}"] = fragment.detach().clone()
+        tensors[f"master/{name}"] = masters[name].clone()
         for key, value in _state_of(run.optimizer, fragment).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value.detach().clone().contiguous()
@@ -141,6 +146,7 @@ def _plain(run: RunState) -> dict[str, Any]:
             name: {k: v for k, v in _state_of(run.optimizer, fragment).items() if not isinstance(v, Tensor)}
             for name, fragment in run.sharding.fragments.items()
         },
+        "kinds": _kinds(run),
         "lr_scheduler": None if run.lr_scheduler is None else run.lr_scheduler.state_dict(),
         "python_random": [version, list(internal), gauss],
     }
@@ -149,8 +155,8 @@ def _plain(run: RunState) -> dict[str, Any]:
 def _restore_tensors(tensors: Mapping[str, Tensor], run: RunState) -> None:
     device = run.sharding.device
     with torch.no_grad():
-        for name, fragment in run.sharding.fragments.items():
-            fragment.detach().copy_(tensors[f"master/{name}"])
+        for name, master in run.sharding.masters.items():
+            master.copy_(tensors[f"master/{name}"])
         for name, buffer in _buffers(run.model):
             buffer.copy_(tensors[f"buffer/{name}"])
     run.sharding.note_update()
@@ -179,7 +185,34 @@ def _restore_plain(plain: Mapping[str, Any], run: RunState) -> None:
             if state:
                 run.optimizer.state[run.sharding.fragments[name]].update(state)
     if run.lr_scheduler is not None and plain["lr_scheduler"] is not None:
-        run.lr_scheduler.load_state_dict(plain["lr_scheduler"])
+        now = run.lr_scheduler.state_dict()
+        run.lr_scheduler.load_state_dict({k: _like(now.get(k), v) for k, v in plain["lr_scheduler"].items()})
+
+
+def _like(now: Any, saved: Any) -> Any:
+    """What JSON made of a value, in the type that the run has: tuples, and counters with numbers as keys."""
+    if isinstance(now, tuple):
+        return tuple(saved)
+    if isinstance(now, dict) and isinstance(saved, dict) and all(isinstance(key, int) for key in now):
+        return type(now)({int(key): value for key, value in saved.items()})
+    return saved
+
+
+def _kinds(run: RunState) -> dict[str, Any]:
+    return {
+        "optimizer": type(run.optimizer).__name__,
+        "number of parameter groups": 0 if run.optimizer is None else len(run.optimizer.param_groups),
+        "learning-rate schedule": type(run.lr_scheduler).__name__,
+    }
+
+
+def _check_kinds(plain: Mapping[str, Any], run: RunState, folder: Path) -> None:
+    for kind, here in _kinds(run).items():
+        if plain["kinds"][kind] != here:
+            raise CheckpointError(
+                f"{folder} was saved with {kind} {plain['kinds'][kind]!r}, and this run has {here!r}. Start the run as "
+                "it was."
+            )
 
 
 def _state_of(optimizer: torch.optim.Optimizer | None, fragment: Tensor) -> Mapping[str, Any]:
@@ -233,6 +266,16 @@ def _check_names(tensors: Mapping[str, Tensor], run: RunState, folder: Path) -> 
     }
     if missing := sorted(expected - set(tensors)):
         raise CheckpointError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors that this model has.")
+    for name, buffer in _buffers(run.model):
+        if tensors[f"buffer/{name}"].shape != buffer.shape:
+            raise CheckpointError(f"{folder} holds buffer {name} in another shape than this model has.")
+    for name, master in run.sharding.masters.items():
+        saved = tensors[f"master/{name}"]
+        if saved.shape != master.shape or saved.dtype != master.dtype:
+            raise CheckpointError(
+                f"{folder} holds {name} as {list(saved.shape)} {saved.dtype} on this rank; the model has "
+                f"{list(master.shape)} {master.dtype}. Load it into the model and precision it was saved from."
+            )
 
 
 def _all_or_none(act: Callable[[], T], sharding: Sharding, *, doing: str) -> T:
@@ -268,6 +311,8 @@ def _find(directory: Path, tag: str | None) -> Path:
             raise CheckpointError(f"{directory} has no complete checkpoint (no file `latest`). Check the path.")
         tag = latest.read_text(encoding="utf-8").strip()
     folder = directory / tag
+    if not folder.exists():
+        folder = directory / f".{tag}.replaced"  # a crash came between the two renames of a save that replaces it
     if not (folder / "manifest.json").exists():
         raise CheckpointError(f"{folder} is no complete checkpoint: it has no manifest.json. Check path and tag.")
     return folder
@@ -283,7 +328,12 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Restore it from a copy, or load an earlier tag.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object. Restore it, or load an earlier tag.")
     return value
 
 

@@ -28,6 +28,13 @@ class Bf16(Config):
 
     enabled: bool | Auto = False
 
+    known_unserved: ClassVar[Mapping[str, str]] = {
+        "bf16_master_weights_and_grads": "Masters and gradients are fp32.",
+        "bf16_optimizer_states": "Optimizer states are fp32.",
+        "immediate_grad_update": "Gradients move into their bucket at once.",
+        "check_grad_overflow": "A step that is not finite is always refused.",
+    }
+
 
 class ZeroOptimization(Config):
     """What is sharded, and how far ahead and in which pieces it moves. Sizes are in elements, not bytes."""
@@ -62,6 +69,12 @@ class ZeroOptimization(Config):
         "zero_quantized_gradients": "Reductions move the accumulation dtype.",
         "zero_quantized_nontrainable_weights": "Gathers move the compute dtype.",
         "mics_hierarchical_params_gather": "Leave it out.",
+        "zenflow": "States stay on the device.",
+        "cpu_offload_param": "Parameters stay on the device.",
+        "leaf_module": "Blocks are recognised.",
+        "stage3_module_granularity_threshold": "Blocks are recognised.",
+        "legacy_stage1": "Leave it out.",
+        "zeropp_loco_param": "Reductions move the accumulation dtype.",
         "ignore_unused_parameters": "Unused parameters are always allowed.",
         "elastic_checkpoint": "Leave it out.",
         "load_from_fp32_weights": "Checkpoints always hold the master weights.",
@@ -95,7 +108,7 @@ class TrainingConfig(Config):
     gradient_clipping: NonNegativeFloat | Auto = 0.0  # largest global 2-norm; 0 is off, as in torch
     zero_optimization: ZeroOptimization = ZeroOptimization()
     zero_allow_untested_optimizer: bool = True  # any element-wise optimizer is allowed, asked for or not
-    steps_per_print: PositiveInt | None = None  # log loss, norm and learning rate every so many steps
+    steps_per_print: PositiveInt | None = None  # log norm and learning rate every so many steps
 
     known_unserved: ClassVar[Mapping[str, str]] = {
         "fp16": "Use bf16, which needs no loss scaling.",
@@ -119,6 +132,22 @@ class TrainingConfig(Config):
         "autotuning": "Not served.",
         "checkpoint": "Not served.",
         "elasticity": "Not served.",
+        "compile": "Call torch.compile on the blocks.",
+        "torch_autocast": "Use bf16.",
+        "gradient_predivide_factor": "Gradients are summed, then divided.",
+        "disable_allgather": "Leave it out.",
+        "sequence_parallel_size": "Data parallel only.",
+        "seq_parallel_communication_data_type": "Data parallel only.",
+        "progressive_layer_drop": "Not served.",
+        "sparse_attention": "Use torch's flex_attention.",
+        "eigenvalue": "Not served.",
+        "quantize_training": "Not served.",
+        "zero_force_ds_cpu_optimizer": "Optimizers are torch's.",
+        "hybrid_engine": "Not served.",
+        "nebula": "Not served.",
+        "comet": "Log from the training loop.",
+        "memory_breakdown": "Call `engine.memory_report()`.",
+        "dataloader_drop_last": "Set it on the data loader.",
         "sparse_gradients": "Flat buffers hold dense gradients.",
         "dump_state": "Print the config.",
     }
@@ -170,12 +199,16 @@ def plan_batch(
         micro = train_batch_size // (dp_size * (steps or 1))
     if steps is None:
         steps = train_batch_size // (dp_size * max(micro, 1))
+    if train_batch_size % dp_size:
+        raise ConfigError(
+            f"train_batch_size is {train_batch_size}, which cannot be divided over {dp_size} data-parallel ranks. Take "
+            "a multiple of the number of ranks."
+        )
     if micro * steps * dp_size != train_batch_size or micro < 1:
         raise ConfigError(
             f"train_batch_size is {train_batch_size}, but train_micro_batch_size_per_gpu {micro} x "
             f"gradient_accumulation_steps {steps} x {dp_size} data-parallel ranks is {micro * steps * dp_size}. Change "
-            "one so that the product is right, or leave one out and it is worked out; a train_batch_size must be a "
-            "multiple of the number of ranks."
+            "one so that the product is right, or leave one out and it is worked out."
         )
     return BatchSizes(train_batch_size, micro, steps)
 

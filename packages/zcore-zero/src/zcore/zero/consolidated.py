@@ -29,7 +29,8 @@ def consolidated_state_dict(model: nn.Module, *, rank: int | None = 0) -> dict[s
 
 
 def _as_state_dict(model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    first_names = {id(fragment): name for name, fragment in sharding_of(model).fragments.items()}
+    params = [param for bucket in sharding_of(model).buckets for param in bucket.params]
+    first_names = {id(each): param.shard.fqn for param in params for each in (param.shard, param.full)}
     result: dict[str, Tensor] = {}
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""

@@ -68,7 +68,7 @@ class GatheredParameters:
                 with torch.no_grad():
                     self._keep(bucket, self._modifier_rank)
             else:
-                bucket.is_stale = True  # edits that nobody is to see
+                bucket.mark_stale()  # edits that nobody is to see
             conductor.gatherer.unpin(bucket)
 
     def _whole(self, param: Tensor) -> Tensor:

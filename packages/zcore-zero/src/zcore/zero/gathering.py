@@ -41,6 +41,7 @@ class Gatherer:
         self._ahead: dict[int, int] = {}  # elements of buckets gathered ahead and not yet used
         self._live_numel = 0
         self._has_warned = False
+        self._digest = 0  # of the buckets gathered since the last comparison, in order; below 2^24, exact in fp32
 
     def begin(self, *, training: bool) -> None:
         """A forward of the root module starts.
@@ -51,11 +52,15 @@ class Gatherer:
         self._trace.begin()
         self._depth.clear()  # an exception may have left modules without their post-forward hook
         for bucket in self._buckets:
+            if bucket.state is ParamState.AVAILABLE and bucket.is_stale and not bucket.is_pinned:
+                self._reshard(bucket)  # stepped or edited since a forward that had no backward
             if bucket.is_transient:
                 if bucket.state is ParamState.AVAILABLE:
                     self._idle.setdefault(bucket.index, Pass.FORWARD)
             elif bucket.state is ParamState.SHARDED:
                 bucket.gather()
+            elif bucket.state is ParamState.AVAILABLE:
+                bucket.show_whole()
 
     def enter(self, bucket: Bucket, during: Pass, *, module: str) -> bool:
         """Make `bucket` AVAILABLE for a module that starts, and start what comes next; True for the outermost module.
@@ -101,6 +106,8 @@ class Gatherer:
             self._prefetch()
         if bucket.state is ParamState.INFLIGHT:
             bucket.wait()
+        if not bucket.shows_whole:
+            bucket.show_whole()
 
     def let_go(self, bucket: Bucket, during: Pass) -> None:
         """`bucket` may be released when memory is needed. In a backward only `release` and `rest` say so."""
@@ -114,18 +121,34 @@ class Gatherer:
             self._reshard(bucket)
 
     def pin(self, bucket: Bucket) -> None:
-        """Keep `bucket` AVAILABLE until `unpin`, whatever runs in between."""
+        """Keep `bucket` AVAILABLE and shown until `unpin`, whatever runs in between."""
         self._pinned[bucket.index] += 1
+        bucket.is_pinned = True
+        if bucket.state is ParamState.AVAILABLE and bucket.is_stale:
+            self._reshard(bucket)
         if bucket.state is ParamState.SHARDED:
             self._start(bucket)
         if bucket.state is ParamState.INFLIGHT:
             bucket.wait()
+        bucket.show_whole()
 
     def unpin(self, bucket: Bucket) -> None:
         """End a `pin`; the last one reshards."""
         self._pinned[bucket.index] -= 1
+        bucket.is_pinned = self._pinned[bucket.index] > 0
         if not self._is_in_use(bucket) and bucket.state is ParamState.AVAILABLE:
             self._reshard(bucket)
+
+    def take_digest(self) -> int:
+        """The digest of the gathers since this was last asked."""
+        digest, self._digest = self._digest, 0
+        return digest
+
+    def conceal(self) -> None:
+        """The model has run and may still get a backward: memory stays, but the fragments are the parameters again."""
+        for bucket in self._buckets:
+            if bucket.shows_whole and not bucket.is_pinned:
+                bucket.show_fragments()
 
     def rest(self) -> None:
         """The step's use of parameters is over: fragments are registered everywhere, transient memory is free."""
@@ -141,6 +164,7 @@ class Gatherer:
         self._make_room()
         bucket.gather()
         if bucket.is_transient:
+            self._digest = (self._digest * 1_000_003 + bucket.index + 1) % 2**24
             self._live_numel += bucket.plan.layout.numel
 
     def _reshard(self, bucket: Bucket) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zcore.core import compat
+from zcore.core.errors import StateError
 from zcore.zero.bucket import Bucket
 from zcore.zero.gathering import Gatherer
 from zcore.zero.precision import Precision
@@ -59,6 +60,7 @@ class Conductor:
         self._precision = precision
         self._phase = Phase.REST
         self._open_calls: dict[int, int] = {}  # per bucket: calls whose input gradients are still to come
+        self._has_gradients = False  # whether a parameter got one in this backward
         self._complete: set[int] = set()  # buckets whose gradients are all there
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for bucket in buckets:
@@ -79,6 +81,12 @@ class Conductor:
                 keep(
                     param.full.register_post_accumulate_grad_hook(_on_gradient(weakref.ref(self), bucket.index, index))
                 )
+
+    def __reduce__(self) -> str:
+        raise StateError(
+            "A sharded model cannot be copied or pickled: its parameters are spread over the ranks. Copy the model "
+            "before sharding it, or load `engine.consolidated_state_dict()` into a second model, as for an average."
+        )
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -120,7 +128,9 @@ class Conductor:
         if compat.in_backward():
             return
         self._phase = Phase.REST
-        if not torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            self.gatherer.conceal()
+        else:
             self.gatherer.rest()
 
     def _site_pre(self, site: Site) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
@@ -142,13 +152,21 @@ class Conductor:
             if transient and torch.is_grad_enabled() and self._phase is not Phase.BACKWARD:
                 self._hook_tensors(result, before_backward)
             outermost = [self.gatherer.leave(bucket, self._pass) for bucket in site.buckets]
-            if self._phase is Phase.REST and all(outermost) and not torch.is_grad_enabled():
-                self.gatherer.rest()  # a submodule that was called by itself
+            if self._phase is Phase.REST and all(outermost):  # a submodule that was called by itself
+                if torch.is_grad_enabled():
+                    self.gatherer.conceal()
+                else:
+                    self.gatherer.rest()
 
         return leave
 
     def _before_backward_of(self, buckets: Sequence[Bucket]) -> Callable[[Tensor], None]:
         def gather_again(grad: Tensor) -> None:
+            if torch.is_grad_enabled():
+                raise StateError(
+                    "A backward with create_graph=True ran through sharded parameters, which are freed before the "
+                    "second backward would need them. Use stage 2 for gradient penalties."
+                )
             self._begin_backward()
             for bucket in buckets:
                 self.gatherer.use(bucket, Pass.BACKWARD, module="the backward pass")
@@ -192,7 +210,8 @@ class Conductor:
         full = bucket.params[index].full
         grad, full.grad = full.grad, None
         assert grad is not None
-        if self._reducer.add(bucket, index, grad):
+        self._has_gradients = True
+        if self._reducer.add(bucket, index, grad.detach()):
             self._complete.add(bucket_index)
             self._release_if_done(bucket)
 
@@ -206,6 +225,7 @@ class Conductor:
             return
         self._phase = Phase.BACKWARD
         self._complete.clear()
+        self._has_gradients = False
         self._reducer.begin()
         compat.queue_backward_callback(self._end_backward)
 
@@ -214,7 +234,8 @@ class Conductor:
         self._open_calls.clear()
         with torch.no_grad():
             self.gatherer.rest()
-            self._reducer.finish()
+            if self._has_gradients:  # not after autograd.grad of inputs; the same on every rank
+                self._reducer.finish()
 
     def _recover(self) -> None:
         """A backward was cut short by an exception, which the caller caught: its gradients are not to be trusted."""

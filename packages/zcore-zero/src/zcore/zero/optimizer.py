@@ -33,7 +33,7 @@ def name_groups(groups: ParamGroups | None, model: nn.Module) -> GroupsByName:
     names = {id(param): name for name, param in model.named_parameters()}
     if groups is None:
         return [{"params": [name for name, param in model.named_parameters() if param.requires_grad]}]
-    listed = list(groups)
+    listed = [each[1] if isinstance(each, tuple) else each for each in groups]  # named_parameters() is taken as well
     as_groups: list[Mapping[str, Any]] = [
         group if isinstance(group, Mapping) else {"params": [group]} for group in listed
     ]
@@ -64,8 +64,9 @@ def release_params(optimizer: torch.optim.Optimizer, model: nn.Module) -> Groups
     """
     if optimizer.state:
         raise StateError(
-            f"The {type(optimizer).__name__} that was passed has stepped already, and its states belong to whole "
-            "parameters. Pass a new one; to continue a run, load a checkpoint after initialize()."
+            f"The {type(optimizer).__name__} that was passed has stepped already, or made its states when it was "
+            "built, and they belong to whole parameters. Pass a new one, or its class; to continue a run, load a "
+            "checkpoint after initialize()."
         )
     _refuse_matrix_wise(type(optimizer).__name__)
     groups = name_groups(optimizer.param_groups, model)

@@ -7,11 +7,12 @@ and is not stepped.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from zcore.core.errors import MismatchError
 from zcore.core.mesh import DataParallel
 from zcore.zero.bucket import Bucket
 from zcore.zero.buffer import BucketGradients, DataParallelGroups
@@ -30,12 +31,14 @@ class Reducer:
         groups: DataParallelGroups,
         device: torch.device,
         max_inflight: int = 1,
+        take_digest: Callable[[], int] = lambda: 0,
     ) -> None:
         self._buckets = [bucket for bucket in buckets if bucket.gradients is not None]
         self._dp = dp
         self._groups = groups
         self._device = device
         self._max_inflight = max_inflight  # each holds a whole bucket: one is summed while the next one's are computed
+        self._take_digest = take_digest  # of the gathers since the last reduction
         self.reduces = True  # False while gradients only accumulate on this rank
         self._order = sorted((bucket.index for bucket in self._buckets), key=lambda index: -index)
         self._order.sort(key=lambda index: buckets[index].plan.keep_whole)  # small ones are complete last
@@ -62,7 +65,9 @@ class Reducer:
         for bucket in self._buckets:
             for index in bucket.take_dropped():
                 self._used[bucket.index][index] = False
-        self._remaining = {bucket.index: len(bucket.params) for bucket in self._buckets}
+        self._remaining = {
+            bucket.index: sum(param.full.requires_grad for param in bucket.params) for bucket in self._buckets
+        }
         self._ready.clear()
         self._next = 0
 
@@ -129,17 +134,31 @@ class Reducer:
         self._order = order.tolist()
 
     def _deliver(self) -> None:
-        flags = torch.zeros(self._dp.size + sum(map(len, self._used.values())), device=self._device)
+        size = self._dp.size
+        flags = torch.zeros(2 * size + sum(map(len, self._used.values())), device=self._device)
         if self._is_loss_bad is not None:
             flags[self._dp.rank] = self._is_loss_bad
+        flags[size + self._dp.rank] = self._take_digest()
         used = [flag for bucket in self._buckets for flag in self._used[bucket.index]]
-        flags[self._dp.size :] = torch.tensor(used, dtype=flags.dtype)
+        flags[2 * size :] = torch.tensor(used, dtype=flags.dtype)
         self._groups.all_reduce(flags, label="which parameters had a gradient")
         totals = flags.tolist()
-        self.bad_ranks = tuple(rank for rank in range(self._dp.size) if totals[rank])
-        position = self._dp.size
+        self.bad_ranks = tuple(rank for rank in range(size) if totals[rank])
+        _refuse_other_paths(totals[size : 2 * size])
+        position = 2 * size
         for bucket in self._buckets:
             anywhere = [bool(total) for total in totals[position : position + len(bucket.params)]]
             self._used[bucket.index] = anywhere  # stays true until `clear`, so that later reductions add to it
             bucket.deliver(anywhere)
             position += len(bucket.params)
+
+
+def _refuse_other_paths(digests: Sequence[float]) -> None:
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise MismatchError(
+            f"Data ranks {others} gathered other parameters than rank 0 in this step, or in another order, so values "
+            "they computed with are wrong. Under stage 3 every rank has to call the same modules in the same order: "
+            "draw random choices such as dropped layers from a generator with one seed on all ranks, or use stage 2. "
+            "The gradients of this step are not to be used."
+        )

@@ -191,6 +191,7 @@ def _known_schedulers() -> dict[str, type[LRScheduler]]:
         for name, value in vars(torch.optim.lr_scheduler).items()
         if isclass(value) and issubclass(value, LRScheduler) and value is not LRScheduler and not name.startswith("_")
     }
+    torch_schedulers.pop("ReduceLROnPlateau")  # wants a metric at each step, which an engine does not have
     return torch_schedulers | {cls.__name__: cls for cls in (WarmupLR, WarmupDecayLR, WarmupCosineLR)}
 
 

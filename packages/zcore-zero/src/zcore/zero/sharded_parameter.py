@@ -6,7 +6,7 @@ where a fragment would give a wrong result or a puzzling shape error, it refuses
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -46,8 +46,12 @@ VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 class ParameterOwner(Protocol):
     """The bucket that a fragment belongs to, as the fragment needs it."""
 
-    def is_available(self) -> bool:
-        """Whether the whole parameters are registered right now."""
+    def stands_for_whole(self) -> bool:
+        """Whether the parameters are being read or edited whole."""
+        ...
+
+    def mark_stale(self) -> None:
+        """The fragment is edited in place: what was gathered is out of date."""
         ...
 
     def may_gather(self) -> bool:
@@ -119,10 +123,16 @@ class ShardedParameter(nn.Parameter):
                     "assignment do. Cast and move the model before sharding; copy values into place with "
                     "`zero.GatheredParameters`."
                 )
-            if first.owner.may_gather() or first.owner.is_available():
+            if _property_name(func) == "grad":
+                return func(*args, **kwargs)  # gradients are handed to fragments
+            if first.owner.may_gather() or first.owner.stands_for_whole():
                 return _call_on_whole(func, args, kwargs)
             if _wants_values(func) and (torch.is_grad_enabled() or not _is_elementwise(func)):
                 raise StateError(_outside_forward(first, func))
+            if _is_in_place(func):
+                for param in _all_sharded(args):
+                    if param.owner is not None:
+                        param.owner.mark_stale()
             return func(*args, **kwargs)
 
 
@@ -149,14 +159,7 @@ class ShardedGradient(Tensor):
 
 
 def _first_sharded(args: Sequence[object], kwargs: Mapping[str, object]) -> ShardedParameter | None:
-    for arg in (*args, *kwargs.values()):
-        if isinstance(arg, ShardedParameter):
-            return arg
-        if isinstance(arg, list | tuple):
-            for each in arg:
-                if isinstance(each, ShardedParameter):
-                    return each
-    return None
+    return next(_all_sharded((*args, *kwargs.values())), None)
 
 
 def _wants_values(func: Callable[..., object]) -> bool:
@@ -174,6 +177,18 @@ def _is_elementwise(func: Callable[..., object]) -> bool:
     if name.startswith(("_foreach_", "_fused_")):
         return name != "_foreach_norm"
     return name in ELEMENTWISE or name.endswith("_like") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _is_in_place(func: Callable[..., object]) -> bool:
+    name = func.__name__
+    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+
+def _all_sharded(args: Sequence[object]) -> Iterator[ShardedParameter]:
+    for arg in args:
+        for each in arg if isinstance(arg, list | tuple) else (arg,):
+            if isinstance(each, ShardedParameter):
+                yield each
 
 
 def _is_same_memory(args: Sequence[object]) -> bool:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -85,6 +85,7 @@ class Sharding:
             groups=self.groups,
             device=self.device,
             max_inflight=1 if options.overlap else 0,
+            take_digest=gatherer.take_digest,
         )
         self.conductor = Conductor(self.buckets, gatherer=gatherer, reducer=self.reducer, precision=options.precision)
         self.conductor.attach(model, _find_sites(model, self.buckets))
@@ -99,6 +100,7 @@ class Sharding:
             )
         ]
         model.__dict__[HANDLE] = self
+        self._model = weakref.ref(model)
 
     def _agree(self, model: nn.Module, plans: tuple[BucketPlan, ...]) -> None:
         facts: dict[str, Plain] = {
@@ -153,6 +155,16 @@ class Sharding:
         return {param.shard.fqn: param.shard for bucket in self.buckets for param in bucket.params}
 
     @property
+    def masters(self) -> dict[str, Tensor]:
+        """The values of the fragments as plain tensors, views of the master shards, by fully qualified name."""
+        return {
+            param.shard.fqn: bucket.memory.master[part.offset : part.offset + part.numel]
+            for bucket in self.buckets
+            for param in bucket.params
+            for part in (param.fragment,)
+        }
+
+    @property
     def num_params(self) -> int:
         """Elements of all parameters."""
         return sum(spec.numel for bucket in self.buckets for spec in bucket.plan.params)
@@ -164,7 +176,7 @@ class Sharding:
     def note_update(self) -> None:
         """The fragments have new values from elsewhere than an optimizer: gathered copies are out of date."""
         for bucket in self.buckets:
-            bucket.is_stale = True
+            bucket.mark_stale()
 
     def norm(self) -> float:
         """The global 2-norm of the reduced gradients; every rank calls it."""
@@ -188,6 +200,9 @@ class Sharding:
         self._step_hook.remove()
         for hook in self._state_dict_hooks:
             hook.remove()
+        model = self._model()
+        if model is not None:
+            model.__dict__.pop(HANDLE, None)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, stage: int = 3, options: ShardingOptions | None = None) -> nn.Module:
@@ -286,7 +301,7 @@ def _note_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -
     for group in optimizer.param_groups:
         for param in group["params"]:
             if isinstance(param, ShardedParameter) and isinstance(param.owner, Bucket):
-                param.owner.is_stale = True
+                param.owner.mark_stale()
 
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:

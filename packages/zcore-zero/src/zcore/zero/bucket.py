@@ -209,14 +209,17 @@ class Bucket:
         self._move(ParamState.INFLIGHT)
         with torch.no_grad():
             self._pending = self.memory.start_gather()
+        # As of the start: a step while the gather is in flight makes it stale before it arrives.
+        self._is_stale = False
+        self._gathered_version = self.memory.master._version
 
     def wait(self) -> None:
         """INFLIGHT -> AVAILABLE."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.wait()
-        self._is_stale = False
-        self._gathered_version = self.memory.master._version
+        if not self.is_transient:  # the master may lie in what was gathered: gloo raised its version on arrival
+            self._gathered_version = self.memory.master._version
         self._make_available()
 
     def _make_available(self) -> None:

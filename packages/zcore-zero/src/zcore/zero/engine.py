@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zcore.core.collectives import Traffic
 from zcore.core.errors import CheckpointError, NonFiniteError, StateError
+from zcore.core.events import Events
 from zcore.zero import checkpoint
 from zcore.zero.checkpoint import RunState
 from zcore.zero.config import TrainingConfig
@@ -48,12 +49,15 @@ class Engine:
         optimizer: torch.optim.Optimizer | None,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
         config: TrainingConfig,
+        events: Events | None = None,
     ) -> None:
         self.module = module
         self.sharding = sharding
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.config = config
+        self._events = events
+        self._losses: list[Tensor] = []  # of the micro-batches of this step, kept only for events
         self.global_steps = 0  # optimizer steps taken
         self.micro_steps = 0  # calls of step()
         self.skipped_steps = 0  # optimizer steps refused because something was not finite
@@ -95,6 +99,8 @@ class Engine:
                 self.micro_steps -= self.micro_steps % self._accumulation_steps
                 self._num_backwards = 0
         self._num_backwards += 1
+        if self._events is not None:
+            self._losses.append(loss.detach())
         self._has_synced = reduces
         return loss
 
@@ -132,7 +138,7 @@ class Engine:
         self.global_steps += 1
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._print_step()
+        self._tell_step()
 
     def _checked_norm(self) -> float:
         bad = self.sharding.reducer.bad_ranks
@@ -147,10 +153,17 @@ class Engine:
             "rate or set gradient_clipping; to go on with the next batch, catch zcore.core.errors.NonFiniteError."
         )
 
-    def _print_step(self) -> None:
+    def _tell_step(self) -> None:
         every = self.config.steps_per_print
         if every and self.global_steps % every == 0 and self.global_rank == 0:
             logger.info("step %d: gradient norm %.4g, lr %s", self.global_steps, self._grad_norm, self.get_lr())
+        if self._events is None:
+            return
+        losses, self._losses = self._losses, []
+        self._events.emit("loss", float(torch.stack(losses).mean()), unit="nats", step=self.global_steps)
+        self._events.emit("grad_norm", self._grad_norm or 0.0, unit="1", step=self.global_steps)
+        for index, lr in enumerate(self.get_lr()):
+            self._events.emit(f"lr/{index}", lr, unit="1", step=self.global_steps)
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch at hand is the last one of its optimizer step."""

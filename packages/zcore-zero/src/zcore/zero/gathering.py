@@ -52,6 +52,8 @@ class Gatherer:
         self._trace.begin()
         self._depth.clear()  # an exception may have left modules without their post-forward hook
         for bucket in self._buckets:
+            if bucket.state is ParamState.INFLIGHT and bucket.is_stale:
+                bucket.wait()
             if bucket.state is ParamState.AVAILABLE and bucket.is_stale and not bucket.is_pinned:
                 self._reshard(bucket)  # stepped or edited since a forward that had no backward
             if bucket.is_transient:
@@ -147,6 +149,8 @@ class Gatherer:
     def conceal(self) -> None:
         """The model has run and may still get a backward: memory stays, but the fragments are the parameters again."""
         for bucket in self._buckets:
+            if bucket.state is ParamState.INFLIGHT and not bucket.is_transient:
+                bucket.wait()  # no module used it; what follows may edit the fragments, which lie in the same memory
             if bucket.shows_whole and not bucket.is_pinned:
                 bucket.show_fragments()
 

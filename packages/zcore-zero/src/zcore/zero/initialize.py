@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from zcore.core.collectives import choose_collectives
 from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import ConfigError
+from zcore.core.events import Events
 from zcore.core.mesh import build_mesh, data_parallel
 from zcore.zero.agreement import Plain, check_agreement
 from zcore.zero.buffer import DataParallelGroups
@@ -85,6 +86,7 @@ def initialize(
     lr_scheduler: LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     model_parameters: ParamGroups | None = None,
     mesh: DeviceMesh | None = None,
+    events: Events | None = None,
 ) -> Engine:
     """Shard `model` as `config` says and return its engine; every rank calls it.
 
@@ -92,7 +94,8 @@ def initialize(
     or a function from parameter groups to it; else the config's; None in both trains nothing. lr_scheduler: a schedule
     on that optimizer, or a function from the optimizer to it; else the config's. model_parameters: parameters or groups
     as torch takes them; by default all that are trainable. mesh: with axis `dp`, or `dp_replicate` and `dp_shard` for
-    hybrid sharding; by default all ranks.
+    hybrid sharding; by default all ranks. events: where this rank's loss, the gradient norm and the learning rates of
+    each step go.
 
     Raises ConfigError, MeshError, and MismatchError on every rank where ranks differ.
     """
@@ -126,7 +129,7 @@ def initialize(
         assert built is not None
         schedule = build_scheduler(settings.scheduler.type, settings.scheduler.params, built)
     _agree_on_objects(sharding, built, schedule, groups)
-    return Engine(model, sharding, optimizer=built, lr_scheduler=schedule, config=settings)
+    return Engine(model, sharding, optimizer=built, lr_scheduler=schedule, config=settings, events=events)
 
 
 def _agree_on_config(config: TrainingConfig) -> None:

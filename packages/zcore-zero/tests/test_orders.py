@@ -1,0 +1,154 @@
+"""Programs that call things in an order of their own: zero_grad late, forwards without backward, two losses, edits."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from zcore import zero
+from zcore.core.errors import MismatchError, StateError
+from zcore.core.events import Events, MemorySink
+from zcore.core.mesh import build_mesh
+
+STAGES = (0, 1, 2, 3)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)) for _ in range(3))
+        self.main, self.aux = nn.Linear(12, 1), nn.Linear(12, 1)
+        self.skipped = -1
+
+    def forward(self, x, head="main"):
+        for index, block in enumerate(self.blocks):
+            if index != self.skipped:
+                x = x + block(x)
+        return (self.main if head == "main" else self.aux)(x).square().mean()
+
+
+def rows_of(step, *, rank=0, world_size=1):
+    rows = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+    return rows[rank * 8 // world_size : (rank + 1) * 8 // world_size]
+
+
+def tutorial_order(model, optimizer, batch):
+    loss = model(batch)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def forward_between_backward_and_step(model, optimizer, batch):
+    model(batch).backward()
+    model(batch, head="aux")  # a metric, without no_grad
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def two_backwards(model, optimizer, batch):
+    model(batch).backward()
+    model(batch, head="aux").backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def edits_in_place(model, optimizer, batch):
+    two_backwards(model, optimizer, batch)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(0.9)
+
+
+PROGRAMS = (tutorial_order, forward_between_backward_and_step, two_backwards, edits_in_place)
+
+
+def run_program(program, *, stage, rank=0, world_size=1):
+    """The values of the main loss after each of five steps."""
+    torch.manual_seed(0)
+    model = TwoHeads()
+    if stage is not None:
+        zero.shard(model, build_mesh(dp=-1), stage=stage, options=zero.ShardingOptions(small_numel=12))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for step in range(5):
+        program(model, optimizer, rows_of(step, rank=rank, world_size=world_size))
+        with torch.no_grad():
+            losses.append(model(rows_of(99)).item())
+    return losses
+
+
+def run_all_programs():
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return [
+        [run_program(program, stage=stage, rank=rank, world_size=world_size) for stage in STAGES]
+        for program in PROGRAMS
+    ]
+
+
+def test_every_order_of_calls_trains_as_in_plain_torch_at_every_stage(ranks):
+    for program, by_stage in zip(PROGRAMS, ranks(2, run_all_programs)[0], strict=True):
+        expected = torch.tensor(run_program(program, stage=None))
+        for stage, losses in zip(STAGES, by_stage, strict=True):
+            worst = ((torch.tensor(losses) - expected).abs() / expected.abs()).max().item()
+            assert worst < 1e-5, (program.__name__, stage, losses, expected.tolist())
+
+
+def read_and_save_after_a_forward(folder):
+    batch = rows_of(0, rank=dist.get_rank(), world_size=2)
+    config = {
+        "optimizer": {"type": "AdamW"},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 12},
+    }
+    sink = MemorySink()
+    torch.manual_seed(0)
+    engine = zero.initialize(TwoHeads(), config, events=Events([sink]))
+    engine.backward(engine(batch))
+    engine.step()
+    before = engine.consolidated_state_dict(rank=None)
+    engine(batch)  # a forward that gets no backward
+    after = engine.consolidated_state_dict(rank=None)
+    engine.save_checkpoint(folder)
+    engine.load_checkpoint(folder)
+    with zero.GatheredParameters(list(engine.module.parameters())) as whole:
+        shapes = [tuple(param.shape) for param in whole]
+    names = [metric.name for metric in sink.metrics]
+    return all(torch.equal(before[name], after[name]) for name in before), shapes, names
+
+
+def test_parameters_are_read_and_saved_right_after_a_forward_without_backward(ranks, tmp_path):
+    is_equal, shapes, names = ranks(2, read_and_save_after_a_forward, str(tmp_path))[0]
+    assert is_equal
+    assert shapes == [tuple(param.shape) for param in TwoHeads().parameters()]
+    assert names == ["loss", "grad_norm", "lr/0"]
+
+
+def take_another_path():
+    model = TwoHeads()
+    zero.shard(model, build_mesh(dp=-1), stage=3, options=zero.ShardingOptions(small_numel=12))
+    model.skipped = dist.get_rank()  # another block is left out on each rank
+    try:
+        model(rows_of(0)).backward()
+    except MismatchError as error:
+        return str(error)
+    return "nothing was said"
+
+
+def test_ranks_that_skip_different_blocks_are_told(ranks):
+    for message in ranks(2, take_another_path):
+        assert "gathered other parameters than rank 0" in message
+
+
+def copy_it():
+    import copy
+
+    model = TwoHeads()
+    zero.shard(model, build_mesh(dp=-1), stage=3)
+    try:
+        copy.deepcopy(model)
+    except StateError as error:
+        return str(error)
+    return "nothing was said"
+
+
+def test_a_copy_of_a_sharded_model_is_refused_with_advice(ranks):
+    assert all("consolidated_state_dict" in message for message in ranks(2, copy_it))

@@ -268,6 +268,11 @@ def loaded() -> Tensor:
     return linear.weight
 
 
+def by_its_own_mean() -> Tensor:
+    weight = torch.randn(6, 4)
+    return weight - weight[weight > 0].mean() + float(weight.numpy().max())
+
+
 def after_a_thousand_steps() -> Tensor:
     weight = torch.randn(4)
     for _ in range(1000):
@@ -289,6 +294,7 @@ WEIGHTS: dict[str, Callable[[], Tensor]] = {
     "piece by piece": in_pieces,
     "from a list of numbers": from_a_list_of_numbers,
     "load_state_dict": loaded,
+    "by values picked with a mask": by_its_own_mean,
     "a thousand steps": after_a_thousand_steps,
     "rows in random order": lambda: torch.randn(20, 3)[torch.randperm(20)],
     "a factor of a decomposition": lambda: torch.linalg.svd(torch.randn(6, 6))[0],
@@ -318,6 +324,11 @@ def test_a_model_on_meta_from_elsewhere_is_refused_with_what_to_do() -> None:
         model = nn.Linear(2, 2)
     with pytest.raises(StateError, match=r"weight is on the meta device.*with zero\.Init\(\)"):
         recording_of(model, model.weight, "weight")
+
+
+def test_a_tensor_without_values_is_refused_where_a_weight_is_computed_from_it() -> None:
+    with zero.Init(), pytest.raises(StateError, match="without values is used inside"):
+        torch.randn(3).copy_(torch.empty(3, device="meta"))
 
 
 def test_init_can_be_disabled() -> None:

@@ -182,7 +182,10 @@ def test_later_steps_are_equal_and_the_first_one_agrees_on_an_order(stages: list
 
 
 def test_volumes_of_the_stages_are_in_the_proportions_of_the_paper(stages: list[list[Measured]]) -> None:
-    """An all-reduce is a reduce-scatter and an all-gather: 2 Psi in stages 0 to 2, 3 Psi in stage 3."""
+    """An all-reduce is a reduce-scatter and an all-gather: 2 Psi in stages 0 to 2, 3 Psi in stage 3.
+
+    Less what the backward finds still there from the forward: here the head and one block of four.
+    """
     psi = stages[0][1].bucket_bytes["trainable"]
     volumes = []
     for stage in range(4):
@@ -195,7 +198,7 @@ def test_volumes_of_the_stages_are_in_the_proportions_of_the_paper(stages: list[
         volumes.append(volume / psi)
     assert volumes[:3] == [pytest.approx(2, rel=0.03)] * 3
     frozen = 2 * (stages[3][1].bucket_bytes["all"] - psi) / psi
-    assert 2.5 < volumes[3] <= 3 + frozen + 0.03
+    assert 2.4 < volumes[3] <= 3 + frozen + 0.03
 
 
 def test_hybrid_reduces_each_shard_once_along_the_replicas(ranks: Ranks) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from zcore.core.errors import MismatchError
 from zcore.zero.buffer import DataParallelGroups
 
-__all__ = ["Plain", "check_agreement"]
+__all__ = ["Plain", "check_agreement", "differences"]
 
 Plain: TypeAlias = str | int | float | bool | list["Plain"] | dict[str, "Plain"] | None
 
@@ -36,7 +36,7 @@ def check_agreement(
     if not others:
         return
     facts_0, facts_1 = (json.loads(_send(text, src, groups, device)) for src in (0, others[0]))
-    path, here, there = next(_differences(facts_0, facts_1, path=""))
+    path, here, there = next(differences(facts_0, facts_1, path=""))
     raise MismatchError(
         f"Ranks {others} do not build what rank 0 builds. The first difference: {path} is {here!r} on rank 0 and "
         f"{there!r} on rank {others[0]}. Every rank has to construct the same model from the same config; look for "
@@ -57,11 +57,11 @@ def _send(text: bytes, src: int, groups: DataParallelGroups, device: torch.devic
     return bytes(sent.tolist()).decode()
 
 
-def _differences(first: Plain, second: Plain, *, path: str) -> Iterator[tuple[str, Plain, Plain]]:
+def differences(first: Plain, second: Plain, *, path: str) -> Iterator[tuple[str, Plain, Plain]]:
     """(dotted path, first, second) wherever two plain values differ."""
     if isinstance(first, dict) and isinstance(second, dict):
         for key in [*first, *(key for key in second if key not in first)]:
             inner = f"{path}.{key}".removeprefix(".")
-            yield from _differences(first.get(key, "(absent)"), second.get(key, "(absent)"), path=inner)
+            yield from differences(first.get(key, "(absent)"), second.get(key, "(absent)"), path=inner)
     elif first != second:
         yield path, first, second

@@ -24,7 +24,10 @@ from zcore.zero.placement import Placement, Row, owned_slices
 from zcore.zero.sharded_parameter import ShardedGradient, ShardedParameter
 from zcore.zero.units import ParamSites
 
-__all__ = ["MOVES", "Bucket", "BucketHost", "BucketParam", "ParamState"]
+__all__ = ["FRAGMENT", "MOVES", "Bucket", "BucketHost", "BucketParam", "ParamState"]
+
+
+FRAGMENT = "_zcore_fragment"  # attribute of a whole parameter
 
 
 class ParamState(Enum):
@@ -143,6 +146,7 @@ class Bucket:
             held, owner=self, index=index, fqn=spec.fqn, full_shape=spec.shape, start=fragment.start
         )
         shard.requires_grad_(spec.trainable)
+        full.__dict__[FRAGMENT] = shard
         return BucketParam(full, shard, fragment, tuple((weakref.ref(module), name) for module, name in member.sites))
 
     @property
@@ -203,7 +207,7 @@ class Bucket:
 
     def gather(self) -> None:
         """SHARDED -> INFLIGHT, or straight to AVAILABLE where the gathered copy is still current."""
-        if not self.is_stale:
+        if self.state is ParamState.SHARDED and not self.is_stale:
             self._make_available()
             return
         self._move(ParamState.INFLIGHT)

@@ -32,7 +32,7 @@ def _as_state_dict(model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tens
     params = [param for bucket in sharding_of(model).buckets for param in bucket.params]
     first_names = {id(each): param.shard.fqn for param in params for each in (param.shard, param.full)}
     result: dict[str, Tensor] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{module_name}." if module_name else ""
         for name, param in module._parameters.items():
             if param is not None:

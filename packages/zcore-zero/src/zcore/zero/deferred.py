@@ -12,6 +12,7 @@ then replays what one tensor depends on, whenever and in whichever order it is a
 Small constants (`zeros`, `arange`, ... up to SMALL_NUMEL) are made for real, since constructors look at their values.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ OVERWRITES = frozenset(
         "geometric_",
     }
 )  # in-place operations that read nothing of what they write, if they write all of it
-READS_VALUES = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "nonzero"})
+READS_TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+READS_VALUES = frozenset({Tensor.tolist, Tensor.numpy})  # calls that never arrive at the dispatcher
 IS_META, DEVICE = Tensor.is_meta.__get__, Tensor.device.__get__  # type: ignore[attr-defined]  # descriptors at run time
 TAG = "_zcore_recording"  # on modules, since `deepcopy` of a module carries its attributes along
 
@@ -69,7 +71,8 @@ class _Operation:
     func: Callable[..., object]
     args: tuple[object, ...]
     kwargs: dict[str, object]
-    random_state: Tensor | None
+    random_state: Tensor | None  # of the call's generator
+    default_dtype: torch.dtype
     outputs: tuple[_Ref, ...]  # storages that the call makes
     reads: tuple[int, ...]
     overwrites: int | None  # the storage of which nothing from before is left
@@ -100,7 +103,7 @@ class Recording(TorchDispatchMode):
 
     def materialize(self, tensor: Tensor) -> Tensor:
         """The values of `tensor`, computed now; nothing is kept."""
-        with torch.no_grad():
+        with torch.no_grad(), torch._C._DisableTorchDispatch():  # asked by a constructor, nothing here is recorded
             return self._replay(self._ref(tensor), before=len(self._operations))
 
     def __torch_dispatch__(
@@ -116,10 +119,12 @@ class Recording(TorchDispatchMode):
         deferred = [each for each in tensors if self.owns(each)]
         name = func._schema.name.partition("::")[2]
         is_random = torch.Tag.nondeterministic_seeded in func.tags
-        if deferred and name in READS_VALUES:
-            args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs))
+        if deferred and _reads_values(func, args):
+            args, kwargs = tree_map_only(Tensor, self.real, (args, kwargs))
             return func(*args, **kwargs)
-        if not deferred:
+        if func is torch.ops.aten.scalar_tensor.default:  # torch makes it of the number in `weight[2:4] = 1.0`
+            kwargs["device"] = torch.device("cpu")
+        elif not deferred:
             is_factory = not tensors and any(each.name == "device" for each in func._schema.arguments)
             if not is_factory or torch.device(cast(str, kwargs.get("device") or "cpu")).type == "meta":
                 return func(*args, **kwargs)
@@ -177,6 +182,7 @@ class Recording(TorchDispatchMode):
                 frozen_args,
                 frozen_kwargs,
                 random_state,
+                torch.get_default_dtype(),
                 outputs=tuple(self._ref(each) for each in made),
                 reads=tuple(ref.storage for ref in reads if ref.storage != overwritten),
                 overwrites=overwritten,
@@ -184,8 +190,8 @@ class Recording(TorchDispatchMode):
         )
 
     def _draw(self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-        """Move the generator on as if `func` had run, and return the state it had before."""
-        state = torch.get_rng_state()
+        """Move the call's generator on as if `func` had run, and return the state it had before."""
+        state = _generator_of(kwargs).get_state()
 
         def scratch(tensor: Tensor) -> Tensor:
             return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype) if tensor.is_meta else tensor
@@ -199,28 +205,38 @@ class Recording(TorchDispatchMode):
         return _Ref(index, tuple(tensor.size()), tensor.stride(), cast(int, tensor.storage_offset()), tensor.dtype)
 
     def _freeze(self, tensor: Tensor) -> _Ref | Tensor:
-        return self._ref(tensor) if self.owns(tensor) else tensor.detach().clone()
+        if self.owns(tensor):
+            return self._ref(tensor)
+        if tensor.is_meta:
+            raise StateError(
+                f"A tensor on the meta device (shape {tuple(tensor.shape)}) without values is used inside `zero.Init` "
+                'to compute a parameter. Leave out `device="meta"` there: zero.Init itself takes care of memory.'
+            )
+        return tensor.detach().clone()
 
-    def _real(self, tensor: Tensor) -> Tensor:
+    def real(self, tensor: Tensor) -> Tensor:
+        """`tensor` with values: materialised if it is of this recording, else itself."""
         return self.materialize(tensor) if self.owns(tensor) else tensor
 
-    def _needed(self, storage: int, *, before: int, found: set[int]) -> None:
-        """Collect the operations that decide what `storage` holds when operation `before` starts."""
-        for position in reversed([each for each in self._writers[storage] if each < before]):
-            self._need_operation(position, found)
-            if self._operations[position].overwrites == storage:
-                break
-        self._need_operation(self._writers[storage][0], found)  # what made the storage
+    def _writers_that_decide(self, storage: int, *, before: int) -> list[int]:
+        """The operations that make and edit `storage` up to operation `before`; no edits that were overwritten."""
+        made, *edits = self._writers[storage][: bisect_left(self._writers[storage], before)]
+        overwrites = (index for index, each in enumerate(edits) if self._operations[each].overwrites == storage)
+        return [made, *edits[max(overwrites, default=0) :]]
 
-    def _need_operation(self, position: int, found: set[int]) -> None:
-        if position not in found:
-            found.add(position)
-            for read in set(self._operations[position].reads):
-                self._needed(read, before=position, found=found)
+    def _needed(self, storage: int, *, before: int) -> list[int]:
+        """All operations, in order, on which depends what `storage` holds when operation `before` starts."""
+        found: set[int] = set()
+        to_follow = [(storage, before)]
+        while to_follow:
+            storage, before = to_follow.pop()
+            for position in self._writers_that_decide(storage, before=before):
+                if position not in found:
+                    found.add(position)
+                    to_follow += [(read, position) for read in set(self._operations[position].reads)]
+        return sorted(found)
 
     def _replay(self, wanted: _Ref, *, before: int) -> Tensor:
-        found: set[int] = set()
-        self._needed(wanted.storage, before=before, found=found)
         storages: dict[int, Tensor] = {}
 
         def real(ref: _Ref) -> Tensor:
@@ -228,17 +244,14 @@ class Recording(TorchDispatchMode):
             typed = torch.empty(0, dtype=ref.dtype, device=base.device)
             return typed.set_(base.untyped_storage(), ref.offset, ref.size, ref.stride)
 
-        kept_state = torch.get_rng_state()
-        for position in sorted(found):
+        for position in self._needed(wanted.storage, before=before):
             operation = self._operations[position]
             args, kwargs = tree_map_only(_Ref, real, (operation.args, operation.kwargs))
-            if operation.random_state is not None:
-                torch.set_rng_state(operation.random_state)
-            result = operation.func(*args, **kwargs)
+            with _as_it_was(operation):
+                result = operation.func(*args, **kwargs)
             made = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)][-len(operation.outputs) :]
             for ref, tensor in zip(operation.outputs, made, strict=False):
                 storages[ref.storage] = tensor
-        torch.set_rng_state(kept_state)
         return real(wanted)
 
 
@@ -259,10 +272,38 @@ class _Poised(TorchFunctionMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        """Answer `is_meta` and `device` of recorded tensors; pass everything else on."""
+        """Answer what recorded tensors are asked about values, `is_meta` and `device`; pass everything else on."""
         if func in (IS_META, DEVICE) and isinstance(args[0], Tensor) and self._recording.owns(args[0]):
             return False if func == IS_META else self._recording.device_of(args[0])
+        if func in READS_VALUES:
+            args = tree_map_only(Tensor, self._recording.real, args)
         return func(*args, **(kwargs or {}))
+
+
+def _reads_values(func: torch._ops.OpOverload, args: tuple[object, ...]) -> bool:
+    if func is torch.ops.aten.index.Tensor:  # only a mask decides how many elements there will be
+        return any(each.dtype in (torch.bool, torch.uint8) for each in cast(list[Tensor], args[1]) if each is not None)
+    return not READS_TAGS.isdisjoint(func.tags)
+
+
+def _generator_of(kwargs: Mapping[str, object]) -> torch.Generator:
+    return cast(torch.Generator | None, kwargs.get("generator")) or torch.default_generator
+
+
+@contextmanager
+def _as_it_was(operation: _Operation) -> Generator[None]:
+    """What a call depends on besides its arguments, for the length of the block."""
+    generator, dtype = _generator_of(operation.kwargs), torch.get_default_dtype()
+    state = generator.get_state() if operation.random_state is not None else None
+    try:
+        if operation.random_state is not None:
+            generator.set_state(operation.random_state)
+        torch.set_default_dtype(operation.default_dtype)
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if state is not None:
+            generator.set_state(state)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

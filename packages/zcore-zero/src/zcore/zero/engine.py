@@ -1,6 +1,5 @@
 """The engine: a config, a sharded model, an optimizer and a schedule, stepped together; a thin layer on `Sharding`."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,26 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from zcore.core.collectives import Traffic
-from zcore.core.errors import CheckpointError, NonFiniteError, StateError
+from zcore.core.errors import NonFiniteError, StateError
 from zcore.core.events import Events
 from zcore.zero import checkpoint
-from zcore.zero.checkpoint import RunState
 from zcore.zero.config import TrainingConfig
 from zcore.zero.consolidated import consolidated_state_dict
 from zcore.zero.memory import MemoryReport, measure_memory
 from zcore.zero.placement import Placement
+from zcore.zero.run_state import RunState
 from zcore.zero.sharding import Sharding
 
 __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
-
-
-def _as_json(client_state: dict[str, Any]) -> str:
-    try:
-        return json.dumps(client_state)
-    except TypeError as error:
-        raise CheckpointError(f"client_state is to be JSON data, and is not: {error}.") from error
 
 
 class Engine:
@@ -241,8 +233,6 @@ class Engine:
         """
         if self._num_backwards or self.micro_steps % self._accumulation_steps:
             raise StateError("A checkpoint holds no gradients: save after the step() that ends an optimizer step.")
-        if client_state and json.loads(_as_json(client_state)) != client_state:
-            raise CheckpointError("client_state does not come back from JSON as it is: use text keys, lists, numbers.")
         counters = {"global_steps": self.global_steps, "micro_steps": self.micro_steps, "skipped": self.skipped_steps}
         extra = {"counters": counters, "client_state": client_state or {}}
         return checkpoint.save(directory, tag or f"global_step{self.global_steps}", self._run_state(), extra)

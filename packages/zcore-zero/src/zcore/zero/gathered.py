@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zcore.core.errors import StateError
-from zcore.zero.bucket import Bucket
+from zcore.zero.bucket import FRAGMENT, Bucket
 from zcore.zero.hooks import Conductor
 from zcore.zero.sharded_parameter import ShardedParameter
 
@@ -27,12 +27,14 @@ class GatheredParameters:
     def __init__(
         self, params: Tensor | Iterable[Tensor], modifier_rank: int | None = None, *, enabled: bool = True
     ) -> None:
-        self._params = [params] if isinstance(params, Tensor) else list(params)
+        listed = [params] if isinstance(params, Tensor) else list(params)
+        # Inside another GatheredParameters the model shows whole parameters; each knows its fragment.
+        self._params: list[Tensor] = [getattr(param, FRAGMENT, param) for param in listed]
         self._modifier_rank = modifier_rank
         self._enabled = enabled
         self._buckets: dict[int, tuple[Bucket, Conductor]] = {}
-        # To tell what was edited, where master and compute dtype differ.
-        self._before: dict[tuple[int, int], Tensor] = {}
+        # To tell what was edited where master and compute dtype differ, and to take it back where they share memory.
+        self._before: dict[int, list[tuple[int, Tensor]]] = {}
 
     def __enter__(self) -> tuple[Tensor, ...]:
         """Gather, bucket by bucket in the order of the plan."""
@@ -53,9 +55,10 @@ class GatheredParameters:
         for index in sorted(self._buckets):
             bucket, conductor = self._buckets[index]
             conductor.gatherer.pin(bucket)
-            for position, each in enumerate(bucket.params):
-                if self._modifier_rank is not None and bucket.memory.casts:
-                    self._before[index, position] = each.full.detach().clone()
+            if not bucket.is_transient or (self._modifier_rank is not None and bucket.memory.casts):
+                self._before[index] = [
+                    (position, bucket.params[position].full.detach().clone()) for position in self._asked_of(bucket)
+                ]
         return tuple(self._whole(param) for param in self._params)
 
     def __exit__(
@@ -68,7 +71,7 @@ class GatheredParameters:
                 with torch.no_grad():
                     self._keep(bucket, self._modifier_rank)
             else:
-                bucket.mark_stale()  # edits that nobody is to see
+                self._drop(bucket)
             conductor.gatherer.unpin(bucket)
 
     def _whole(self, param: Tensor) -> Tensor:
@@ -78,12 +81,23 @@ class GatheredParameters:
         assert isinstance(owner, Bucket)
         return owner.params[param.position].full
 
+    def _asked_of(self, bucket: Bucket) -> list[int]:
+        """Positions in `bucket` of the parameters that were asked for."""
+        params = (param for param in self._params if isinstance(param, ShardedParameter) and param.owner is bucket)
+        return sorted({param.position for param in params})
+
     def _keep(self, bucket: Bucket, modifier_rank: int) -> None:
-        wanted = {
-            param.position for param in self._params if isinstance(param, ShardedParameter) and param.owner is bucket
-        }
-        for index in sorted(wanted):
-            full: nn.Parameter = bucket.params[index].full
-            bucket.broadcast(index, src=modifier_rank)
-            before = self._before.get((bucket.index, index))
-            bucket.write(index, full, where=None if before is None else full != before)
+        before = dict(self._before.get(bucket.index, ()))
+        for position in self._asked_of(bucket):
+            full: nn.Parameter = bucket.params[position].full
+            bucket.broadcast(position, src=modifier_rank)
+            edited = full != before[position] if bucket.memory.casts else None
+            bucket.write(position, full, where=edited)
+
+    def _drop(self, bucket: Bucket) -> None:
+        if bucket.is_transient:
+            bucket.mark_stale()
+            return
+        for position, value in self._before[bucket.index]:
+            with torch.no_grad():
+                bucket.params[position].full.copy_(value)

@@ -38,7 +38,7 @@ class Gatherer:
         self._depth: Counter[int] = Counter()  # modules inside which we are, per bucket
         self._pinned: Counter[int] = Counter()  # open GatheredParameters
         self._idle: dict[int, Pass] = {}  # left, not yet released; in order of leaving
-        self._ahead: dict[int, int] = {}  # elements of buckets gathered ahead and not yet used
+        self._ahead: dict[int, int] = {}  # elements of buckets gathered, or kept, ahead of their next use
         self._live_numel = 0
         self._has_warned = False
         self._digest = 0  # of the buckets gathered since the last comparison, in order; below 2^24, exact in fp32
@@ -200,12 +200,13 @@ class Gatherer:
         planned = plan_prefetch(
             self._trace.upcoming,
             numel_of=self._numel_of,
-            is_held=lambda index: self._buckets[index].state is not ParamState.SHARDED,
+            is_held=lambda index: self._buckets[index].state is not ParamState.SHARDED and index not in self._idle,
             budget_numel=min(room, self._limits.prefetch_numel - sum(self._ahead.values())),
         )
-        for index in planned:
+        self._ahead.update((index, self._numel_of(index)) for index in planned)
+        missing = [index for index in planned if self._idle.pop(index, None) is None]  # the others are there yet: kept
+        for index in missing:
             self._start(self._buckets[index])
-            self._ahead[index] = self._numel_of(index)
 
     def _numel_of(self, index: int) -> int:
         return self._buckets[index].plan.layout.numel

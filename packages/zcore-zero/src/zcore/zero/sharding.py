@@ -106,7 +106,6 @@ class Sharding:
         facts: dict[str, Plain] = {
             "ZeRO stage": self.zero_stage,
             "torch": torch.__version__,
-            "number of parameters": len(list(model.parameters())),
             "parameter": {
                 spec.fqn: f"{list(spec.shape)} {spec.dtype} {'trainable' if spec.trainable else 'frozen'}"
                 for plan in plans

@@ -43,7 +43,7 @@ REFUSALS = {
     "Adafactor as an instance": ("ConfigError", ["Adafactor", "whole matrices", "AdamW"]),
     "Adafactor from a factory": ("ConfigError", ["Adafactor", "whole matrices", "AdamW"]),
     "LBFGS by name": ("ConfigError", ["LBFGS", "AdamW"]),
-    "an optimizer that stepped": ("StateError", ["AdamW", "stepped already", "load a checkpoint"]),
+    "states of what Init made": ("StateError", ["Adagrad", "embed.weight", "no values", "Pass the class"]),
     "parameters of another model": ("ConfigError", ["not parameters of the model", "(17, 8)"]),
     "parameters in two groups": ("ConfigError", ["head.weight", "two parameter groups"]),
     "a schedule on another optimizer": ("ConfigError", ["schedule", "another optimizer"]),
@@ -155,16 +155,17 @@ def cases_of_objects():
     bare = settings(optimizer=None)
     model, other = TinyModel(), TinyModel()
 
-    def with_instance(make, *, stepped=False):
+    def with_instance(make):
         def start():
             model = TinyModel()
-            optimizer = make(model.parameters())
-            if stepped:
-                model(**batch(0)).backward()
-                optimizer.step()
-            zero.initialize(model, bare, optimizer=optimizer)
+            zero.initialize(model, bare, optimizer=make(model.parameters()))
 
         return start
+
+    def states_before_sharding():
+        with zero.Init():
+            model = TinyModel()
+        zero.initialize(model, bare, optimizer=torch.optim.Adagrad(model.parameters()))
 
     def with_groups(groups):
         return lambda: zero.initialize(model, settings(), model_parameters=groups)
@@ -191,7 +192,7 @@ def cases_of_objects():
     weight = model.head.weight
     return {
         "Adafactor as an instance": with_instance(torch.optim.Adafactor),
-        "an optimizer that stepped": with_instance(torch.optim.AdamW, stepped=True),
+        "states of what Init made": states_before_sharding,
         "parameters of another model": with_groups(list(other.parameters())),
         "parameters in two groups": with_groups([{"params": [weight]}, {"params": [weight], "lr": 0.5}]),
         "a schedule on another optimizer": other_schedule,

@@ -155,27 +155,38 @@ def train_every_class(how):
     return outcome
 
 
+def step_alone(model, optimizer, step):
+    """One step on the batches of both ranks, in plain torch."""
+    for rank in range(2):
+        (model(**batch(step, rank)) / 2).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def compare_with_one_process(name, how):
     kind = getattr(torch.optim, name)
+    alone = TinyModel()
+    plain = kind(alone.parameters(), lr=0.01)
+    first = 0
     if how == "name":
         params = {"lr": 0.01} | ({"adam_w_mode": False} if name == "Adam" else {})
         engine = zero.initialize(TinyModel(), settings(optimizer={"type": name, "params": params}))
     else:
         model = TinyModel()
-        engine = zero.initialize(model, NO_OPTIMIZER, optimizer=kind(model.parameters(), lr=0.01, foreach=False))
-    train_steps(engine, range(3))
-    alone = TinyModel()
-    plain = kind(alone.parameters(), lr=0.01)
-    for step in range(3):
-        for rank in range(2):
-            (alone(**batch(step, rank)) / 2).backward()
-        plain.step()
-        plain.zero_grad()
+        optimizer = kind(model.parameters(), lr=0.01, foreach=False)
+        if how == "instance that has stepped":
+            step_alone(model, optimizer, 0)
+            step_alone(alone, plain, 0)
+            first = 1
+        engine = zero.initialize(model, NO_OPTIMIZER, optimizer=optimizer)
+    train_steps(engine, range(first, 3))
+    for step in range(first, 3):
+        step_alone(alone, plain, step)
     whole = engine.consolidated_state_dict(rank=None)
     return max((whole[key] - param).abs().max().item() for key, param in alone.named_parameters())
 
 
-@pytest.mark.parametrize("how", ["name", "instance"])
+@pytest.mark.parametrize("how", ["name", "instance", "instance that has stepped"])
 def test_every_element_wise_class_of_torch_trains_as_in_one_process(ranks, how):
     outcome = ranks(2, train_every_class, how)[0]
     wrong = {name: each for name, each in outcome.items() if isinstance(each, str) or each > 1e-4}  # steps are 1e-2

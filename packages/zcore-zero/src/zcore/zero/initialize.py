@@ -28,7 +28,9 @@ from zcore.zero.optimizer import (
     GroupsByName,
     OptimizerSource,
     ParamGroups,
+    StatesByName,
     build_optimizer,
+    cut_states,
     name_groups,
     release_params,
 )
@@ -113,14 +115,16 @@ def initialize(
     if lr_scheduler is not None or settings.scheduler is not None:
         _need_optimizer(source)
     groups: GroupsByName
+    states: StatesByName = {}
     if isinstance(optimizer, torch.optim.Optimizer):
-        groups = release_params(optimizer, model)
+        groups, states = release_params(optimizer, model)
     else:
         groups = name_groups(model_parameters, model)
     sharding = Sharding(model, mesh, zero_stage=settings.zero_optimization.stage, options=_options(settings))
     built = None
     if source is not None:
         built = build_optimizer(source, groups, sharding.fragments, device=sharding.device)
+        cut_states(built, states, sharding.fragments)
     schedule = lr_scheduler
     if schedule is not None and not isinstance(schedule, LRScheduler):
         assert built is not None

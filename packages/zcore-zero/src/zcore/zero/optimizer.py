@@ -6,20 +6,31 @@ The parameter groups of the user name whole parameters; before sharding they bec
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from zcore.core.errors import ConfigError, StateError, nearest
 from zcore.zero.config import Choice
+from zcore.zero.sharded_parameter import ShardedParameter
 
-__all__ = ["GroupsByName", "OptimizerSource", "ParamGroups", "build_optimizer", "name_groups", "release_params"]
+__all__ = [
+    "GroupsByName",
+    "OptimizerSource",
+    "ParamGroups",
+    "StatesByName",
+    "build_optimizer",
+    "cut_states",
+    "name_groups",
+    "release_params",
+]
 
 logger = logging.getLogger(__name__)
 
 ParamGroups = Iterable[Tensor] | Iterable[Mapping[str, Any]]
 OptimizerSource = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
+StatesByName = dict[str, dict[str, Any]]  # torch's states of whole parameters
 GroupsByName = list[dict[str, Any]]  # torch's groups with "params" a list of fully qualified names
 
 MATRIX_WISE = frozenset({"Muon", "Adafactor", "LBFGS", "SparseAdam"})  # of torch.optim: they need whole parameters
@@ -57,22 +68,43 @@ def name_groups(groups: ParamGroups | None, model: nn.Module) -> GroupsByName:
     return named
 
 
-def release_params(optimizer: torch.optim.Optimizer, model: nn.Module) -> GroupsByName:
-    """Take the whole parameters out of a client's optimizer, so that sharding can free them; its groups, by name.
+def release_params(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[GroupsByName, StatesByName]:
+    """Take the whole parameters out of a client's optimizer, so that sharding can free them.
 
-    Raises StateError if it has stepped already.
+    Returns its groups and its states, if it has stepped or made some when it was built, by name of parameter. Raises
+    StateError for states without values, of parameters that are still on meta.
     """
-    if optimizer.state:
-        raise StateError(
-            f"The {type(optimizer).__name__} that was passed has stepped already, or made its states when it was "
-            "built, and they belong to whole parameters. Pass a new one, or its class; to continue a run, load a "
-            "checkpoint after initialize()."
-        )
     _refuse_matrix_wise(type(optimizer).__name__)
     groups = name_groups(optimizer.param_groups, model)
+    names = {id(param): name for name, param in model.named_parameters()}
+    states = {names[id(param)]: state for param, state in optimizer.state.items()}
+    for name, state in states.items():
+        if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
+            raise StateError(
+                f"The {type(optimizer).__name__} that was passed has made states for {name}, which has no values "
+                "before it is sharded. Pass the class, or a function from groups to it, in place of the instance."
+            )
+    optimizer.state.clear()
     for group in optimizer.param_groups:
         group["params"] = []
-    return groups
+    return groups, states
+
+
+def cut_states(
+    optimizer: torch.optim.Optimizer, states: StatesByName, fragments: Mapping[str, ShardedParameter]
+) -> None:
+    """Give `optimizer` each fragment's part of the states that belonged to whole parameters."""
+    for name, state in states.items():
+        fragment = fragments[name]
+        held = slice(fragment.full_start, fragment.full_start + fragment.numel())
+        optimizer.state[fragment] = {
+            key: value.reshape(-1)[held].clone() if _is_of_each_element(key, value, fragment) else value
+            for key, value in state.items()
+        }
+
+
+def _is_of_each_element(key: str, value: object, fragment: ShardedParameter) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and tuple(value.shape) == fragment.full_shape and key != "step"
 
 
 def build_optimizer(

@@ -163,8 +163,9 @@ def _first_sharded(args: Sequence[object], kwargs: Mapping[str, object]) -> Shar
 
 
 def _wants_values(func: Callable[..., object]) -> bool:
-    """False for what an object may be asked while its values are elsewhere: attributes, sizes, `detach`."""
-    return func.__name__ not in METADATA or _property_name(func) in VIEW_PROPERTIES
+    """False for what an object may be asked while its values are elsewhere: attributes, sizes, `detach`, `*_like`."""
+    name = func.__name__
+    return not (name in METADATA or name.endswith("_like")) or _property_name(func) in VIEW_PROPERTIES
 
 
 def _property_name(func: Callable[..., object]) -> str:
@@ -176,7 +177,7 @@ def _is_elementwise(func: Callable[..., object]) -> bool:
     name = func.__name__
     if name.startswith(("_foreach_", "_fused_")):
         return name != "_foreach_norm"
-    return name in ELEMENTWISE or name.endswith("_like") or (name.endswith("_") and not name.endswith("__"))
+    return name in ELEMENTWISE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_in_place(func: Callable[..., object]) -> bool:

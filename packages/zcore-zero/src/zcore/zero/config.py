@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AliasChoices, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from zcore.core.config import Auto, Config
 from zcore.core.errors import ConfigError
@@ -58,7 +58,12 @@ class ZeroOptimization(Config):
     round_robin_gradients: bool | Auto = False
     sub_group_size: PositiveInt | Auto = 1_000_000_000_000  # without offload the step is one pass whatever this says
     # consolidated_state_dict() gathers when it is called.
-    stage3_gather_16bit_weights_on_model_save: bool | Auto = False
+    stage3_gather_16bit_weights_on_model_save: bool | Auto = Field(
+        default=False,
+        validation_alias=AliasChoices(
+            "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"
+        ),
+    )
 
     known_unserved: ClassVar[Mapping[str, str]] = {
         "offload_optimizer": "States stay on the device; leave the section out.",
@@ -104,7 +109,7 @@ class TrainingConfig(Config):
     gradient_accumulation_steps: PositiveInt | Auto | None = None
     optimizer: Choice | None = None
     scheduler: Choice | None = None
-    bf16: Bf16 = Bf16()
+    bf16: Bf16 = Field(default=Bf16(), validation_alias=AliasChoices("bf16", "bfloat16"))
     gradient_clipping: NonNegativeFloat | Auto = 0.0  # largest global 2-norm; 0 is off, as in torch
     zero_optimization: ZeroOptimization = ZeroOptimization()
     zero_allow_untested_optimizer: bool = True  # any element-wise optimizer is allowed, asked for or not

@@ -67,7 +67,7 @@ class Engine:
     def backward(self, loss: Tensor) -> Tensor:
         """Compute gradients of a scalar loss, divided by the number of accumulated micro-batches; returns `loss`.
 
-        Raises StateError if the loss has no graph or is not one number.
+        Raises StateError if the loss has no graph, is not one number, or comes from no parameter of the model.
         """
         given = cast("object", loss)  # a training loop that is not type-checked may pass anything
         if not isinstance(given, Tensor) or given.numel() != 1 or not given.requires_grad:
@@ -82,7 +82,7 @@ class Engine:
         reduces = (last or reduces_always) and not self._is_held_back
         self.sharding.reduce_gradients(reduces)
         self.sharding.reducer.note_loss(loss)
-        finished = False
+        self.sharding.conductor.has_gradients = finished = False
         try:
             (loss / self._accumulation_steps).backward()
             finished = True
@@ -90,6 +90,11 @@ class Engine:
             if not finished:  # its gradients are dropped with those of the whole step, which begins anew
                 self.micro_steps -= self.micro_steps % self._accumulation_steps
                 self._num_backwards = 0
+        if not self.sharding.conductor.has_gradients:
+            raise StateError(
+                "No trainable parameter of the model got a gradient from this loss: it was computed from something "
+                "else. Compute it from what `engine(...)` returns, without detach(), and check what is frozen."
+            )
         self._num_backwards += 1
         if self._events is not None:
             self._losses.append(loss.detach())

@@ -60,7 +60,7 @@ class Conductor:
         self._precision = precision
         self._phase = Phase.REST
         self._open_calls: dict[int, int] = {}  # per bucket: calls whose input gradients are still to come
-        self._has_gradients = False  # whether a parameter got one in this backward
+        self.has_gradients = False  # whether a parameter got one in the last backward
         self._complete: set[int] = set()  # buckets whose gradients are all there
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for bucket in buckets:
@@ -210,7 +210,7 @@ class Conductor:
         full = bucket.params[index].full
         grad, full.grad = full.grad, None
         assert grad is not None
-        self._has_gradients = True
+        self.has_gradients = True
         if self._reducer.add(bucket, index, grad.detach()):
             self._complete.add(bucket_index)
             self._release_if_done(bucket)
@@ -225,7 +225,7 @@ class Conductor:
             return
         self._phase = Phase.BACKWARD
         self._complete.clear()
-        self._has_gradients = False
+        self.has_gradients = False
         self._reducer.begin()
         compat.queue_backward_callback(self._end_backward)
 
@@ -234,7 +234,7 @@ class Conductor:
         self._open_calls.clear()
         with torch.no_grad():
             self.gatherer.rest()
-            if self._has_gradients:  # not after autograd.grad of inputs; the same on every rank
+            if self.has_gradients:  # not after autograd.grad of inputs; the same on every rank
                 self._reducer.finish()
 
     def _recover(self) -> None:

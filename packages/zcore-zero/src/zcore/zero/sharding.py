@@ -273,8 +273,8 @@ def _refuse_sharded(parameters: tuple[ParamSites, ...]) -> None:
     taken = [each.spec.fqn for each in parameters if isinstance(each.param, ShardedParameter)]
     if taken:
         raise LayoutError(
-            f"{len(taken)} parameters are sharded already, among them {taken[0]}. Shard the outermost module once; to "
-            "shard a part in another way, leave it out of the model or give it a mesh of its own before it joins."
+            f"{len(taken)} parameters are sharded already, among them {taken[0]}. Shard a model once, as a whole: pass "
+            "the outermost module and none of its parts."
         )
 
 
@@ -304,17 +304,14 @@ def _note_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -
 
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    if not prefix:
-        raise StateError(
-            "state_dict() of a sharded model would hold this rank's fragments. Call "
-            "`engine.consolidated_state_dict()` on every rank for the whole weights, or "
-            "`zero.consolidated_state_dict(model)` without an engine."
-        )
+    raise StateError(
+        "state_dict() of a sharded model would hold this rank's fragments. Call `engine.consolidated_state_dict()` on "
+        "every rank for the whole weights, or `zero.consolidated_state_dict(model)` without an engine."
+    )
 
 
 def _refuse_load(module: nn.Module, state_dict: object, prefix: str, *rest: object) -> None:
-    if not prefix:
-        raise StateError(
-            "load_state_dict() cannot put whole weights into fragments. Load them before `zero.initialize` or "
-            "`zero.shard`; to continue a run of the engine use `engine.load_checkpoint`."
-        )
+    raise StateError(
+        "load_state_dict() cannot put whole weights into fragments. Load them before `zero.initialize` or "
+        "`zero.shard`; to continue a run of the engine use `engine.load_checkpoint`."
+    )

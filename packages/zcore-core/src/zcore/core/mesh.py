@@ -49,11 +49,14 @@ def plan_mesh(sizes: dict[str, int], *, world_size: int) -> dict[str, int]:
     return ordered
 
 
-def build_mesh(*, device_type: str = "cpu", **sizes: int) -> DeviceMesh:
+def build_mesh(*, device_type: str | None = None, **sizes: int) -> DeviceMesh:
     """A DeviceMesh with named axes over all ranks, such as `build_mesh(dp=-1)`; every rank calls it.
 
-    Raises MeshError as `plan_mesh` does.
+    `device_type` is by default what the process group moves: "cuda" over NCCL, else "cpu". Raises MeshError as
+    `plan_mesh` does.
     """
+    if device_type is None:
+        device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     planned = plan_mesh(sizes or {"dp": -1}, world_size=dist.get_world_size())
     return init_device_mesh(device_type, tuple(planned.values()), mesh_dim_names=tuple(planned))
 

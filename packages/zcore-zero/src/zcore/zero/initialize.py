@@ -178,15 +178,15 @@ def _agree_on_objects(
 
 
 def _mesh_for(zero: ZeroOptimization) -> DeviceMesh:
-    device_type, world_size = choose_device().type, dist.get_world_size()
+    world_size = dist.get_world_size()
     if zero.mics_shard_size == -1:
-        return build_mesh(device_type=device_type, dp=-1)
+        return build_mesh(dp=-1)
     if world_size % zero.mics_shard_size:
         raise ConfigError(
             f"zero_optimization.mics_shard_size is {zero.mics_shard_size}, which does not divide the {world_size} "
             "ranks of this run into equal groups. Take a divisor, or leave it out to shard over all ranks."
         )
-    return build_mesh(device_type=device_type, dp_replicate=-1, dp_shard=zero.mics_shard_size)
+    return build_mesh(dp_replicate=-1, dp_shard=zero.mics_shard_size)
 
 
 def _options(settings: TrainingConfig) -> ShardingOptions:

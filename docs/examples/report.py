@@ -67,7 +67,7 @@ def compression_table(
 ) -> Table:
     """Validation loss as a compressor would see it: bits for each byte of text that nobody has trained on."""
     table = Table(
-        title=f"Bits per byte of held-out files, {len(corpus.held_out_text):,} bytes",
+        title=f"Held-out files, {len(corpus.held_out_text):,} bytes",
         caption=f"{train_s:.0f} s of training in this run",
     )
     table.add_column("")

@@ -79,10 +79,15 @@ class BucketParam:
             self.shard.grad = grad.as_subclass(ShardedGradient) if grad is not None else None
 
     @property
+    def gradient(self) -> Tensor | None:
+        """The fragment's `.grad`."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.shard.grad
+
+    @property
     def has_gradient(self) -> bool:
         """Whether the fragment has a `.grad`."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.shard.grad is not None
+        return self.gradient is not None
 
     @property
     def is_trainable(self) -> bool:
@@ -121,8 +126,10 @@ class Bucket:
         self.state = ParamState.UNINITIALIZED
         self.is_pinned = False  # inside GatheredParameters, where the fragments stand for the whole
         self.shows_whole = False  # what is registered on the modules
-        self._is_stale = True
-        self._gathered_version = -1
+        self._num_updates = 0  # announced ones; edits in place show in the master's version
+        self._gathered: tuple[int, int] | None = None  # of which values there is a whole copy
+        self._computed_with: tuple[int, int] | None = None  # the values that the last forward read
+        self._delivered = [False] * len(members)  # parameters whose fragments were given a gradient
         self.host: weakref.ref[BucketHost] | None = None  # weak, like every edge back up: `del model` frees the memory
         self.memory = BucketParameters(
             plan, row, dp=dp, dtypes=dtypes, collectives=groups.gather, device=device, ledger=ledger
@@ -140,6 +147,7 @@ class Bucket:
         spec = member.spec
         full = nn.Parameter(self.memory.views[index], requires_grad=spec.trainable)
         full.__dict__.update(member.param.__dict__)  # tags that users and optimizers put on a parameter
+        _move_hooks(member.param, full, spec.fqn)
         fragment = self.plan.layout.fragment(index, self.owned)
         held = self.memory.master[fragment.offset : fragment.offset + fragment.numel]
         shard = ShardedParameter.of(
@@ -150,13 +158,37 @@ class Bucket:
         return BucketParam(full, shard, fragment, tuple((weakref.ref(module), name) for module, name in member.sites))
 
     @property
+    def _values(self) -> tuple[int, int]:
+        """What identifies the values of the master shards; edits in place count, through any alias but `.data`."""
+        return self._num_updates, self.memory.master._version
+
+    @property
     def is_stale(self) -> bool:
-        """Whether the master shards have moved on since the last gather; edits in place count, through any alias."""
-        return self._is_stale or self.memory.master._version != self._gathered_version
+        """Whether there is no whole copy of the values that the master shards have now, nor one on its way."""
+        if self.state is ParamState.INFLIGHT and not self.is_transient and self._gathered is not None:
+            # The master may lie in what is being gathered, whose version gloo raises on arrival: at no fixed time.
+            return self._gathered[0] != self._num_updates
+        return self._gathered != self._values
 
     def mark_stale(self) -> None:
         """The master shards have new values; on every rank alike."""
-        self._is_stale = True
+        self._num_updates += 1
+
+    def forget_gathered(self) -> None:
+        """The master shards may have new values, or the whole copy others; on every rank alike."""
+        self._gathered = None
+
+    def note_computation(self) -> None:
+        """A forward reads the values of now."""
+        self._computed_with = self._values
+
+    def check_unchanged(self) -> None:
+        """Raise StateError in a backward whose forward read other values than there are now."""
+        if self._computed_with != self._values:
+            raise StateError(
+                f"The parameters of {self.plan.name!r} were changed, by an optimizer or in place, between this backward "
+                "and its forward, so its gradients would be those of neither. Run the forward again after a change."
+            )
 
     @property
     def is_transient(self) -> bool:
@@ -214,16 +246,15 @@ class Bucket:
         with torch.no_grad():
             self._pending = self.memory.start_gather()
         # As of the start: a step while the gather is in flight makes it stale before it arrives.
-        self._is_stale = False
-        self._gathered_version = self.memory.master._version
+        self._gathered = self._values
 
     def wait(self) -> None:
         """INFLIGHT -> AVAILABLE."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.wait()
-        if not self.is_transient:  # the master may lie in what was gathered: gloo raised its version on arrival
-            self._gathered_version = self.memory.master._version
+        if not self.is_transient and self._gathered is not None:
+            self._gathered = self._gathered[0], self.memory.master._version
         self._make_available()
 
     def _make_available(self) -> None:
@@ -254,7 +285,7 @@ class Bucket:
         """AVAILABLE -> SHARDED."""
         self._move(ParamState.SHARDED)
         if self.memory.release():
-            self._is_stale = True
+            self._gathered = None
         self.show_fragments()
 
     def deliver(self, used: list[bool]) -> None:
@@ -265,24 +296,43 @@ class Bucket:
             part = param.fragment
             grad = reduced[part.offset : part.offset + part.numel] if is_used else None
             param.set_gradient(grad)
+        self._delivered = list(used)
 
-    def take_dropped(self) -> list[int]:
-        """The parameters whose `.grad` the user set to None, as `zero_grad` does; their gradients are zero again."""
+    @property
+    def delivered(self) -> list[int]:
+        """The parameters that were given a gradient since the last `clear_gradients`."""
+        return [index for index, is_delivered in enumerate(self._delivered) if is_delivered]
+
+    @property
+    def dropped(self) -> list[int]:
+        """The parameters that were given a gradient, and whose `.grad` is None by now, as `zero_grad` leaves it."""
+        return [index for index in self.delivered if not self.params[index].has_gradient]
+
+    def drop(self, index: int) -> None:
+        """The gradient of a parameter is zero again."""
+        part = self.params[index].fragment
+        if self.gradients is not None and self.gradients.reduced is not None:
+            self.gradients.reduced[part.offset : part.offset + part.numel].zero_()
+        self._delivered[index] = False
+
+    def take_replaced_gradients(self) -> None:
+        """Where the user assigned another `.grad`, that is the gradient."""
         if self.gradients is None or self.gradients.reduced is None:
-            return []
-        dropped = [index for index, param in enumerate(self.params) if not param.has_gradient]
-        if len(dropped) == len(self.params):
-            self.gradients.clear()
-        else:
-            for index in dropped:
-                part = self.params[index].fragment
-                self.gradients.reduced[part.offset : part.offset + part.numel].zero_()
-        return dropped
+            return
+        for index in self.delivered:
+            param = self.params[index]
+            part = param.fragment
+            own = self.gradients.reduced[part.offset : part.offset + part.numel]
+            grad = param.gradient
+            if grad is not None and grad.data_ptr() != own.data_ptr():
+                own.copy_(grad)
+                param.set_gradient(own)
 
     def clear_gradients(self) -> None:
         """Forget the gradients of fragments and buffers."""
         for param in self.params:
             param.set_gradient(None)
+        self._delivered = [False] * len(self.params)
         if self.gradients is not None:
             self.gradients.clear()
 
@@ -309,3 +359,14 @@ class Bucket:
         host = self.host() if self.host is not None else None
         if host is not None:
             host.watch_outputs(self, result)
+
+
+def _move_hooks(original: nn.Parameter, full: nn.Parameter, fqn: str) -> None:
+    """Hooks on the gradient act on the whole gradient of this rank, before it is reduced."""
+    if getattr(original, "_post_accumulate_grad_hooks", None):
+        raise StateError(
+            f"{fqn} has a hook that waits for its .grad, as an optimizer step inside the backward does. A sharded "
+            "gradient is there after the backward: remove the hook, and step the optimizer as usual."
+        )
+    for hook in (original._backward_hooks or {}).values():
+        full.register_hook(hook)

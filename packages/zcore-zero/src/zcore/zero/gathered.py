@@ -96,7 +96,7 @@ class GatheredParameters:
 
     def _drop(self, bucket: Bucket) -> None:
         if bucket.is_transient:
-            bucket.mark_stale()
+            bucket.forget_gathered()
             return
         for position, value in self._before[bucket.index]:
             with torch.no_grad():

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from zcore.zero.bucket import Bucket, ParamState
 from zcore.zero.trace import Pass, Trace, Use, plan_prefetch, returns_within
 
@@ -40,6 +42,7 @@ class Gatherer:
         self._idle: dict[int, Pass] = {}  # left, not yet released; in order of leaving
         self._ahead: dict[int, int] = {}  # elements of buckets gathered, or kept, ahead of their next use
         self._live_numel = 0
+        self._is_at_rest = True  # until the first use after a step
         self._has_warned = False
         self._digest = 0  # of the buckets gathered since the last comparison, in order; below 2^24, exact in fp32
 
@@ -48,14 +51,10 @@ class Gatherer:
 
         Expect the order of the last such step, and refresh what is whole but stale.
         """
-        self._trace = self._training if training else self._inference
-        self._trace.begin()
+        self._begin_trace(training=training)
         self._depth.clear()  # an exception may have left modules without their post-forward hook
         for bucket in self._buckets:
-            if bucket.state is ParamState.INFLIGHT and bucket.is_stale:
-                bucket.wait()
-            if bucket.state is ParamState.AVAILABLE and bucket.is_stale and not bucket.is_pinned:
-                self._reshard(bucket)  # stepped or edited since a forward that had no backward
+            self._drop_if_stale(bucket)
             if bucket.is_transient:
                 if bucket.state is ParamState.AVAILABLE:
                     self._idle.setdefault(bucket.index, Pass.FORWARD)
@@ -91,6 +90,10 @@ class Gatherer:
 
     def use(self, bucket: Bucket, during: Pass, *, module: str) -> None:
         """Make `bucket` AVAILABLE now."""
+        if during is Pass.FORWARD:
+            if self._is_at_rest:  # a submodule is called by itself
+                self._begin_trace(training=torch.is_grad_enabled())
+            self._drop_if_stale(bucket)
         if bucket.is_transient:
             self._idle.pop(bucket.index, None)
             if not self._trace.add(Use(bucket.index, during)) and not self._has_warned:
@@ -110,6 +113,8 @@ class Gatherer:
             bucket.wait()
         if not bucket.shows_whole:
             bucket.show_whole()
+        if during is Pass.FORWARD:
+            bucket.note_computation()
 
     def let_go(self, bucket: Bucket, during: Pass) -> None:
         """`bucket` may be released when memory is needed. In a backward only `release` and `rest` say so."""
@@ -125,13 +130,13 @@ class Gatherer:
     def pin(self, bucket: Bucket) -> None:
         """Keep `bucket` AVAILABLE and shown until `unpin`, whatever runs in between."""
         self._pinned[bucket.index] += 1
-        bucket.is_pinned = True
-        if bucket.state is ParamState.AVAILABLE and bucket.is_stale:
-            self._reshard(bucket)
+        if self._pinned[bucket.index] == 1:
+            self._drop_if_stale(bucket)
         if bucket.state is ParamState.SHARDED:
             self._start(bucket)
         if bucket.state is ParamState.INFLIGHT:
             bucket.wait()
+        bucket.is_pinned = True
         bucket.show_whole()
 
     def unpin(self, bucket: Bucket) -> None:
@@ -158,11 +163,26 @@ class Gatherer:
         """The step's use of parameters is over: fragments are registered everywhere, transient memory is free."""
         self._depth.clear()
         self._ahead.clear()
+        self._is_at_rest = True
         for bucket in self._buckets:
             if bucket.state is ParamState.INFLIGHT:
                 bucket.wait()
             if bucket.state is ParamState.AVAILABLE and not self._pinned[bucket.index]:
                 self._reshard(bucket)
+
+    def _begin_trace(self, *, training: bool) -> None:
+        self._trace = self._training if training else self._inference
+        self._trace.begin()
+        self._is_at_rest = False
+
+    def _drop_if_stale(self, bucket: Bucket) -> None:
+        """Reshard what was stepped or edited since it was gathered, as after a forward that had no backward."""
+        if bucket.is_pinned or not bucket.is_stale:
+            return
+        if bucket.state is ParamState.INFLIGHT:
+            bucket.wait()
+        if bucket.state is ParamState.AVAILABLE:
+            self._reshard(bucket)
 
     def _start(self, bucket: Bucket) -> None:
         self._make_room()

@@ -169,6 +169,7 @@ class Conductor:
                 )
             self._begin_backward()
             for bucket in buckets:
+                bucket.check_unchanged()
                 self.gatherer.use(bucket, Pass.BACKWARD, module="the backward pass")
 
         return gather_again
@@ -207,6 +208,7 @@ class Conductor:
         """The gradient of a whole parameter is final for this backward."""
         self._begin_backward()
         bucket = self._buckets[bucket_index]
+        bucket.check_unchanged()
         full = bucket.params[index].full
         grad, full.grad = full.grad, None
         assert grad is not None

@@ -112,6 +112,7 @@ class BucketPlan:
     """One bucket: parameters of one dtype, all trainable or all frozen, that are gathered and reduced together."""
 
     name: str
+    unit: str  # that its parameters are of; a unit of several kinds, or a large one, has several buckets
     params: tuple[ParamSpec, ...]
     layout: BucketLayout
     keep_whole: bool  # too small to gather: stays whole under stage 3
@@ -180,6 +181,7 @@ def plan_buckets(
     return tuple(
         BucketPlan(
             name,
+            group.name,
             tuple(group.params),
             plan_layout([param.numel for param in group.params], num_slices=num_slices),
             keep_whole,

@@ -96,7 +96,7 @@ def cut_states(
     """Give `optimizer` each fragment's part of the states that belonged to whole parameters."""
     for name, state in states.items():
         fragment = fragments[name]
-        held = slice(fragment.full_start, fragment.full_start + fragment.numel())
+        held = slice(fragment.full_start, fragment.full_stop)
         optimizer.state[fragment] = {
             key: value.reshape(-1)[held].clone() if _is_of_each_element(key, value, fragment) else value
             for key, value in state.items()

@@ -62,9 +62,7 @@ class Reducer:
 
     def begin(self) -> None:
         """A backward starts: what `zero_grad` dropped since the last one is forgotten here, too."""
-        for bucket in self._buckets:
-            for index in bucket.take_dropped():
-                self._used[bucket.index][index] = False
+        self._forget_dropped()
         self._remaining = {
             bucket.index: sum(param.full.requires_grad for param in bucket.params) for bucket in self._buckets
         }
@@ -103,12 +101,26 @@ class Reducer:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all gradients, as `zero_grad` does."""
+        """Forget all gradients, as `zero_grad` does, and the losses they are of."""
+        self._clear_gradients()
+        self._is_loss_bad = None
+        self.bad_ranks = ()
+
+    def _clear_gradients(self) -> None:
         for bucket in self._buckets:
             bucket.clear_gradients()
             self._used[bucket.index] = [False] * len(bucket.params)
-        self._is_loss_bad = None
-        self.bad_ranks = ()
+
+    def _forget_dropped(self) -> None:
+        """What the user set to None is zero; all of it, and gradients that were not reduced yet are meant, too."""
+        if all(bucket.dropped == bucket.delivered for bucket in self._buckets):
+            if any(bucket.delivered for bucket in self._buckets):
+                self._clear_gradients()
+            return
+        for bucket in self._buckets:
+            for index in bucket.dropped:
+                bucket.drop(index)
+                self._used[bucket.index][index] = False
 
     def _start_what_is_ready(self) -> None:
         while self._next < len(self._order) and not self._remaining[self._order[self._next]]:
@@ -144,7 +156,7 @@ class Reducer:
         self._groups.all_reduce(flags, label="which parameters had a gradient")
         totals = flags.tolist()
         self.bad_ranks = tuple(rank for rank in range(size) if totals[rank])
-        _refuse_other_paths(totals[size : 2 * size])
+        _refuse_other_paths(totals[size : 2 * size], shard_size=self._dp.shard_size)
         position = 2 * size
         for bucket in self._buckets:
             anywhere = [bool(total) for total in totals[position : position + len(bucket.params)]]
@@ -153,12 +165,14 @@ class Reducer:
             position += len(bucket.params)
 
 
-def _refuse_other_paths(digests: Sequence[float]) -> None:
+def _refuse_other_paths(digests: Sequence[float], *, shard_size: int) -> None:
+    """Ranks gather together within a shard group; replicas may go ways of their own."""
+    first = [digests[rank // shard_size * shard_size] for rank in range(len(digests))]
     # 0 where nothing was gathered: with a simulated process group, since else the others had waited for that rank.
-    others = [rank for rank, digest in enumerate(digests) if digest not in (0, digests[0])]
+    others = [rank for rank, digest in enumerate(digests) if digest not in (0, first[rank])]
     if others:
         raise MismatchError(
-            f"Data ranks {others} gathered other parameters than rank 0 in this step, or in another order, so values "
+            f"Data ranks {others} gathered other parameters than the first rank of their shard group in this step, or in another order, so values "
             "they computed with are wrong. Under stage 3 every rank has to call the same modules in the same order: "
             "draw random choices such as dropped layers from a generator with one seed on all ranks, or use stage 2. "
             "The gradients of this step are not to be used."

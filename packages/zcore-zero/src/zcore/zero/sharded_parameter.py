@@ -33,12 +33,14 @@ ELEMENTWISE = frozenset(
 METADATA = frozenset(
     name
     for names in (
-        "size dim numel nelement stride storage_offset element_size get_device data_ptr untyped_storage detach",
-        "is_floating_point is_complex is_contiguous requires_grad_ register_hook __len__ __hash__ __format__ __repr__",
-        "register_post_accumulate_grad_hook __get__ __set__",
+        "stride storage_offset element_size get_device data_ptr untyped_storage detach requires_grad_",
+        "is_floating_point is_complex is_contiguous __hash__ __format__ __repr__ __get__ __set__",
     )
     for name in names.split()
 )
+# What is answered of the whole at any time, without its values: shapes decide who gets weight decay.
+OF_THE_WHOLE = frozenset({"size", "dim", "ndimension", "numel", "nelement", "__len__", "register_hook"})
+SHAPE_PROPERTIES = frozenset({"shape", "ndim"})
 DATA_SET = Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor at run time
 VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
@@ -52,6 +54,10 @@ class ParameterOwner(Protocol):
 
     def mark_stale(self) -> None:
         """The fragment is edited in place: what was gathered is out of date."""
+        ...
+
+    def forget_gathered(self) -> None:
+        """The fragment may be edited where nobody sees it: gather again before the next use."""
         ...
 
     def may_gather(self) -> bool:
@@ -73,6 +79,7 @@ class ShardedParameter(nn.Parameter):
     fqn: str
     full_shape: tuple[int, ...]
     full_start: int  # where the fragment begins in the flattened parameter
+    full_stop: int
     position: int  # in its bucket
     _owner: "weakref.ref[ParameterOwner]"  # weak: the bucket owns the fragment
 
@@ -83,7 +90,8 @@ class ShardedParameter(nn.Parameter):
         """Wrap `fragment` without a copy; frozen until told otherwise."""
         self = Tensor._make_subclass(cls, fragment, False)
         self._owner, self.position = weakref.ref(owner), index
-        self.fqn, self.full_shape, self.full_start = fqn, full_shape, start
+        self.fqn, self.full_shape = fqn, full_shape
+        self.full_start, self.full_stop = start, start + fragment.numel()
         return self
 
     @property
@@ -92,7 +100,7 @@ class ShardedParameter(nn.Parameter):
         return self._owner()
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch types it with a keyword of its own
-        held = f"[{self.full_start}:{self.full_start + Tensor.numel(self)}]"
+        held = f"[{self.full_start}:{self.full_stop}]"
         return f"ShardedParameter({self.fqn}, shape {self.full_shape}, this rank holds elements {held})"
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ShardedParameter":
@@ -125,11 +133,21 @@ class ShardedParameter(nn.Parameter):
                 )
             if _property_name(func) == "grad":
                 return func(*args, **kwargs)  # gradients are handed to fragments
+            if func.__name__ == "register_post_accumulate_grad_hook":
+                raise StateError(
+                    f"{first.fqn} is sharded, and its gradient is there after the backward, not in it: a hook that "
+                    "waits for .grad would never run. Step the optimizer after the backward; `register_hook` works."
+                )
+            if func.__name__ in OF_THE_WHOLE or _property_name(func) in SHAPE_PROPERTIES:
+                return _call_on_whole(func, args, kwargs, with_data=False)
             if first.owner.may_gather() or first.owner.stands_for_whole():
-                return _call_on_whole(func, args, kwargs)
+                wants_data = _wants_values(func) or func.__name__ == "detach" or _property_name(func) == "data"
+                return _call_on_whole(func, args, kwargs, with_data=wants_data)
             if _wants_values(func) and (torch.is_grad_enabled() or not _is_elementwise(func)):
                 raise StateError(_outside_forward(first, func))
-            if _is_in_place(func):
+            if _property_name(func) == "data":
+                first.owner.forget_gathered()  # edits through it leave no trace
+            if _is_in_place(func) and _wants_values(func):
                 for param in _all_sharded(args):
                     if param.owner is not None:
                         param.owner.mark_stale()
@@ -199,8 +217,9 @@ def _is_same_memory(args: Sequence[object]) -> bool:
     return held.dtype == new.dtype and held.data_ptr() == new.data_ptr() and held.shape == new.shape
 
 
-def _call_on_whole(func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-    with_data = _wants_values(func) or func.__name__ == "detach" or _property_name(func) == "data"
+def _call_on_whole(
+    func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object], *, with_data: bool
+) -> object:
     owners: list[ParameterOwner] = []
 
     def whole(param: ShardedParameter) -> Tensor:

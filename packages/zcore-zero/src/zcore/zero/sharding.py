@@ -279,7 +279,7 @@ def _refuse_sharded(parameters: tuple[ParamSites, ...]) -> None:
 
 
 def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.Module, Site]]:
-    """Modules that own parameters, and blocks that lie in one bucket for each kind of parameter."""
+    """Modules that own parameters, and blocks: a block has its buckets gathered once, before it starts."""
     owners: dict[nn.Module, dict[int, Bucket]] = {}
     for bucket in buckets:
         for param in bucket.params:
@@ -288,7 +288,7 @@ def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.
                 assert module is not None
                 owners.setdefault(module, {})[bucket.index] = bucket
     for name, block in find_blocks(model).items():
-        whole = {bucket.index: bucket for bucket in buckets if bucket.plan.name == name}
+        whole = {bucket.index: bucket for bucket in buckets if bucket.plan.unit == name}
         if whole:
             owners.setdefault(block, {}).update(whole)
     names = {module: name for name, module in model.named_modules()}

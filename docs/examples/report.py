@@ -16,12 +16,12 @@ from zcore.zero import MemoryReport, RankMemory
 
 
 def show(
-    config: Mapping,
     corpus: Corpus,
     history: Mapping,
     memory: MemoryReport,
     sample: str,
     *,
+    stage: int,
     out: Path,
     steps: int,
     train_s: float,
@@ -31,16 +31,16 @@ def show(
     curve = out / "loss_curve.png"
     draw_loss_curve(curve, corpus, history, others)
     console = Console(highlight=False)
-    console.print(memory_table(memory, zero_stage=config["zero_optimization"]["stage"]))
+    console.print(memory_table(memory, stage=stage))
     console.print(compression_table(history["bits_per_byte"], others, corpus, steps=steps, train_s=train_s))
     console.print(Panel(Syntax(sample, "python", background_color="default"), title="A sample, after its first words"))
     for line in files_and_next_commands(out, curve, steps):
         console.print(line, soft_wrap=True)  # what a reader may copy is not cut
 
 
-def memory_table(memory: MemoryReport, *, zero_stage: int) -> Table:
+def memory_table(memory: MemoryReport, *, stage: int) -> Table:
     """What each rank holds between steps, beside what plain data parallelism would hold on each."""
-    table = Table(title=f"Model states per rank at ZeRO stage {zero_stage}, in MiB")
+    table = Table(title=f"Model states per rank at ZeRO stage {stage}, in MiB")
     table.add_column("")
     for name in ("parameters", "gradients", "optimizer", "together", "gathered at most"):
         table.add_column(name, justify="right")

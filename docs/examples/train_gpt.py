@@ -9,7 +9,6 @@ Beside this file lie the model (gpt.py), the data (text.py), what is shown at th
 """
 
 import argparse
-import json
 import math
 import time
 from itertools import islice
@@ -46,10 +45,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Build, train, judge, save."""
     args = parse_arguments()
-    config = json.loads(args.config.read_text(encoding="utf-8"))
+    config = zero.TrainingConfig.read(args.config).to_dict()  # [zero] every key, with defaults
     if args.stage is not None:
         config["zero_optimization"]["stage"] = args.stage
-    steps = args.steps or config["scheduler"]["params"]["total_num_steps"]
+    steps = args.steps or ((config["scheduler"] or {}).get("params", {})).get("total_num_steps")
+    if steps is None:
+        raise SystemExit(f"{args.config} has no scheduler that says for how long to train: pass --steps.")
 
     zero.init_distributed()  # [zero] joins torchrun's ranks; alone without torchrun
     corpus = load_corpus(vocab_size=GPTConfig().vocab_size)
@@ -76,7 +77,8 @@ def main() -> None:
     if engine.global_rank == 0:
         save_file(weights, args.out / "model.safetensors")
         corpus.tokenizer.save(str(args.out / "tokenizer.json"))
-        report.show(config, corpus, history, memory, sample, out=args.out, steps=engine.global_steps, train_s=train_s)
+        steps, stage = engine.global_steps, engine.config.zero_optimization.stage
+        report.show(corpus, history, memory, sample, stage=stage, out=args.out, steps=steps, train_s=train_s)
     dist.destroy_process_group()
 
 

@@ -68,7 +68,7 @@ class Config(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, defaults included, as JSON types under the keys a file would have."""
-        return self.model_dump(mode="json", by_alias=True)
+        return self.model_dump(mode="json", by_alias=True, fallback=repr)
 
     def digest(self) -> str:
         """SHA-256 in hex of the settings: equal on two ranks exactly when their settings are, however spelled.

@@ -186,8 +186,9 @@ class Bucket:
         """Raise StateError in a backward whose forward read other values than there are now."""
         if self._computed_with != self._values:
             raise StateError(
-                f"The parameters of {self.plan.name!r} were changed, by an optimizer or in place, between this backward "
-                "and its forward, so its gradients would be those of neither. Run the forward again after a change."
+                f"The parameters of {self.plan.name!r} were changed, by an optimizer or in place, between this "
+                "backward and its forward, so its gradients would be those of neither. Run the forward again after a "
+                "change."
             )
 
     @property

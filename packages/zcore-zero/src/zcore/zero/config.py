@@ -1,7 +1,7 @@
 """The keys of the engine's JSON, named as DeepSpeed users know them, and how "auto" is settled.
 
-Precedence: what a file says, else what the program passes, else the default here. Where a default differs from
-DeepSpeed's, the field says why.
+What a file says counts, else the default here; an object that the program passes beside the same key is refused. Where
+a default differs from DeepSpeed's, the field says why.
 """
 
 from collections.abc import Mapping

@@ -88,6 +88,8 @@ class Recording(TorchDispatchMode):
         self._devices: list[torch.device] = []  # per storage: where it will be
         self._storages: dict[int, tuple[int, torch.UntypedStorage]] = {}  # by address; held, so no address is reused
 
+        self.is_open = True  # inside the block, where operations are recorded
+
     def __deepcopy__(self, memo: dict[int, object]) -> "Recording":
         return self  # a copied module refers to the same construction
 
@@ -331,6 +333,8 @@ def deferred_init() -> Generator[Recording]:
     recording = Recording()
 
     def tag(module: nn.Module, name: str, value: Tensor | None) -> None:
+        if TAG not in module.__dict__:
+            module.register_load_state_dict_pre_hook(_refuse_load_after)
         module.__dict__[TAG] = recording
 
     handles = [register_module_parameter_registration_hook(tag), register_module_buffer_registration_hook(tag)]
@@ -338,8 +342,18 @@ def deferred_init() -> Generator[Recording]:
         with recording, _Poised(recording):
             yield recording
     finally:
+        recording.is_open = False
         for handle in handles:
             handle.remove()
+
+
+def _refuse_load_after(module: nn.Module, *rest: object) -> None:
+    recording = module.__dict__.get(TAG)  # gone once the module is sharded
+    if isinstance(recording, Recording) and not recording.is_open:
+        raise StateError(
+            "load_state_dict() was called on a model of `zero.Init` after the block, where its parameters have no "
+            "memory to load into. Call it inside the block."
+        )
 
 
 def recording_of(module: nn.Module, tensor: Tensor, name: str) -> Recording:

@@ -52,6 +52,7 @@ class Engine:
         self._losses: list[Tensor] = []  # of the micro-batches of this step, kept only for events
         self.global_steps = 0  # optimizer steps taken
         self.micro_steps = 0  # calls of step()
+        self._micro_steps_done = 0  # of the optimizer step at hand
         self.skipped_steps = 0  # optimizer steps refused because something was not finite
         self._accumulation_steps = int(config.gradient_accumulation_steps or 1)
         self._clip_norm = float(config.gradient_clipping)
@@ -80,21 +81,14 @@ class Engine:
         last = self.is_gradient_accumulation_boundary()
         reduces_always = self.sharding.row.gradients is Placement.SHARD
         reduces = (last or reduces_always) and not self._is_held_back
-        self.sharding.reduce_gradients(reduces)
         self.sharding.reducer.note_loss(loss)
-        self.sharding.conductor.has_gradients = finished = False
+        finished = False
         try:
-            (loss / self._accumulation_steps).backward()
+            self.sharding.backward(loss / self._accumulation_steps, reduces=reduces, delivers=last)
             finished = True
         finally:
             if not finished:  # its gradients are dropped with those of the whole step, which begins anew
-                self.micro_steps -= self.micro_steps % self._accumulation_steps
-                self._num_backwards = 0
-        if not self.sharding.conductor.has_gradients:
-            raise StateError(
-                "No trainable parameter of the model got a gradient from this loss: it was computed from something "
-                "else. Compute it from what `engine(...)` returns, without detach(), and check what is frozen."
-            )
+                self._begin_step(micro_steps=self.micro_steps - self._micro_steps_done)
         self._num_backwards += 1
         if self._events is not None:
             self._losses.append(loss.detach())
@@ -120,9 +114,10 @@ class Engine:
             )
         self._num_backwards = 0
         self.micro_steps += 1
+        self._micro_steps_done += 1
         if not is_boundary:
             return
-        self._has_synced = False
+        losses = self._losses
         try:
             self._grad_norm = self._checked_norm()
             factor = self._clip_norm / (self._grad_norm + 1e-6)  # torch's, to the bit
@@ -132,10 +127,18 @@ class Engine:
                 self.optimizer.step()
         finally:
             self.sharding.reducer.clear()
+            self._begin_step(micro_steps=self.micro_steps)
         self.global_steps += 1
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._tell_step()
+        self._tell_step(losses)
+
+    def _begin_step(self, *, micro_steps: int) -> None:
+        """The next micro-batch is the first one of its optimizer step."""
+        self.micro_steps = micro_steps
+        self._micro_steps_done = self._num_backwards = 0
+        self._has_synced = False
+        self._losses = []
 
     def _checked_norm(self) -> float:
         bad = self.sharding.reducer.bad_ranks
@@ -150,21 +153,20 @@ class Engine:
             "rate or set gradient_clipping; to go on with the next batch, catch zcore.core.errors.NonFiniteError."
         )
 
-    def _tell_step(self) -> None:
+    def _tell_step(self, losses: list[Tensor]) -> None:
         every = self.config.steps_per_print
         if every and self.global_steps % every == 0 and self.global_rank == 0:
             logger.info("step %d: gradient norm %.4g, lr %s", self.global_steps, self._grad_norm, self.get_lr())
         if self._events is None:
             return
-        losses, self._losses = self._losses, []
-        self._events.emit("loss", float(torch.stack(losses).mean()), unit="nats", step=self.global_steps)
+        self._events.emit("loss", float(torch.stack(losses).mean()), unit="1", step=self.global_steps)
         self._events.emit("grad_norm", self._grad_norm or 0.0, unit="1", step=self.global_steps)
         for index, lr in enumerate(self.get_lr()):
             self._events.emit(f"lr/{index}", lr, unit="1", step=self.global_steps)
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch at hand is the last one of its optimizer step."""
-        return (self.micro_steps + 1) % self._accumulation_steps == 0
+        return self._micro_steps_done + 1 == self._accumulation_steps
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -236,7 +238,7 @@ class Engine:
 
         `client_state` is JSON data of the caller's, each rank its own. Raises CheckpointError, StateError in mid-step.
         """
-        if self._num_backwards or self.micro_steps % self._accumulation_steps:
+        if self._num_backwards or self._micro_steps_done:
             raise StateError("A checkpoint holds no gradients: save after the step() that ends an optimizer step.")
         counters = {"global_steps": self.global_steps, "micro_steps": self.micro_steps, "skipped": self.skipped_steps}
         extra = {"counters": counters, "client_state": client_state or {}}
@@ -249,10 +251,9 @@ class Engine:
         """
         extra = checkpoint.load(directory, tag, self._run_state())
         counters = extra["counters"]
-        self.global_steps, self.micro_steps = counters["global_steps"], counters["micro_steps"]
-        self.skipped_steps = counters["skipped"]
+        self.global_steps, self.skipped_steps = counters["global_steps"], counters["skipped"]
         self.sharding.reducer.clear()
-        self._num_backwards = 0
+        self._begin_step(micro_steps=counters["micro_steps"])
         client_state: dict[str, Any] = extra["client_state"]
         return client_state
 
@@ -260,5 +261,5 @@ class Engine:
         return RunState(self.module, self.sharding, self.optimizer, self.lr_scheduler)
 
     def close(self) -> None:
-        """Remove every hook from the model."""
+        """Remove every hook from the model, and leave the process groups that were made for it."""
         self.sharding.close()

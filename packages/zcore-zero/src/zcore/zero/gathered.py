@@ -19,7 +19,9 @@ class GatheredParameters:
 
     `params` is a parameter or several, as the model has them; `full` holds the whole ones, and the model's attributes
     are whole too. With `modifier_rank`, what that data-parallel rank has written is sent to all and kept on leaving;
-    without, changes are dropped. Parameters that are not sharded pass through. Every rank enters and leaves.
+    without, changes are dropped. Values are in the dtype that is computed in: under bf16 an edit is rounded to it, and
+    what was not edited keeps its fp32 master. Parameters that are not sharded pass through. Every rank enters and
+    leaves.
 
     Raises StateError for a parameter of `zero.Init` that has no values yet.
     """

@@ -10,7 +10,7 @@ end of backward  reduce what is left, hand out gradients, everything SHARDED
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum, auto
 
 import torch
@@ -150,7 +150,7 @@ class Conductor:
 
         def leave(module: nn.Module, args: object, result: object) -> None:
             if transient and torch.is_grad_enabled() and self._phase is not Phase.BACKWARD:
-                self._hook_tensors(result, before_backward)
+                self._hook_tensors((result, _kept_on(module)), before_backward)
             outermost = [self.gatherer.leave(bucket, self._pass) for bucket in site.buckets]
             if self._phase is Phase.REST and all(outermost):  # a submodule that was called by itself
                 if torch.is_grad_enabled():
@@ -176,15 +176,14 @@ class Conductor:
 
     @staticmethod
     def _hook_tensors(result: object, hook: Callable[[Tensor], None]) -> None:
-        leaves = (result,) if isinstance(result, Tensor) else compat.tree_leaves(result)
-        for leaf in leaves:
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(hook)
+        for tensor in _tensors_in(result):
+            if tensor.requires_grad:
+                tensor.register_hook(hook)
 
     def _watch_inputs(self, site: Site, inputs: object) -> None:
         """Count the call as open until all gradients of its inputs are there."""
         buckets = tuple(bucket for bucket in site.buckets if bucket.is_transient)
-        tensors = [each for each in compat.tree_leaves(inputs) if isinstance(each, Tensor) and each.requires_grad]
+        tensors = [each for each in _tensors_in(inputs) if each.requires_grad]
         if not buckets or not tensors:
             return
         for bucket in buckets:
@@ -249,6 +248,23 @@ class Conductor:
             "The last backward did not finish, so all gradients of this step are incomplete and were dropped. Run the "
             "micro-batches of this step again."
         )
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors of nested containers, and of objects with attributes such as a dataclass, each one once."""
+    to_look_at, seen = [value], set[int]()
+    while to_look_at:
+        for leaf in compat.tree_leaves(to_look_at.pop()):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif not isinstance(leaf, nn.Module | type) and hasattr(leaf, "__dict__") and id(leaf) not in seen:
+                seen.add(id(leaf))
+                to_look_at.append(list(vars(leaf).values()))
+
+
+def _kept_on(module: nn.Module) -> list[Tensor]:
+    """What a forward computed and put on its module, as routers do with their loss."""
+    return [each for each in vars(module).values() if isinstance(each, Tensor) and each.grad_fn is not None]
 
 
 def _on_gradient(conductor: "weakref.ref[Conductor]", bucket_index: int, index: int) -> Callable[[Tensor], None]:

@@ -108,7 +108,7 @@ def initialize(
         raise ConfigError("A learning-rate schedule was passed and the config has one, too. Leave one of them out.")
     init_distributed()
     _agree_on_config(raw)  # before the mesh: groups cut in different ways would wait for each other
-    mesh = mesh or _mesh_for(raw.zero_optimization)
+    mesh = _mesh_for(raw.zero_optimization, mesh)
     settings = raw.settle(dp_size=data_parallel(mesh).size)
     _warn_of_no_effect(raw.zero_optimization)
     source = optimizer or settings.optimizer
@@ -177,8 +177,15 @@ def _agree_on_objects(
     check_agreement(facts, rank=dp.rank, num_ranks=dp.size, groups=sharding.groups, device=sharding.device)
 
 
-def _mesh_for(zero: ZeroOptimization) -> DeviceMesh:
+def _mesh_for(zero: ZeroOptimization, given: DeviceMesh | None) -> DeviceMesh:
     world_size = dist.get_world_size()
+    if given is not None:
+        if zero.mics_shard_size not in (-1, size := data_parallel(given).shard_size):
+            raise ConfigError(
+                f"zero_optimization.mics_shard_size is {zero.mics_shard_size}, but the mesh that was passed shards "
+                f"over {size} ranks. Leave one of them out."
+            )
+        return given
     if zero.mics_shard_size == -1:
         return build_mesh(dp=-1)
     if world_size % zero.mics_shard_size:

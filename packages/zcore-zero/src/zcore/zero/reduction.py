@@ -40,6 +40,7 @@ class Reducer:
         self._max_inflight = max_inflight  # each holds a whole bucket: one is summed while the next one's are computed
         self._take_digest = take_digest  # of the gathers since the last reduction
         self.reduces = True  # False while gradients only accumulate on this rank
+        self.delivers = True  # False while more reductions of this step are to come: saves telling what had gradients
         self._order = sorted((bucket.index for bucket in self._buckets), key=lambda index: -index)
         self._order.sort(key=lambda index: buckets[index].plan.keep_whole)  # small ones are complete last
         self._order_is_observed = False
@@ -91,7 +92,8 @@ class Reducer:
         while self._inflight:
             self._inflight.popleft().finish_reduce()
         self._agree_on_order()
-        self._deliver()
+        if self.delivers:
+            self._deliver()
         return True
 
     def abandon(self) -> None:
@@ -172,8 +174,8 @@ def _refuse_other_paths(digests: Sequence[float], *, shard_size: int) -> None:
     others = [rank for rank, digest in enumerate(digests) if digest not in (0, first[rank])]
     if others:
         raise MismatchError(
-            f"Data ranks {others} gathered other parameters than the first rank of their shard group in this step, or in another order, so values "
-            "they computed with are wrong. Under stage 3 every rank has to call the same modules in the same order: "
-            "draw random choices such as dropped layers from a generator with one seed on all ranks, or use stage 2. "
-            "The gradients of this step are not to be used."
+            f"Data ranks {others} gathered other parameters than the first rank of their shard group in this step, or "
+            "in another order, so values they computed with are wrong. Under stage 3 the ranks of a shard group call "
+            "the same modules in the same order: draw random choices such as dropped layers from a generator with one "
+            "seed on all of them, or use stage 2. The gradients of this step are not to be used."
         )

@@ -7,7 +7,7 @@ where a fragment would give a wrong result or a puzzling shape error, it refuses
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -133,11 +133,6 @@ class ShardedParameter(nn.Parameter):
                 )
             if _property_name(func) == "grad":
                 return func(*args, **kwargs)  # gradients are handed to fragments
-            if func.__name__ == "register_post_accumulate_grad_hook":
-                raise StateError(
-                    f"{first.fqn} is sharded, and its gradient is there after the backward, not in it: a hook that "
-                    "waits for .grad would never run. Step the optimizer after the backward; `register_hook` works."
-                )
             if func.__name__ in OF_THE_WHOLE or _property_name(func) in SHAPE_PROPERTIES:
                 return _call_on_whole(func, args, kwargs, with_data=False)
             if first.owner.may_gather() or first.owner.stands_for_whole():
@@ -145,13 +140,18 @@ class ShardedParameter(nn.Parameter):
                 return _call_on_whole(func, args, kwargs, with_data=wants_data)
             if _wants_values(func) and (torch.is_grad_enabled() or not _is_elementwise(func)):
                 raise StateError(_outside_forward(first, func))
-            if _property_name(func) == "data":
-                first.owner.forget_gathered()  # edits through it leave no trace
-            if _is_in_place(func) and _wants_values(func):
-                for param in _all_sharded(args):
-                    if param.owner is not None:
-                        param.owner.mark_stale()
+            _note_edit(func, args)
             return func(*args, **kwargs)
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> NoReturn:
+        """Refused: there is no moment inside the backward at which `.grad` is whole and reduced."""
+        raise StateError(
+            f"{self.fqn} is sharded, and its gradient is there after the backward, not in it: a hook that waits for "
+            ".grad would never run. Step the optimizer after the backward; `register_hook` works."
+        )
+
+
+NORMS = (torch.norm, torch.linalg.norm, torch.linalg.vector_norm, torch._foreach_norm, Tensor.norm)
 
 
 class ShardedGradient(Tensor):
@@ -166,7 +166,7 @@ class ShardedGradient(Tensor):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         """Refuse norms; everything else is as on a plain tensor."""
-        if func in (torch.linalg.vector_norm, torch.norm, torch._foreach_norm, Tensor.norm):
+        if func in NORMS:
             raise StateError(
                 "A norm was asked of one rank's gradient fragments, and would differ from rank to rank. Use "
                 "`zero.clip_grad_norm_(model, max_norm)`, or the `gradient_clipping` setting of the engine; for your "
@@ -201,6 +201,17 @@ def _is_elementwise(func: Callable[..., object]) -> bool:
 def _is_in_place(func: Callable[..., object]) -> bool:
     name = func.__name__
     return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+
+def _note_edit(func: Callable[..., object], args: Sequence[object]) -> None:
+    """Tell the buckets of parameters that `func` edits, or hands out where edits leave no trace."""
+    for param in _all_sharded(args):
+        if param.owner is None:
+            continue
+        if _property_name(func) == "data":
+            param.owner.forget_gathered()
+        elif _is_in_place(func) and _wants_values(func):
+            param.owner.mark_stale()
 
 
 def _all_sharded(args: Sequence[object]) -> Iterator[ShardedParameter]:

@@ -4,9 +4,10 @@ import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -33,6 +34,7 @@ __all__ = ["Sharding", "ShardingOptions", "clip_grad_norm_", "no_sync", "shard",
 logger = logging.getLogger(__name__)
 
 HANDLE = "_zcore_sharding"  # attribute of the root module
+RETIRED = "_zcore_retired"  # attribute of a parameter that was replaced: its fully qualified name
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,9 @@ class Sharding:
         self.device = torch.device(mesh.device_type)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.groups = _open_groups(mesh, self.dp)
+        # Reductions have a process group of their own: neither they nor gathers wait for the other.
+        self._twin: dist.ProcessGroup | None = twin_group(mesh, self.dp.shard_axis)
+        self.groups = _groups_of(mesh, self.dp, self._twin)
         self.ledger = Ledger()
         parameters = find_parameters(model)
         _refuse_sharded(parameters)
@@ -71,7 +75,7 @@ class Sharding:
             small_numel=options.small_numel,
             small_total_numel=options.small_total_numel,
         )
-        self._agree(model, plans)
+        self._agree(model, plans, options)
         by_name = {each.spec.fqn: each for each in parameters}
         self.buckets = tuple(
             self._make_bucket(index, plan, by_name, options.precision) for index, plan in enumerate(plans)
@@ -102,7 +106,7 @@ class Sharding:
         model.__dict__[HANDLE] = self
         self._model = weakref.ref(model)
 
-    def _agree(self, model: nn.Module, plans: tuple[BucketPlan, ...]) -> None:
+    def _agree(self, model: nn.Module, plans: tuple[BucketPlan, ...], options: ShardingOptions) -> None:
         facts: dict[str, Plain] = {
             "ZeRO stage": self.zero_stage,
             "torch": torch.__version__,
@@ -111,7 +115,9 @@ class Sharding:
                 for plan in plans
                 for spec in plan.params
             },
+            "buffer": {name: f"{list(buffer.shape)} {buffer.dtype}" for name, buffer in model.named_buffers()},
             "bucket": {plan.name: [spec.fqn for spec in plan.params] for plan in plans},
+            "options": {each.name: repr(getattr(options, each.name)) for each in fields(options)},
         }
         check_agreement(facts, rank=self.dp.rank, num_ranks=self.dp.size, groups=self.groups, device=self.device)
 
@@ -131,22 +137,40 @@ class Sharding:
         )
 
     def _fill(self, model: nn.Module, by_name: dict[str, ParamSites]) -> None:
-        """Write every fragment, then let the originals go, one bucket after the other."""
+        """Write every fragment with the values of data rank 0, then let the originals go, bucket after bucket."""
         for bucket in self.buckets:
-            for index, spec in enumerate(bucket.plan.params):
+            whole = torch.zeros(bucket.plan.layout.numel, dtype=bucket.plan.dtype, device=self.device)
+            parts = [
+                whole[offset : offset + spec.numel]
+                for offset, spec in zip(bucket.plan.layout.offsets, bucket.plan.params, strict=True)
+            ]
+            for spec, part in zip(bucket.plan.params, parts, strict=True):
                 param = by_name[spec.fqn].param
-                value = recording_of(model, param, spec.fqn).materialize(param) if param.is_meta else param
-                bucket.write(index, value)
+                recording = recording_of(model, param, spec.fqn) if param.is_meta else None
+                if self.dp.rank == 0:
+                    value = recording.materialize(param) if recording is not None else param.detach()
+                    part.copy_(value.reshape(-1))
+            self.groups.broadcast(whole, src=0, label=f"start values of {bucket.plan.name}")
+            for index, part in enumerate(parts):
+                bucket.write(index, part)
             bucket.seal()
+        for each in by_name.values():
+            _retire(each.param, each.spec.fqn)
         for module_name, module in model.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    value = buffer
-                    if buffer.is_meta:
-                        value = recording_of(model, buffer, f"{module_name}.{name}").materialize(buffer)
-                    module._buffers[name] = value.to(self.device)
+                    module._buffers[name] = self._start_buffer(model, buffer, f"{module_name}.{name}")
         for module in model.modules():
             module.__dict__.pop(TAG, None)
+
+    def _start_buffer(self, model: nn.Module, buffer: Tensor, name: str) -> Tensor:
+        """`buffer` on the device, with the value of data rank 0."""
+        value = recording_of(model, buffer, name).materialize(buffer) if buffer.is_meta else buffer
+        value = value.to(self.device)
+        sent = value.contiguous()
+        if sent.numel():
+            self.groups.broadcast(sent.view(-1).view(torch.uint8), src=0, label=f"start value of {name}")
+        return value if torch.equal(value, sent) else sent
 
     @property
     def fragments(self) -> dict[str, ShardedParameter]:
@@ -168,9 +192,23 @@ class Sharding:
         """Elements of all parameters."""
         return sum(spec.numel for bucket in self.buckets for spec in bucket.plan.params)
 
-    def reduce_gradients(self, reduces: bool) -> None:
-        """Whether the next backward passes reduce gradients, or only accumulate them on this rank."""
-        self.reducer.reduces = reduces
+    def backward(self, loss: Tensor, *, reduces: bool, delivers: bool) -> None:
+        """Compute the gradients of `loss`. What it reduces is handed to the fragments if it `delivers`, else kept.
+
+        Raises StateError if no parameter got a gradient.
+        """
+        before = self.reducer.reduces, self.reducer.delivers
+        self.reducer.reduces, self.reducer.delivers = reduces, delivers
+        self.conductor.has_gradients = False
+        try:
+            loss.backward()
+        finally:
+            self.reducer.reduces, self.reducer.delivers = before
+        if not self.conductor.has_gradients:
+            raise StateError(
+                "No trainable parameter of the model got a gradient from this loss: it was computed from something "
+                "else. Compute it from what `engine(...)` returns, without detach(), and check what is frozen."
+            )
 
     def note_update(self) -> None:
         """The fragments have new values from elsewhere than an optimizer: gathered copies are out of date."""
@@ -179,6 +217,8 @@ class Sharding:
 
     def norm(self) -> float:
         """The global 2-norm of the reduced gradients; every rank calls it."""
+        for bucket in self.buckets:
+            bucket.take_replaced_gradients()
         return clipping.global_norm(self.buckets, dp=self.dp, groups=self.groups, device=self.device)
 
     def clip(self, max_norm: float) -> float:
@@ -194,8 +234,11 @@ class Sharding:
         clipping.scale_gradients(self.buckets, factor)
 
     def close(self) -> None:
-        """Remove all hooks; what is registered stays registered."""
+        """Remove all hooks and leave the process group of the reductions; what is registered stays registered."""
         self.conductor.detach()
+        if self._twin is not None and dist.is_initialized():
+            dist.destroy_process_group(self._twin)
+        self._twin = None
         self._step_hook.remove()
         for hook in self._state_dict_hooks:
             hook.remove()
@@ -241,22 +284,21 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
 def no_sync(model: nn.Module) -> Iterator[None]:
     """Backward passes inside only accumulate gradients on this rank; the first one after it reduces all of them."""
     sharding = sharding_of(model)
-    before = sharding.reducer.reduces
-    sharding.reduce_gradients(False)
+    before, sharding.reducer.reduces = sharding.reducer.reduces, False
     try:
         yield
     finally:
-        sharding.reduce_gradients(before)
+        sharding.reducer.reduces = before
 
 
-def _open_groups(mesh: DeviceMesh, dp: DataParallel) -> DataParallelGroups:
+def _groups_of(mesh: DeviceMesh, dp: DataParallel, twin: dist.ProcessGroup) -> DataParallelGroups:
     shard_group = mesh.get_group(dp.shard_axis)
     replicate = None
     if dp.replicate_axis is not None and dp.replicate_size > 1:
         replicate = choose_collectives(mesh.get_group(dp.replicate_axis), name=dp.replicate_axis)
     return DataParallelGroups(
         gather=choose_collectives(shard_group, name=f"{dp.shard_axis} gather"),
-        reduce=choose_collectives(twin_group(mesh, dp.shard_axis), name=f"{dp.shard_axis} reduce"),
+        reduce=choose_collectives(twin, name=f"{dp.shard_axis} reduce"),
         replicate=replicate,
     )
 
@@ -301,6 +343,28 @@ def _note_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -
         for param in group["params"]:
             if isinstance(param, ShardedParameter) and isinstance(param.owner, Bucket):
                 param.owner.mark_stale()
+            elif fqn := getattr(param, RETIRED, None):
+                raise StateError(
+                    f"This {type(optimizer).__name__} was built before the model was sharded: it holds {fqn} as it "
+                    "was, which the model no longer uses, and trains nothing. Build the optimizer after `zero.shard`, "
+                    "or pass it to `zero.initialize`."
+                )
+
+
+def _retire(param: nn.Parameter, fqn: str) -> None:
+    """Mark a parameter that fragments have replaced, so that whoever goes on using it is told."""
+    param.__dict__[RETIRED] = fqn
+    if param.requires_grad:
+        param.register_post_accumulate_grad_hook(_refuse_gradient_of_retired)
+
+
+def _refuse_gradient_of_retired(param: Tensor) -> None:
+    fqn = getattr(param, RETIRED)
+    raise StateError(
+        f"{fqn} is used in the forward by another reference than its module's attribute, such as a list or a closure, "
+        "which holds it as it was before sharding; it would never be trained. Use the module's attribute, or an "
+        "nn.ParameterList."
+    )
 
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from zcore.core.errors import LayoutError
 from zcore.zero.layout import ParamSpec, Unit
 
 __all__ = ["ParamSites", "find_blocks", "find_parameters", "find_units"]
@@ -28,7 +30,10 @@ class ParamSites:
 
 
 def find_parameters(model: nn.Module) -> tuple[ParamSites, ...]:
-    """Every distinct parameter in registration order, with all its sites."""
+    """Every distinct parameter in registration order, with all its sites.
+
+    Raises LayoutError for one that is complex, or lazy and without a shape.
+    """
     first: dict[int, tuple[str, str, nn.Parameter]] = {}
     sites: dict[int, list[tuple[nn.Module, str]]] = {}
     for module_name, module in model.named_modules():
@@ -36,6 +41,7 @@ def find_parameters(model: nn.Module) -> tuple[ParamSites, ...]:
             if param is None:
                 continue
             fqn = f"{module_name}.{name}" if module_name else name
+            _refuse_kind(param, fqn)
             first.setdefault(id(param), (fqn, module_name, param))
             sites.setdefault(id(param), []).append((module, name))
     return tuple(
@@ -44,6 +50,13 @@ def find_parameters(model: nn.Module) -> tuple[ParamSites, ...]:
         )
         for key, (fqn, owner, param) in first.items()
     )
+
+
+def _refuse_kind(param: nn.Parameter, fqn: str) -> None:
+    if is_lazy(param):
+        raise LayoutError(f"{fqn} has no shape yet. Run one batch through the model before it is sharded.")
+    if param.is_complex():
+        raise LayoutError(f"{fqn} is {param.dtype}; buckets hold real numbers. Keep it as two real parameters.")
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:

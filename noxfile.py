@@ -33,6 +33,8 @@ nox.options.sessions = ["lint", "types", "tests"]
 # uv does not read pip's find-links; without them it would fetch a CUDA build of torch where a local CPU build is.
 if "PIP_FIND_LINKS" in os.environ:
     os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
+if "PIP_CERT" in os.environ:  # nor its certificates
+    os.environ.setdefault("SSL_CERT_FILE", os.environ["PIP_CERT"])
 # The ranks of a test share the cores; with one thread each they are quicker and add in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A new environment holds no bytecode; once written, each later process imports torch over a second sooner.

@@ -73,7 +73,11 @@ def test_the_report_shows_every_rank_and_draws_the_curve(tmp_path, capsys):
     held = zero.RankMemory(2**20, 2**20, 2**21, 2**19)
     memory = zero.MemoryReport((held, held), zero.RankMemory(2**21, 2**21, 2**22, 0))
     history = {"losses": [5.0, 4.0, 3.5], "bits_per_byte": {"start": 6.0, "end": 4.0}}
-    report.show(small_corpus(), history, memory, "x = 1", stage=3, out=tmp_path, steps=3, train_s=1.0)
+    report.show(
+        small_corpus(), history, memory, "x = 1", stage=3, options="--seed 7 ", out=tmp_path, steps=3, train_s=1.0
+    )
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("rank 0", "rank 1", "plain DDP", "gzip -9", "xz -9", "--resume --steps 203"))
+    assert all(
+        name in shown for name in ("rank 0", "rank 1", "plain DDP", "gzip -9", "xz -9", "--seed 7 --resume --steps 203")
+    )
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")

@@ -22,6 +22,7 @@ def show(
     sample: str,
     *,
     stage: int,
+    options: str,
     out: Path,
     steps: int,
     train_s: float,
@@ -34,7 +35,7 @@ def show(
     console.print(memory_table(memory, stage=stage))
     console.print(compression_table(history["bits_per_byte"], others, corpus, steps=steps, train_s=train_s))
     console.print(Panel(Syntax(sample, "python", background_color="default"), title="A sample, after its first words"))
-    for line in files_and_next_commands(out, curve, steps):
+    for line in files_and_next_commands(out, curve, steps, options):
         console.print(line, soft_wrap=True)  # what a reader may copy is not cut
 
 
@@ -79,8 +80,8 @@ def compression_table(
     return table
 
 
-def files_and_next_commands(out: Path, curve: Path, steps: int) -> list[str]:
-    """Where things lie, and what to try: lines with Rich's markup."""
+def files_and_next_commands(out: Path, curve: Path, steps: int, options: str) -> list[str]:
+    """Where things lie, and what to try: lines with Rich's markup. `options` are those that name this run."""
     nox = next((parent for parent in Path(sys.prefix).parents if parent.name == ".nox"), None)
     run = "tools/nox -s quickstart --" if nox else "torchrun --nproc-per-node 2 docs/examples/train_gpt.py"
     zcore = f"{Path(sys.prefix).relative_to(nox.parent)}/bin/zcore" if nox else "zcore"
@@ -91,7 +92,7 @@ def files_and_next_commands(out: Path, curve: Path, steps: int) -> list[str]:
         "tokenizer": out / "tokenizer.json",
     }
     commands = {
-        "train on from the checkpoint": f"{run} --resume --steps {steps + 200}",
+        "train on from the checkpoint": f"{run} {options}--resume --steps {steps + 200}",
         "the same losses with other memory": f"{run} --stage 1 --out runs/stage1",
         "what is installed, and what would be gained by what": f"{zcore} doctor",
     }
@@ -133,6 +134,5 @@ def draw_loss_curve(path: Path, corpus: Corpus, history: Mapping, others: Mappin
 
 
 def smoothed(losses: Sequence[float], *, reach: int = 12) -> list[float]:
-    """Each value's mean with the same number of neighbours on both sides: `reach`, fewer towards the ends."""
-    reaches = (min(reach, at, len(losses) - 1 - at) for at in range(len(losses)))
-    return [fmean(losses[at - each : at + each + 1]) for at, each in enumerate(reaches)]
+    """Each value's mean with `reach` neighbours on both sides; at the ends with those there are."""
+    return [fmean(losses[max(0, at - reach) : at + reach + 1]) for at in range(len(losses))]

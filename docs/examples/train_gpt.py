@@ -26,6 +26,7 @@ from zcore import zero
 from zcore.core.device import device_in_use_bytes
 from zcore.core.events import progress
 
+DEFAULTS = Path(__file__).with_name("ds_config.json"), Path("runs/gpt")  # of --config and --out
 SAVE_EVERY = 100  # optimizer steps
 PROMPT = "def read_lines(path"
 
@@ -33,12 +34,12 @@ PROMPT = "def read_lines(path"
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("ds_config.json"), help="JSON settings")
+    parser.add_argument("--config", type=Path, default=DEFAULTS[0], help="JSON settings")
     parser.add_argument("--stage", type=int, choices=range(4), help="ZeRO stage, instead of the config's")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the data")
     parser.add_argument("--steps", type=int, help="stop after so many optimizer steps; default: the schedule's end")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder for checkpoint, weights and curve")
+    parser.add_argument("--out", type=Path, default=DEFAULTS[1], help="folder for checkpoint, weights and curve")
     return parser.parse_args()
 
 
@@ -53,6 +54,7 @@ def main() -> None:
         raise SystemExit(f"{args.config} has no scheduler that says for how long to train: pass --steps.")
 
     zero.init_distributed()  # [zero] joins torchrun's ranks; alone without torchrun
+    print_once("reading the standard library and training a tokenizer on it ...")
     corpus = load_corpus(vocab_size=GPTConfig().vocab_size)
     torch.manual_seed(args.seed)
     with zero.Init(config=config):  # [zero] takes no memory: each rank computes only its own part of every parameter
@@ -62,11 +64,15 @@ def main() -> None:
     history = {"losses": [], "bits_per_byte": {}}
     if args.resume:
         history = engine.load_checkpoint(args.out)["history"]  # [zero] states, schedule and counters, bit for bit
+        if engine.global_steps >= steps:
+            raise SystemExit(f"{args.out} has {engine.global_steps} steps already: pass --steps with a larger number.")
     else:
+        print_once("judging the untrained model on held-out files ...")
         history["bits_per_byte"]["start"] = bits_per_byte(engine, corpus)
     started_s = time.monotonic()
     train(engine, corpus, history, steps=steps, seed=args.seed, out=args.out)
     train_s = time.monotonic() - started_s
+    print_once("judging the held-out files, and writing a sample ...")
     history["bits_per_byte"]["end"] = bits_per_byte(engine, corpus)
 
     model.eval()
@@ -78,8 +84,18 @@ def main() -> None:
         save_file(weights, args.out / "model.safetensors")
         corpus.tokenizer.save(str(args.out / "tokenizer.json"))
         steps, stage = engine.global_steps, engine.config.zero_optimization.stage
-        report.show(corpus, history, memory, sample, stage=stage, out=args.out, steps=steps, train_s=train_s)
+        given = {"--config": args.config, "--stage": args.stage, "--seed": args.seed or None, "--out": args.out}
+        options = "".join(f"{name} {value} " for name, value in given.items() if value not in (None, *DEFAULTS))
+        report.show(
+            corpus, history, memory, sample, stage=stage, options=options, out=args.out, steps=steps, train_s=train_s
+        )
     dist.destroy_process_group()
+
+
+def print_once(line: str) -> None:
+    """Say what takes its time, on one rank."""
+    if dist.get_rank() == 0:
+        print(line, flush=True)
 
 
 def train(engine: zero.Engine, corpus: Corpus, history: dict, *, steps: int, seed: int, out: Path) -> None:

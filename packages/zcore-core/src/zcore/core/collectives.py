@@ -200,9 +200,9 @@ def failed_collective(call: Call, error: BaseException) -> CollectiveError:
     """The paragraph a user reads when a peer is gone."""
     reason = str(error).splitlines()[0].encode("ascii", "ignore").decode().strip()  # gloo adds a pictogram
     return CollectiveError(
-        f"{call} did not complete: {reason}. Every rank has to reach this call within the process "
-        "group's timeout; most often another rank has raised, was killed, or took another path through the model. Look "
-        "for the first error in the other ranks' output, mend it, and restart all ranks from the last checkpoint."
+        f"{call} did not complete: another rank has raised, was killed, took another path through the model, or did "
+        "not reach this call within the process group's timeout. Look for the first error in the other ranks' output, "
+        f"mend it, and restart all ranks from the last checkpoint. (The backend's words: {reason})"
     )
 
 

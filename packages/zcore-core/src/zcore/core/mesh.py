@@ -55,6 +55,11 @@ def build_mesh(*, device_type: str | None = None, **sizes: int) -> DeviceMesh:
     `device_type` is by default what the process group moves: "cuda" over NCCL, else "cpu". Raises MeshError as
     `plan_mesh` does.
     """
+    if not dist.is_initialized():
+        raise MeshError(
+            "A mesh is built over the ranks of a process group, and there is none yet. Call "
+            "torch.distributed.init_process_group first, or `init_distributed()` of zcore.zero."
+        )
     if device_type is None:
         device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     planned = plan_mesh(sizes or {"dp": -1}, world_size=dist.get_world_size())

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,18 @@ class Engine:
         self._has_synced = False  # whether gradients of this step have been reduced
         self._is_held_back = False  # inside no_sync()
         self._grad_norm: float | None = None
+        self._has_warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. Its arguments and result are the model's own."""
         return self.module(*args, **kwargs)
+
+    def __iter__(self) -> NoReturn:
+        """Refused: DeepSpeed's initialize returns four things, zcore's one."""
+        raise StateError(
+            "zero.initialize returns one engine, not a tuple: write `engine = zero.initialize(...)` and take "
+            "`engine.optimizer` and `engine.lr_scheduler` from it."
+        )
 
     def backward(self, loss: Tensor) -> Tensor:
         """Compute gradients of a scalar loss, divided by the number of accumulated micro-batches; returns `loss`.
@@ -90,6 +98,13 @@ class Engine:
             if not finished:  # its gradients are dropped with those of the whole step, which begins anew
                 self._begin_step(micro_steps=self.micro_steps - self._micro_steps_done)
         self._num_backwards += 1
+        if self._num_backwards == 2 and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "backward() was called twice before step(): both gradients count in full in one micro-batch. For two "
+                "losses of one batch that is right; to accumulate over batches call engine.step() after each backward. "
+                "Said once."
+            )
         if self._events is not None:
             self._losses.append(loss.detach())
         self._has_synced = reduces

@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum, auto
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +70,12 @@ class Conductor:
     def attach(self, root: nn.Module, sites: Sequence[tuple[nn.Module, Site]]) -> None:
         """Install every hook. The modules keep the conductor alive; nothing below keeps the modules alive."""
         keep = self._handles.append
+        untraced: Callable[[Any], Any] = torch.compiler.disable  # torch.compile is to see the modules, not these
         for module, site in sites:  # before the root's: a root that owns parameters begins first, and ends last
-            keep(module.register_forward_pre_hook(self._site_pre(site), with_kwargs=True))
-            keep(module.register_forward_hook(self._site_post(site)))
-        keep(root.register_forward_pre_hook(self._root_pre, with_kwargs=True, prepend=True))
-        keep(root.register_forward_hook(self._root_post, always_call=True))
+            keep(module.register_forward_pre_hook(untraced(self._site_pre(site)), with_kwargs=True))
+            keep(module.register_forward_hook(untraced(self._site_post(site))))
+        keep(root.register_forward_pre_hook(untraced(self._root_pre), with_kwargs=True, prepend=True))
+        keep(root.register_forward_hook(untraced(self._root_post), always_call=True))
         for bucket in self._buckets:
             if bucket.gradients is None:
                 continue

@@ -172,7 +172,7 @@ def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: tor
         return known[name](groups, **params)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"optimizer.params: torch.optim.{name} refuses them: {error}. Change that value in the config."
+            f"optimizer.params: torch.optim.{name} refuses {params}: {error}. Change that value in the config."
         ) from error
 
 

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from math import isfinite
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from zcore.core.collectives import choose_collectives
-from zcore.core.errors import LayoutError, StateError
+from zcore.core.errors import LayoutError, NonFiniteError, StateError
 from zcore.core.mesh import DataParallel, data_parallel, twin_group
 from zcore.zero import clipping
 from zcore.zero.agreement import Plain, check_agreement
@@ -272,12 +273,19 @@ def sharding_of(model: nn.Module) -> Sharding:
     return found
 
 
-def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
+def clip_grad_norm_(model: nn.Module, max_norm: float, *, error_if_nonfinite: bool = False) -> float:
     """Scale the gradients of a sharded model to a global 2-norm of at most `max_norm`; every rank calls it.
 
-    Returns the norm before clipping, equal on every rank.
+    Returns the norm before clipping, equal on every rank. With `error_if_nonfinite` it raises NonFiniteError instead,
+    on every rank, where that is infinite or not a number.
     """
-    return sharding_of(model).clip(max_norm)
+    norm = sharding_of(model).clip(max_norm)
+    if error_if_nonfinite and not isfinite(norm):
+        raise NonFiniteError(
+            f"The norm of the gradients is {norm}. Do not step: drop them with zero_grad(), and look at the data of "
+            "this step, or lower the learning rate."
+        )
+    return norm
 
 
 @contextmanager

@@ -1,0 +1,436 @@
+"""What programs in plain torch do to a model and its parameters: it works here as there, or it is refused by name."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_models import is_paragraph
+from torch import nn
+
+from zcore import zero
+from zcore.core.errors import ZcoreError
+from zcore.core.mesh import build_mesh
+
+STAGES = (0, 1, 2, 3)
+OPTIONS = zero.ShardingOptions(small_numel=12)
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)) for _ in range(3))
+        self.main, self.aux = nn.Linear(12, 1), nn.Linear(12, 1)
+        self.register_buffer("offset", torch.randn(12))
+        self.skipped = -1
+
+    def forward(self, x, head="main"):
+        for index, block in enumerate(self.blocks):
+            if index != self.skipped:
+                x = x + block(x)
+        return (self.main if head == "main" else self.aux)(x + self.offset).square().mean()
+
+
+def rows_of(step):
+    return torch.randn(4, 12, generator=torch.Generator().manual_seed(step))
+
+
+def sharded(*, stage=3, kind=Blocks, seed=0, **mesh_sizes):
+    torch.manual_seed(seed)
+    return zero.shard(kind(), build_mesh(**(mesh_sizes or {"dp": -1})), stage=stage, options=OPTIONS)
+
+
+def refusal(act):
+    try:
+        act()
+    except ZcoreError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was refused"
+
+
+# Start values
+
+
+def train_from_own_seeds(mesh_sizes):
+    rank = dist.get_rank()
+    losses = []
+    for stage in STAGES:
+        model = sharded(stage=stage, seed=rank, **mesh_sizes)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            model(rows_of(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            losses.append(model(rows_of(9)).item())
+    return losses
+
+
+@pytest.mark.parametrize(("world_size", "mesh_sizes"), [(2, {}), (4, {"dp_replicate": 2, "dp_shard": 2})])
+def test_ranks_that_were_seeded_apart_start_from_the_values_of_rank_0(ranks, world_size, mesh_sizes):
+    torch.manual_seed(0)
+    plain = Blocks()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(2):
+        plain(rows_of(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = plain(rows_of(9)).item()
+    for losses in ranks(world_size, train_from_own_seeds, mesh_sizes):
+        assert losses == pytest.approx([expected] * len(STAGES), rel=1e-5)
+
+
+# Calls and edits
+
+
+def by_submodules(model, optimizer, batch):
+    def loss_of(x):
+        for block in model.blocks:
+            x = x + block(x)
+        return model.main(x).square().mean()
+
+    loss_of(batch).backward()
+    loss_of(batch)  # a metric, without no_grad
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_edits_of_data(model, optimizer, batch):
+    model(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model(batch)
+    for param in model.parameters():
+        param.data.mul_(0.9)
+
+
+def with_two_heads_and_no_sync(model, optimizer, batch):
+    model(batch).backward()
+    if type(next(model.parameters())) is not nn.Parameter:
+        with zero.no_sync(model):
+            model(batch, head="aux").backward()
+    else:
+        model(batch, head="aux").backward()
+    model(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_masked_gradients(model, optimizer, batch):
+    handle = model.main.weight.register_hook(lambda grad: grad * 0.5)
+    model(batch).backward()
+    handle.remove()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+PROGRAMS = (by_submodules, with_edits_of_data, with_two_heads_and_no_sync, with_masked_gradients)
+
+
+def losses_of(program, model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for step in range(4):
+        program(model, optimizer, rows_of(step))
+        with torch.no_grad():
+            losses.append(model(rows_of(9)).item())
+    return losses
+
+
+def run_programs():
+    return [[losses_of(program, sharded(stage=stage)) for stage in STAGES] for program in PROGRAMS]
+
+
+def test_habits_of_training_loops_train_as_in_plain_torch(ranks):
+    for by_rank in ranks(2, run_programs):
+        for program, by_stage in zip(PROGRAMS, by_rank, strict=True):
+            torch.manual_seed(0)
+            expected = losses_of(program, Blocks())
+            for stage, losses in zip(STAGES, by_stage, strict=True):
+                assert losses == pytest.approx(expected, rel=1e-5), (program.__name__, stage)
+
+
+def look_at_shapes():
+    model = sharded()
+    plain = Blocks()
+    return [
+        (
+            (param.shape, param.dim(), param.ndim, param.numel(), len(param))
+            == (p.shape, p.dim(), p.ndim, p.numel(), len(p))
+        )
+        for param, p in zip(model.parameters(), plain.parameters(), strict=True)
+    ]
+
+
+def test_a_parameter_answers_the_shape_of_the_whole_between_steps(ranks):
+    assert all(all(same) for same in ranks(2, look_at_shapes))
+
+
+def clip_what_was_assigned():
+    model = sharded()
+    model(rows_of(0)).backward()
+    before = zero.clip_grad_norm_(model, 1e9)
+    for param in model.parameters():
+        if param.grad is not None:
+            param.grad = param.grad * 1000
+    return before, zero.clip_grad_norm_(model, 1.0), zero.clip_grad_norm_(model, 1e9)
+
+
+def test_clipping_sees_a_gradient_that_was_assigned(ranks):
+    for before, assigned, clipped in ranks(2, clip_what_was_assigned):
+        assert assigned == pytest.approx(1000 * before, rel=1e-5)
+        assert clipped == pytest.approx(1.0, rel=1e-5)
+
+
+@dataclass
+class Result:
+    hidden: torch.Tensor
+    note: str = ""
+
+
+class Scaled(nn.Module):
+    """Owns a parameter, and returns a plain object and keeps a loss on itself, as routers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+        self.scale = nn.Parameter(torch.ones(24, 12))
+
+    def forward(self, x):
+        self.loss = (x @ self.scale.T).square().mean() / 100
+        return Result(self.linear(x) * self.scale.mean(0))
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Scaled() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).hidden
+        return x.square().mean() + sum(layer.loss for layer in self.layers)
+
+
+def train_wrapped():
+    return losses_of(by_root, sharded(kind=Wrapped))
+
+
+def by_root(model, optimizer, batch):
+    model(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_outputs_in_plain_objects_and_losses_kept_on_modules_reach_their_parameters(ranks):
+    torch.manual_seed(0)
+    expected = losses_of(by_root, Wrapped())
+    for losses in ranks(2, train_wrapped):
+        assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def take_ways_of_replicas():
+    model = sharded(dp_replicate=2, dp_shard=2)
+    model.skipped = dist.get_rank() // 2
+    loss = model(rows_of(0))
+    loss.backward()
+    torch.manual_seed(0)
+    plain = Blocks()
+    plain.skipped = model.skipped
+    return abs(loss.item() - plain(rows_of(0)).item())
+
+
+def test_replicas_may_go_ways_of_their_own(ranks):
+    assert max(ranks(4, take_ways_of_replicas)) < 1e-6
+
+
+def count_gathers_of_mixed_blocks():
+    torch.manual_seed(0)
+    model = Blocks()
+    for block in model.blocks:
+        block[0].requires_grad_(False)
+    engine = zero.initialize(
+        model,
+        {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 12, "stage3_prefetch_bucket_size": 0}},
+        optimizer=torch.optim.SGD,
+    )
+    before = engine.traffic()["gather"].calls["all_gather"]
+    with torch.no_grad():
+        engine(rows_of(0))
+    transient = [bucket for bucket in engine.sharding.buckets if bucket.is_transient]
+    whole = [bucket for bucket in engine.sharding.buckets if not bucket.is_transient]
+    return engine.traffic()["gather"].calls["all_gather"] - before, len(transient), len(whole)
+
+
+def test_a_block_with_frozen_and_trainable_parts_is_gathered_once(ranks):
+    for gathers, transient, whole in ranks(2, count_gathers_of_mixed_blocks):
+        assert transient > 3
+        assert gathers <= transient + whole
+
+
+def resume_with_another_accumulation(folder):
+    def start(steps):
+        torch.manual_seed(0)
+        config = {"gradient_accumulation_steps": steps, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+        return zero.initialize(Blocks(), config)
+
+    first = start(3)
+    for _ in range(3):
+        first.backward(first(rows_of(0)))
+        first.step()
+    first.save_checkpoint(folder)
+    second = start(2)
+    second.load_checkpoint(folder)
+    seen = []
+    for _ in range(4):
+        second.backward(second(rows_of(0)))
+        second.step()
+        seen.append(second.global_steps)
+    return seen
+
+
+def test_a_run_with_another_accumulation_begins_with_a_whole_step(ranks, tmp_path):
+    assert ranks(2, resume_with_another_accumulation, tmp_path) == [[1, 2, 2, 3]] * 2
+
+
+# What is refused
+
+
+def build_early():
+    torch.manual_seed(0)
+    model = Blocks()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    zero.shard(model, build_mesh(dp=-1))
+    model(rows_of(0)).backward()
+    optimizer.step()
+
+
+class Listed(Blocks):
+    """Uses a parameter by a reference of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Parameter(torch.ones(12))
+        self.listed = [self.extra]
+
+    def forward(self, x):
+        return super().forward(x * self.listed[0])
+
+
+def step_between_forward_and_backward(stage):
+    model = sharded(stage=stage)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = model(rows_of(0)), model(rows_of(1))
+    first.backward()
+    optimizer.step()
+    second.backward()
+
+
+def load_after_init():
+    with zero.Init():
+        model = Blocks()
+    model.load_state_dict(Blocks().state_dict())
+
+
+def differ_in_options():
+    options = zero.ShardingOptions(small_numel=12, prefetch_numel=dist.get_rank())
+    zero.shard(Blocks(), build_mesh(dp=-1), options=options)
+
+
+def pass_two_groupings():
+    zero.initialize(Blocks(), {"zero_optimization": {"mics_shard_size": 1}}, mesh=build_mesh(dp=-1))
+
+
+def unpack_four():
+    engine, _optimizer, _loader, _schedule = zero.initialize(Blocks(), {})
+    return engine
+
+
+def shard_complex():
+    model = Blocks()
+    model.twist = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    zero.shard(model, build_mesh(dp=-1))
+
+
+def step_inside_the_backward():
+    model = Blocks()
+    model.main.weight.register_post_accumulate_grad_hook(lambda param: None)
+    zero.shard(model, build_mesh(dp=-1))
+
+
+def clip_infinity():
+    model = sharded()
+    (model(rows_of(0)) * float("inf")).backward()
+    zero.clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
+
+
+REFUSED = {
+    "an optimizer built too early": (build_early, ["StateError", "SGD", "before the model was sharded", "after"]),
+    "a parameter in a list": (
+        lambda: sharded(kind=Listed)(rows_of(0)).backward(),
+        ["StateError", "extra", "another reference", "nn.ParameterList"],
+    ),
+    "a step between forward and backward": (
+        lambda: step_between_forward_and_backward(3),
+        ["StateError", "changed", "forward again"],
+    ),
+    "the same at stage 0": (lambda: step_between_forward_and_backward(0), ["StateError", "changed"]),
+    "loading after Init": (load_after_init, ["StateError", "load_state_dict()", "inside the block"]),
+    "options that differ": (differ_in_options, ["MismatchError", "options.prefetch_numel", "[1]"]),
+    "two groupings": (pass_two_groupings, ["ConfigError", "mics_shard_size is 1", "over 2 ranks"]),
+    "four results": (unpack_four, ["StateError", "one engine", "engine.optimizer"]),
+    "a complex parameter": (shard_complex, ["LayoutError", "twist", "complex64"]),
+    "a lazy parameter": (
+        lambda: zero.shard(nn.Sequential(nn.LazyLinear(2)), build_mesh(dp=-1)),
+        ["LayoutError", "0.weight", "one batch"],
+    ),
+    "a hook before sharding": (step_inside_the_backward, ["StateError", "main.weight", "backward"]),
+    "a hook after sharding": (
+        lambda: sharded().main.weight.register_post_accumulate_grad_hook(lambda param: None),
+        ["StateError", "main.weight", "register_hook"],
+    ),
+    "clipping infinity": (clip_infinity, ["NonFiniteError", "zero_grad()"]),
+}
+
+
+def collect_refusals():
+    return {name: refusal(act) for name, (act, _) in REFUSED.items()}
+
+
+@pytest.fixture(scope="module")
+def refusals(ranks):
+    return ranks(2, collect_refusals, group_timeout_s=5.0)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused_by_name_on_every_rank(refusals, case):
+    for by_case in refusals:
+        assert [word for word in REFUSED[case][1] if word not in by_case[case]] == [], by_case[case]
+        assert is_paragraph(by_case[case]), by_case[case]
+
+
+def test_a_mesh_without_a_process_group_says_what_to_call():
+    with pytest.raises(ZcoreError, match=r"init_process_group first"):
+        build_mesh(dp=-1)
+
+
+# torch.compile
+
+
+def train_compiled():
+    found = []
+    for stage in (0, 3):
+        model = sharded(stage=stage)
+        for block in model.blocks:
+            block.compile(backend="eager")
+        found.append(losses_of(by_root, model))
+    return found
+
+
+def test_compiled_blocks_train_as_in_plain_torch(ranks):
+    """One test for all of it: the compiler takes seconds to load."""
+    torch.manual_seed(0)
+    expected = losses_of(by_root, Blocks())
+    for found in ranks(2, train_compiled):
+        assert found == [pytest.approx(expected, rel=1e-5)] * 2

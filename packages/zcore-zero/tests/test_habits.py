@@ -1,5 +1,6 @@
 """What programs in plain torch do to a model and its parameters: it works here as there, or it is refused by name."""
 
+import io
 from dataclasses import dataclass
 
 import pytest
@@ -125,7 +126,45 @@ def with_masked_gradients(model, optimizer, batch):
     optimizer.zero_grad()
 
 
-PROGRAMS = (by_submodules, with_edits_of_data, with_two_heads_and_no_sync, with_masked_gradients)
+def discard(model, optimizer, batch, *, set_to_none):
+    if type(next(model.parameters())) is not nn.Parameter:
+        with zero.no_sync(model):
+            (7 * model(batch)).backward()
+    else:
+        (7 * model(batch)).backward()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    model(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_a_discarded_batch(model, optimizer, batch):
+    discard(model, optimizer, batch, set_to_none=True)
+
+
+def with_a_batch_set_to_zero(model, optimizer, batch):
+    discard(model, optimizer, batch, set_to_none=False)
+
+
+def with_assigned_gradients_and_more(model, optimizer, batch):
+    model(batch).backward()
+    for param in model.parameters():
+        if param.grad is not None:
+            param.grad = param.grad * 0.1
+    model(2 * batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+PROGRAMS = (
+    by_submodules,
+    with_edits_of_data,
+    with_two_heads_and_no_sync,
+    with_masked_gradients,
+    with_a_discarded_batch,
+    with_a_batch_set_to_zero,
+    with_assigned_gradients_and_more,
+)
 
 
 def losses_of(program, model):
@@ -294,6 +333,157 @@ def test_a_run_with_another_accumulation_begins_with_a_whole_step(ranks, tmp_pat
     assert ranks(2, resume_with_another_accumulation, tmp_path) == [[1, 2, 2, 3]] * 2
 
 
+def read_on_one_rank(stage):
+    model = sharded(stage=stage)
+    losses = []
+    for step in range(3):
+        with torch.no_grad():
+            losses.append(model(rows_of(step)).item())
+        if dist.get_rank() == 0:
+            assert all(param.data.isfinite().all() for param in model.parameters())
+    return losses
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_one_rank_may_look_at_its_values_alone(ranks, stage):
+    first, second = ranks(2, read_on_one_rank, stage, group_timeout_s=5.0)
+    assert first == second
+
+
+class Bad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ValueError("bad loss")
+
+
+def engine_of(model, **config):
+    return zero.initialize(model, {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, **config})
+
+
+def fail_in_the_second_micro_batch(stage):
+    norms = []
+    for fails in (True, False):
+        torch.manual_seed(0)
+        config = {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": stage}}
+        engine = engine_of(Blocks(), **config)
+        if fails:
+            engine.backward(engine(rows_of(0)))
+            engine.step()
+            with pytest.raises(ValueError, match="bad loss"):
+                engine.backward(Bad.apply(engine(rows_of(1)) * float("nan")))
+        for step in range(2):
+            engine.backward(engine(rows_of(step)))
+            engine.step()
+        norms.append((engine.get_global_grad_norm(), engine.global_steps))
+    return norms
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_backward_that_raises_drops_the_step_that_begins_anew(ranks, stage):
+    for after_failure, without in ranks(2, fail_in_the_second_micro_batch, stage):
+        assert after_failure == without
+
+
+def fight(engines):
+    """The loop of a GAN: the generator's loss runs through the discriminator, whose gradients of it are dropped."""
+    make, judge = engines
+    for step in range(3):
+        judge.zero_grad()
+        for loss in (judge(rows_of(step)), -judge(make(rows_of(step)).detach())):
+            judge.backward(loss)
+        judge.step()
+        make.zero_grad()
+        make.backward(judge(make(rows_of(step))))
+        make.step()
+    return engines
+
+
+class Plain:
+    """The same calls on plain torch."""
+
+    def __init__(self, model):
+        self.model, self.optimizer = model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def __call__(self, x):
+        return self.model(x)
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        self.optimizer.step()
+
+
+class Maker(nn.Linear):
+    def __init__(self):
+        super().__init__(12, 12)
+
+
+def fight_with_engines(stage):
+    torch.manual_seed(0)
+    make, judge = fight([engine_of(model, zero_optimization={"stage": stage}) for model in (Maker(), Blocks())])
+    return judge(make(rows_of(9))).item()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_engines_train_against_each_other(ranks, stage):
+    torch.manual_seed(0)
+    make, judge = fight([Plain(model) for model in (Maker(), Blocks())])
+    expected = judge(make(rows_of(9))).item()
+    assert ranks(2, fight_with_engines, stage) == [pytest.approx(expected, rel=1e-5)] * 2
+
+
+def take_two_losses():
+    torch.manual_seed(0)
+    engine = engine_of(Blocks())
+    loss = engine(rows_of(0))
+    engine.backward(loss, retain_graph=True)
+    engine.backward(loss.square())
+    engine.step()
+    return engine(rows_of(9)).item()
+
+
+def test_two_losses_of_one_forward_count_both(ranks):
+    torch.manual_seed(0)
+    plain = Plain(Blocks())
+    loss = plain(rows_of(0))
+    (loss + loss.square()).backward()
+    plain.step()
+    expected = plain(rows_of(9)).item()
+    assert ranks(2, take_two_losses) == [pytest.approx(expected, rel=1e-5)] * 2
+
+
+def initialize_again():
+    lazy = nn.Sequential(nn.Linear(12, 12), nn.LazyLinear(1))
+    optimizer = torch.optim.SGD(lazy.parameters(), lr=0.1)
+    first = refusal(lambda: zero.initialize(lazy, {}, optimizer=optimizer))
+    lazy(rows_of(0))
+    engine = zero.initialize(lazy, {}, optimizer=optimizer)
+    before = engine(rows_of(0)).square().mean()
+    engine.backward(before)
+    engine.step()
+    model, schedule = Blocks(), {"type": "WarmupLR", "params": {"warmup_steps": 3}}
+    second = refusal(lambda: engine_of(model, scheduler=schedule))
+    third = refusal(lambda: engine_of(model, optimizer={"type": "SGD", "params": {"lr": -1.0}}))
+    engine_of(model)
+    return first, second, third, engine(rows_of(0)).square().mean().item() < before.item()
+
+
+def test_after_a_refusal_of_initialize_the_same_objects_work(ranks):
+    for first, second, third, has_trained in ranks(2, initialize_again):
+        assert "1.weight has no shape" in first
+        assert "warmup_num_steps" in second
+        assert "optimizer.params" in third
+        assert has_trained
+
+
 # What is refused
 
 
@@ -325,6 +515,76 @@ def step_between_forward_and_backward(stage):
     first.backward()
     optimizer.step()
     second.backward()
+
+
+def step_and_evaluate_between():
+    model = sharded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = model(rows_of(0)), model(rows_of(1))
+    first.backward()
+    optimizer.step()
+    with torch.no_grad():
+        model(rows_of(2))
+    second.backward()
+
+
+def act_inside_no_sync(act):
+    model = sharded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with zero.no_sync(model):
+        model(rows_of(0)).backward()
+    act(model, optimizer)
+
+
+def norm_by_hand():
+    model = sharded()
+    model(rows_of(0)).backward()
+    sum(param.grad.detach().norm(2) for param in model.parameters() if param.grad is not None)
+
+
+def with_model(act):
+    model = sharded()
+    act(model)
+
+
+def tie_late():
+    model = sharded()
+    model.aux.weight = model.main.weight
+    model(rows_of(0))
+
+
+def replace_late():
+    model = sharded()
+    model.main.weight = nn.Parameter(torch.zeros(1, 12))
+    model(rows_of(0))
+
+
+def edit_inside_reading():
+    model = sharded(stage=1)
+    with zero.GatheredParameters(model.main.weight), zero.GatheredParameters(model.main.weight, modifier_rank=0):
+        pass
+
+
+def step_inside_reading():
+    model = sharded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(rows_of(0)).backward()
+    with zero.GatheredParameters(list(model.parameters())):
+        optimizer.step()
+
+
+def copy_the_whole():
+    model = sharded()
+    with torch.no_grad():
+        model.blocks[0][0].weight.copy_(torch.zeros(12, 12))
+
+
+def pass_a_spent_optimizer():
+    model = Blocks()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    zero.initialize(model, {}, optimizer=optimizer)
+    optimizer.param_groups[0]["params"].clear()
+    zero.initialize(Blocks(), {}, optimizer=optimizer)
 
 
 def load_after_init():
@@ -376,6 +636,34 @@ REFUSED = {
         ["StateError", "changed", "forward again"],
     ),
     "the same at stage 0": (lambda: step_between_forward_and_backward(0), ["StateError", "changed"]),
+    "the same with an evaluation between": (step_and_evaluate_between, ["StateError", "changed"]),
+    "a step before the reduction": (
+        lambda: act_inside_no_sync(lambda model, optimizer: optimizer.step()),
+        ["StateError", "not reduced", "outside no_sync()"],
+    ),
+    "clipping before the reduction": (
+        lambda: act_inside_no_sync(lambda model, optimizer: zero.clip_grad_norm_(model, 1.0)),
+        ["StateError", "not reduced", "outside no_sync()"],
+    ),
+    "a norm by hand": (norm_by_hand, ["StateError", "clip_grad_norm_"]),
+    "an initialiser after sharding": (
+        lambda: with_model(lambda model: nn.init.xavier_uniform_(model.main.weight)),
+        ["StateError", "main.weight", "GatheredParameters"],
+    ),
+    "an initialiser of .data": (
+        lambda: with_model(lambda model: model.main.weight.data.normal_()),
+        ["StateError", "normal_", "GatheredParameters"],
+    ),
+    "a weight tied late": (tie_late, ["StateError", "aux.weight", "before it is sharded"]),
+    "a weight replaced late": (replace_late, ["StateError", "main.weight", "before it is sharded"]),
+    "an edit inside a block that reads": (edit_inside_reading, ["StateError", "modifier_rank", "outermost"]),
+    "a step inside a block that reads": (step_inside_reading, ["StateError", "SGD", "outside the block"]),
+    "copying the whole into a fragment": (copy_the_whole, ["StateError", "(12, 12)", "GatheredParameters"]),
+    "an optimizer without parameters": (pass_a_spent_optimizer, ["ConfigError", "no parameters", "new one"]),
+    "saving parameters": (
+        lambda: torch.save(list(sharded().parameters()), io.BytesIO()),
+        ["StateError", "consolidated_state_dict"],
+    ),
     "loading after Init": (load_after_init, ["StateError", "load_state_dict()", "inside the block"]),
     "options that differ": (differ_in_options, ["MismatchError", "options.prefetch_numel", "[1]"]),
     "two groupings": (pass_two_groupings, ["ConfigError", "mics_shard_size is 1", "over 2 ranks"]),

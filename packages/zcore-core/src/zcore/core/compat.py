@@ -17,6 +17,8 @@ __all__ = [
     "in_backward",
     "queue_backward_callback",
     "reduce_scatter_flat",
+    "saves_are_hooked",
+    "storage_key",
     "timeout_of",
     "tree_leaves",
 ]
@@ -60,6 +62,16 @@ def tree_leaves(value: object) -> list[object]:
     from torch.utils import _pytree  # private, and slow to load: only when a model runs
 
     return _pytree.tree_leaves(value)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """What identifies the memory that `tensor` is a view of as long as that lives, freed in between or not; else 0."""
+    return int(tensor.untyped_storage()._cdata) if torch._C._has_storage(tensor) else 0
+
+
+def saves_are_hooked() -> bool:
+    """Whether somebody decides in this thread how autograd saves tensors, as a checkpoint or an offload does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def in_backward() -> bool:

@@ -21,7 +21,7 @@ from zcore.core.mesh import DataParallel
 from zcore.zero.buffer import BucketDtypes, BucketGradients, BucketParameters, DataParallelGroups, Ledger
 from zcore.zero.layout import BucketPlan, Fragment
 from zcore.zero.placement import Placement, Row, owned_slices
-from zcore.zero.sharded_parameter import ShardedGradient, ShardedParameter
+from zcore.zero.sharded_parameter import FragmentValues, ShardedParameter, UnreducedGradient
 from zcore.zero.units import ParamSites
 
 __all__ = ["FRAGMENT", "MOVES", "Bucket", "BucketHost", "BucketParam", "ParamState"]
@@ -59,8 +59,8 @@ class BucketHost(Protocol):
         """Make the bucket AVAILABLE for an operation outside its own modules."""
         ...
 
-    def watch_outputs(self, bucket: "Bucket", result: object) -> None:
-        """Have the bucket AVAILABLE again before gradients flow into `result`."""
+    def read_in_backward(self, bucket: "Bucket") -> None:
+        """Make the bucket AVAILABLE for an operation of the backward that runs."""
         ...
 
 
@@ -76,7 +76,13 @@ class BucketParam:
     def set_gradient(self, grad: Tensor | None) -> None:
         """The fragment's `.grad`, whatever the fragment stands for right now."""
         with torch._C.DisableTorchFunctionSubclass():
-            self.shard.grad = grad.as_subclass(ShardedGradient) if grad is not None else None
+            self.shard.grad = grad.as_subclass(FragmentValues) if grad is not None else None
+
+    def announce_gradient(self) -> None:
+        """Make it seen that there is a gradient, which is not reduced yet: dropping it drops that."""
+        with torch._C.DisableTorchFunctionSubclass():
+            stand_in = self.shard.detach().new_zeros(1).expand(self.fragment.numel)
+            self.shard.grad = stand_in.as_subclass(UnreducedGradient)
 
     @property
     def gradient(self) -> Tensor | None:
@@ -86,14 +92,27 @@ class BucketParam:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether the fragment has a `.grad`."""
-        return self.gradient is not None
+        """Whether the fragment has a `.grad`, and not one that was set to zero before it was reduced."""
+        grad = self.gradient
+        return grad is not None and not (isinstance(grad, UnreducedGradient) and grad.was_zeroed)
 
     @property
     def is_trainable(self) -> bool:
         """Whether the fragment requires a gradient now; users may freeze it between steps."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.shard.requires_grad
+
+    def check_registered(self) -> None:
+        """Raise StateError where the model has something else in this parameter's place."""
+        for module_ref, name in self.sites:
+            module = module_ref()
+            found = module._parameters.get(name) if module is not None else self.full
+            if found is not self.shard and found is not self.full:
+                raise StateError(
+                    f"{self.shard.fqn} is no longer the parameter that was sharded: {type(module).__name__}.{name} was "
+                    "tied to another, replaced or removed since. Change the model before it is sharded; to edit values "
+                    "use `zero.GatheredParameters`."
+                )
 
     def register(self, param: nn.Parameter) -> None:
         """Put `param` at every place of the model where this parameter belongs."""
@@ -129,6 +148,7 @@ class Bucket:
         self._num_updates = 0  # announced ones; edits in place show in the master's version
         self._gathered: tuple[int, int] | None = None  # of which values there is a whole copy
         self._computed_with: tuple[int, int] | None = None  # the values that the last forward read
+        self._versions: list[int] = []  # of the whole parameters, when they became AVAILABLE
         self._delivered = [False] * len(members)  # parameters whose fragments were given a gradient
         self.host: weakref.ref[BucketHost] | None = None  # weak, like every edge back up: `del model` frees the memory
         self.memory = BucketParameters(
@@ -158,7 +178,7 @@ class Bucket:
         return BucketParam(full, shard, fragment, tuple((weakref.ref(module), name) for module, name in member.sites))
 
     @property
-    def _values(self) -> tuple[int, int]:
+    def values(self) -> tuple[int, int]:
         """What identifies the values of the master shards; edits in place count, through any alias but `.data`."""
         return self._num_updates, self.memory.master._version
 
@@ -168,27 +188,32 @@ class Bucket:
         if self.state is ParamState.INFLIGHT and not self.is_transient and self._gathered is not None:
             # The master may lie in what is being gathered, whose version gloo raises on arrival: at no fixed time.
             return self._gathered[0] != self._num_updates
-        return self._gathered != self._values
+        return self._gathered != self.values
 
     def mark_stale(self) -> None:
         """The master shards have new values; on every rank alike."""
         self._num_updates += 1
 
     def forget_gathered(self) -> None:
-        """The master shards may have new values, or the whole copy others; on every rank alike."""
+        """The whole copy may have other values than the master shards; on every rank alike."""
         self._gathered = None
 
     def note_computation(self) -> None:
         """A forward reads the values of now."""
-        self._computed_with = self._values
+        self._computed_with = self.values
 
     def check_unchanged(self) -> None:
-        """Raise StateError in a backward whose forward read other values than there are now."""
-        if self._computed_with != self._values:
+        """Raise StateError in a backward whose last forward read other values than there are now."""
+        self.check_values(self._computed_with)
+
+    def check_values(self, values: tuple[int, int] | None) -> None:
+        """Raise StateError if `values` are no longer those of now."""
+        if values != self.values:
             raise StateError(
-                f"The parameters of {self.plan.name!r} were changed, by an optimizer or in place, between this "
-                "backward and its forward, so its gradients would be those of neither. Run the forward again after a "
-                "change."
+                f"Parameters of {self.plan.name!r} were changed, by an optimizer or in place, between this backward "
+                "and its forward, so its gradients would be those of neither. Run the forward again after a change. "
+                f"These change together: {', '.join(spec.fqn for spec in self.plan.params[:4])}"
+                f"{', ...' if len(self.plan.params) > 4 else ''}."
             )
 
     @property
@@ -247,7 +272,7 @@ class Bucket:
         with torch.no_grad():
             self._pending = self.memory.start_gather()
         # As of the start: a step while the gather is in flight makes it stale before it arrives.
-        self._gathered = self._values
+        self._gathered = self.values
 
     def wait(self) -> None:
         """INFLIGHT -> AVAILABLE."""
@@ -260,12 +285,24 @@ class Bucket:
 
     def _make_available(self) -> None:
         self._move(ParamState.AVAILABLE)
+        self._versions = [param.full._version for param in self.params]
         self.show_whole()
+
+    def check_unedited(self) -> None:
+        """Raise StateError if a gathered parameter was edited in place, which would be lost when it is released."""
+        for param, version in zip(self.params, self._versions, strict=True):
+            if param.full._version != version:
+                raise StateError(
+                    f"{param.shard.fqn} was edited in place inside the model's forward, as clipping of weights or an "
+                    "embedding's max_norm does. Under stage 3 that edits a copy which is freed. Edit it between steps "
+                    "inside `with zero.GatheredParameters([param], modifier_rank=0)`, or use stage 2."
+                )
 
     def show_whole(self) -> None:
         """Register the whole parameters; the bucket must be AVAILABLE."""
         self.shows_whole = True
         for param in self.params:
+            param.check_registered()
             trains = param.is_trainable
             if trains and self.gradients is None:
                 raise StateError(
@@ -309,11 +346,26 @@ class Bucket:
         """The parameters that were given a gradient, and whose `.grad` is None by now, as `zero_grad` leaves it."""
         return [index for index in self.delivered if not self.params[index].has_gradient]
 
+    def announce(self, used: list[bool]) -> None:
+        """Parameters that were used have gradients that a later backward will reduce and deliver.
+
+        What was delivered before is part of them by now.
+        """
+        for index, (param, is_used) in enumerate(zip(self.params, used, strict=True)):
+            if is_used:
+                param.announce_gradient()
+                self._delivered[index] = True
+
+    @property
+    def waits_for_reduction(self) -> bool:
+        """Whether gradients were announced and not delivered yet."""
+        return any(isinstance(self.params[index].gradient, UnreducedGradient) for index in self.delivered)
+
     def drop(self, index: int) -> None:
         """The gradient of a parameter is zero again."""
-        part = self.params[index].fragment
-        if self.gradients is not None and self.gradients.reduced is not None:
-            self.gradients.reduced[part.offset : part.offset + part.numel].zero_()
+        if self.gradients is not None:
+            self.gradients.drop(index)
+        self.params[index].set_gradient(None)
         self._delivered[index] = False
 
     def take_replaced_gradients(self) -> None:
@@ -325,7 +377,7 @@ class Bucket:
             part = param.fragment
             own = self.gradients.reduced[part.offset : part.offset + part.numel]
             grad = param.gradient
-            if grad is not None and grad.data_ptr() != own.data_ptr():
+            if grad is not None and not isinstance(grad, UnreducedGradient) and grad.data_ptr() != own.data_ptr():
                 own.copy_(grad)
                 param.set_gradient(own)
 
@@ -336,6 +388,13 @@ class Bucket:
         self._delivered = [False] * len(self.params)
         if self.gradients is not None:
             self.gradients.clear()
+
+    def read_in_backward(self) -> None:
+        """Autograd is about to read the gathered memory."""
+        host = self.host() if self.host is not None else None
+        if host is None:
+            raise StateError(f"The model of {self.plan.name!r} is gone; keep it, or its engine, until the backward.")
+        host.read_in_backward(self)
 
     # What a fragment asks of its bucket (see ParameterOwner).
 
@@ -354,12 +413,6 @@ class Bucket:
         if with_data and host is not None and host.is_running:
             host.borrow(self)
         return self.params[index].full
-
-    def watch_backward(self, result: object) -> None:
-        """See ParameterOwner."""
-        host = self.host() if self.host is not None else None
-        if host is not None:
-            host.watch_outputs(self, result)
 
 
 def _move_hooks(original: nn.Parameter, full: nn.Parameter, fqn: str) -> None:

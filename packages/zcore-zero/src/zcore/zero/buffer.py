@@ -160,18 +160,14 @@ class BucketGradients:
         self._mean_over = dp.size
         self._transient = row.gradients is Placement.SHARD
         self._stepped_whole = row.optimizer is Placement.WHOLE
-        self._bounds = plan.layout.bounds(owned_slices(row, dp))
+        self._owned = owned_slices(row, dp)
+        self._bounds = plan.layout.bounds(self._owned)
         self._full: Tensor | None = None
         self._full_is_live = False
         self._written: set[int] = set()  # parameters whose part of `full` holds a gradient
         self._inflight: tuple[Pending, Tensor] | None = None
         self._spare: Tensor | None = None  # last step's `reduced`, to be written again
         self.reduced: Tensor | None = None  # [owned slices], the mean over all ranks; None before the first reduction
-
-    @property
-    def num_unwritten(self) -> int:
-        """Parameters that have had no gradient since the last reduction."""
-        return len(self._plan.params) - len(self._written)
 
     @property
     def held_bytes(self) -> int:
@@ -232,6 +228,13 @@ class BucketGradients:
         self._written.clear()
         if self._transient:
             self._free_full()
+
+    def drop(self, index: int) -> None:
+        """Forget the gradient of parameter `index`: what is reduced of it, and what waits to be."""
+        self._written.discard(index)
+        if self.reduced is not None:
+            part = self._plan.layout.fragment(index, self._owned)
+            self.reduced[part.offset : part.offset + part.numel].zero_()
 
     def clear(self) -> None:
         """Forget all gradients; memory that the row keeps between steps stays."""

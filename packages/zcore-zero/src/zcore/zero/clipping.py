@@ -16,7 +16,7 @@ from zcore.core.mesh import DataParallel
 from zcore.zero.bucket import Bucket
 from zcore.zero.buffer import DataParallelGroups
 
-__all__ = ["global_norm", "scale_gradients"]
+__all__ = ["clip_factor", "global_norm", "scale_gradients"]
 
 
 @ops.reference("squared_norm")
@@ -46,8 +46,15 @@ def global_norm(
     return float(flat.sum().sqrt())
 
 
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of `norm` are multiplied by so that it becomes `max_norm`, at most 1; torch's, to the bit."""
+    return min(1.0, max_norm / (norm + 1e-6))
+
+
 def scale_gradients(buckets: Sequence[Bucket], factor: float) -> None:
     """Multiply every reduced gradient by `factor`."""
+    if factor == 1.0:
+        return
     for bucket in buckets:
         if bucket.gradients is not None and bucket.gradients.reduced is not None:
             bucket.gradients.reduced.mul_(factor)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from zcore.core.collectives import Traffic
-from zcore.core.errors import NonFiniteError, StateError
+from zcore.core.errors import CollectiveError, NonFiniteError, StateError
 from zcore.core.events import Events
 from zcore.zero import checkpoint
+from zcore.zero.clipping import clip_factor
 from zcore.zero.config import TrainingConfig
 from zcore.zero.consolidated import consolidated_state_dict
 from zcore.zero.memory import MemoryReport, measure_memory
@@ -73,10 +74,11 @@ class Engine:
             "`engine.optimizer` and `engine.lr_scheduler` from it."
         )
 
-    def backward(self, loss: Tensor) -> Tensor:
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
         """Compute gradients of a scalar loss, divided by the number of accumulated micro-batches; returns `loss`.
 
-        Raises StateError if the loss has no graph, is not one number, or comes from no parameter of the model.
+        Raises StateError if the loss has no graph, is not one number, or comes from no parameter of the model. When a
+        backward raises, all gradients of this optimizer step are dropped, and the step begins anew.
         """
         given = cast("object", loss)  # a training loop that is not type-checked may pass anything
         if not isinstance(given, Tensor) or given.numel() != 1 or not given.requires_grad:
@@ -92,17 +94,24 @@ class Engine:
         self.sharding.reducer.note_loss(loss)
         finished = False
         try:
-            self.sharding.backward(loss / self._accumulation_steps, reduces=reduces, delivers=last)
+            scaled = loss / self._accumulation_steps
+            self.sharding.backward(scaled, reduces=reduces, delivers=last, retain_graph=retain_graph)
             finished = True
+        except CollectiveError:
+            raise  # the ranks have lost each other: there is no step to begin anew
+        except Exception:
+            self.sharding.abandon()
+            raise
         finally:
-            if not finished:  # its gradients are dropped with those of the whole step, which begins anew
+            if not finished:
                 self._begin_step(micro_steps=self.micro_steps - self._micro_steps_done)
         self._num_backwards += 1
         if self._num_backwards == 2 and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "backward() was called twice before step(): both gradients count in full in one micro-batch. For two "
-                "losses of one batch that is right; to accumulate over batches call engine.step() after each backward. "
+                "losses of one batch that is right (the first with retain_graph=True if they share a graph, or add "
+                "them); to accumulate over batches call engine.step() after each backward. "
                 "Said once."
             )
         if self._events is not None:
@@ -135,9 +144,8 @@ class Engine:
         losses = self._losses
         try:
             self._grad_norm = self._checked_norm()
-            factor = self._clip_norm / (self._grad_norm + 1e-6)  # torch's, to the bit
-            if self._clip_norm and factor < 1:
-                self.sharding.scale_gradients(factor)
+            if self._clip_norm:
+                self.sharding.scale_gradients(clip_factor(self._grad_norm, self._clip_norm))
             if self.optimizer is not None:
                 self.optimizer.step()
         finally:
@@ -178,6 +186,13 @@ class Engine:
         self._events.emit("grad_norm", self._grad_norm or 0.0, unit="1", step=self.global_steps)
         for index, lr in enumerate(self.get_lr()):
             self._events.emit(f"lr/{index}", lr, unit="1", step=self.global_steps)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients that this step has so far, as those another model's loss has left; its count goes on.
+
+        `step()` does so at the end of each optimizer step.
+        """
+        self.sharding.reducer.clear()
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch at hand is the last one of its optimizer step."""

@@ -54,6 +54,11 @@ class GatheredParameters:
                     "A parameter constructed inside `zero.Init` has no values before `zero.initialize` or "
                     "`zero.shard`. Edit it inside the `zero.Init` block, where edits are recorded, or after sharding."
                 )
+        if self._modifier_rank is not None and (taken := [b for b, _ in self._buckets.values() if b.is_pinned]):
+            raise StateError(
+                f"Parameters of {taken[0].plan.name!r} are gathered by an enclosing block, which would overwrite what "
+                "is edited here when it ends. Pass modifier_rank to the outermost block."
+            )
         for index in sorted(self._buckets):
             bucket, conductor = self._buckets[index]
             conductor.gatherer.pin(bucket)

@@ -7,7 +7,7 @@ bucket gather it once.
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,7 @@ class Gatherer:
         self._pinned: Counter[int] = Counter()  # open GatheredParameters
         self._idle: dict[int, Pass] = {}  # left, not yet released; in order of leaving
         self._ahead: dict[int, int] = {}  # elements of buckets gathered, or kept, ahead of their next use
-        self._live_numel = 0
+        self._live: dict[int, Bucket] = {}  # transient ones with gathered memory
         self._is_at_rest = True  # until the first use after a step
         self._has_warned = False
         self._digest = 0  # of the buckets gathered since the last comparison, in order; below 2^24, exact in fp32
@@ -63,30 +63,38 @@ class Gatherer:
             elif bucket.state is ParamState.AVAILABLE:
                 bucket.show_whole()
 
-    def enter(self, bucket: Bucket, during: Pass, *, module: str) -> bool:
-        """Make `bucket` AVAILABLE for a module that starts, and start what comes next; True for the outermost module.
+    @property
+    def open_buckets(self) -> frozenset[int]:
+        """Those with a module inside which we are."""
+        return frozenset(self._depth)
+
+    def enter(self, bucket: Bucket, during: Pass, *, module: str) -> None:
+        """Make `bucket` AVAILABLE for a module that starts, and start what comes next.
 
         A recomputation inside a backward may stop in the middle of a module, so there entering and leaving do not
-        count: what is gathered then stays until `release` or `rest`.
+        count: what is gathered then stays until `release_all_but` or `rest`.
         """
-        if during is Pass.BACKWARD:
-            self.use(bucket, during, module=module)
-            return False
-        self._depth[bucket.index] += 1
-        if self._depth[bucket.index] > 1:
-            return False
+        if during is Pass.FORWARD:
+            self._depth[bucket.index] += 1
+            if self._depth[bucket.index] > 1:
+                return
         self.use(bucket, during, module=module)
-        return True
+        if torch.is_grad_enabled():
+            bucket.note_computation()
 
-    def leave(self, bucket: Bucket, during: Pass) -> bool:
-        """A module is done with `bucket`; True if it was the outermost one."""
-        if during is Pass.BACKWARD:
-            return False
-        self._depth[bucket.index] = max(0, self._depth[bucket.index] - 1)
-        outermost = self._depth[bucket.index] == 0
-        if outermost:
+    def leave(self, bucket: Bucket, during: Pass) -> None:
+        """A module is done with `bucket`. Raises StateError if it has edited parameters that are gathered."""
+        if during is Pass.BACKWARD or not self._depth[bucket.index]:
+            return
+        self._depth[bucket.index] -= 1
+        if not self._depth[bucket.index]:
+            del self._depth[bucket.index]
             self.let_go(bucket, during)
-        return outermost
+
+    def keep_open(self, bucket: Bucket) -> None:
+        """`bucket` is read outside its modules from now on, until the forward ends."""
+        self._idle.pop(bucket.index, None)
+        self._depth[bucket.index] += 1
 
     def use(self, bucket: Bucket, during: Pass, *, module: str) -> None:
         """Make `bucket` AVAILABLE now."""
@@ -95,6 +103,7 @@ class Gatherer:
                 self._begin_trace(training=torch.is_grad_enabled())
             self._drop_if_stale(bucket)
         if bucket.is_transient:
+            in_hand = during is Pass.BACKWARD and self._is_in_hand(bucket)
             self._idle.pop(bucket.index, None)
             if not self._trace.add(Use(bucket.index, during)) and not self._has_warned:
                 self._has_warned = True
@@ -104,6 +113,8 @@ class Gatherer:
                     module or "the model",
                     bucket.plan.name,
                 )
+            if in_hand:
+                return
         if bucket.state is ParamState.SHARDED:
             self._start(bucket)
         self._ahead.pop(bucket.index, None)
@@ -113,19 +124,20 @@ class Gatherer:
             bucket.wait()
         if not bucket.shows_whole:
             bucket.show_whole()
-        if during is Pass.FORWARD:
-            bucket.note_computation()
 
     def let_go(self, bucket: Bucket, during: Pass) -> None:
-        """`bucket` may be released when memory is needed. In a backward only `release` and `rest` say so."""
+        """`bucket` may be released when memory is needed. In a backward only `release_all_but` and `rest` say so."""
         is_held = bucket.is_transient and bucket.state is ParamState.AVAILABLE
-        if during is Pass.FORWARD and is_held and not self._depth[bucket.index]:
+        if during is Pass.FORWARD and is_held and bucket.index not in self._depth:
             self._idle[bucket.index] = during
+            if not bucket.is_pinned:
+                bucket.check_unedited()
 
-    def release(self, bucket: Bucket) -> None:
-        """`bucket` will not be read again in this backward."""
-        if bucket.is_transient and bucket.state is ParamState.AVAILABLE and not self._is_in_use(bucket):
-            self._reshard(bucket)
+    def release_all_but(self, needed: Set[int]) -> None:
+        """A backward has come to where only `needed` buckets were in use: those of later modules are read no more."""
+        for bucket in list(self._live.values()):
+            if bucket.index not in needed and self._is_in_hand(bucket) and not self._is_in_use(bucket):
+                self._reshard(bucket)
 
     def pin(self, bucket: Bucket) -> None:
         """Keep `bucket` AVAILABLE and shown until `unpin`, whatever runs in between."""
@@ -158,6 +170,10 @@ class Gatherer:
                 bucket.wait()  # no module used it; what follows may edit the fragments, which lie in the same memory
             if bucket.shows_whole and not bucket.is_pinned:
                 bucket.show_fragments()
+        for index in self._depth:  # what was kept open, or left by an exception
+            if index in self._live:
+                self._idle[index] = Pass.FORWARD
+        self._depth.clear()
 
     def rest(self) -> None:
         """The step's use of parameters is over: fragments are registered everywhere, transient memory is free."""
@@ -189,16 +205,20 @@ class Gatherer:
         bucket.gather()
         if bucket.is_transient:
             self._digest = (self._digest * 1_000_003 + bucket.index + 1) % 2**24
-            self._live_numel += bucket.plan.layout.numel
+            self._live[bucket.index] = bucket
 
     def _reshard(self, bucket: Bucket) -> None:
         self._idle.pop(bucket.index, None)
         bucket.reshard()
-        if bucket.is_transient:
-            self._live_numel -= bucket.plan.layout.numel
+        self._live.pop(bucket.index, None)
+
+    def _is_in_hand(self, bucket: Bucket) -> bool:
+        """Whether it is AVAILABLE, and was used since it was kept or gathered ahead."""
+        is_spare = bucket.index in self._idle or bucket.index in self._ahead
+        return bucket.state is ParamState.AVAILABLE and bucket.shows_whole and not is_spare
 
     def _is_in_use(self, bucket: Bucket) -> bool:
-        return self._depth[bucket.index] > 0 or self._pinned[bucket.index] > 0
+        return bucket.index in self._depth or self._pinned[bucket.index] > 0
 
     def _make_room(self) -> None:
         """Release what is idle, but for what returns soon in the same pass."""
@@ -227,6 +247,10 @@ class Gatherer:
         missing = [index for index in planned if self._idle.pop(index, None) is None]  # the others are there yet: kept
         for index in missing:
             self._start(self._buckets[index])
+
+    @property
+    def _live_numel(self) -> int:
+        return sum(bucket.plan.layout.numel for bucket in self._live.values())
 
     def _numel_of(self, index: int) -> int:
         return self._buckets[index].plan.layout.numel

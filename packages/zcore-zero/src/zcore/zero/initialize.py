@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -36,7 +37,7 @@ from zcore.zero.optimizer import (
 )
 from zcore.zero.precision import Precision
 from zcore.zero.schedulers import build_scheduler
-from zcore.zero.sharding import Sharding, ShardingOptions
+from zcore.zero.sharding import Sharding, ShardingOptions, find_shardable
 
 __all__ = ["ConfigSource", "Init", "init_distributed", "initialize"]
 
@@ -114,12 +115,15 @@ def initialize(
     source = optimizer or settings.optimizer
     if lr_scheduler is not None or settings.scheduler is not None:
         _need_optimizer(source)
+    # What can be refused is refused before anything is changed, so that the user may mend it and call again.
+    find_shardable(model)
     groups: GroupsByName
     states: StatesByName = {}
     if isinstance(optimizer, torch.optim.Optimizer):
         groups, states = release_params(optimizer, model)
     else:
         groups = name_groups(model_parameters, model)
+        _rehearse(settings, groups)
     sharding = Sharding(model, mesh, zero_stage=settings.zero_optimization.stage, options=_options(settings))
     built = None
     if source is not None:
@@ -134,6 +138,18 @@ def initialize(
         schedule = build_scheduler(settings.scheduler.type, settings.scheduler.params, built)
     _agree_on_objects(sharding, built, schedule, groups)
     return Engine(model, sharding, optimizer=built, lr_scheduler=schedule, config=settings, events=events)
+
+
+def _rehearse(settings: TrainingConfig, groups: GroupsByName) -> None:
+    """Raise what building the config's optimizer and schedule will raise; on stand-ins for the parameters."""
+    if settings.optimizer is None:
+        return
+    stand_ins = {name: nn.Parameter(torch.zeros(1)) for group in groups for name in group["params"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are given when it is built in earnest
+        optimizer = build_optimizer(settings.optimizer, groups, stand_ins, device=torch.device("cpu"))
+        if settings.scheduler is not None:
+            build_scheduler(settings.scheduler.type, settings.scheduler.params, optimizer)
 
 
 def _agree_on_config(config: TrainingConfig) -> None:

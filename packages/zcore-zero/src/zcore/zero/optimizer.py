@@ -50,6 +50,11 @@ def name_groups(groups: ParamGroups | None, model: nn.Module) -> GroupsByName:
     ]
     if listed and not any(isinstance(group, Mapping) for group in listed):
         as_groups = [{"params": listed}]
+    if not any(isinstance(group["params"], Tensor) or group["params"] for group in as_groups):
+        raise ConfigError(
+            "The optimizer's groups hold no parameters, so nothing would be trained. An optimizer that was passed to "
+            "an earlier `zero.initialize` has given its parameters away: make a new one."
+        )
     seen: set[str] = set()
     named: GroupsByName = []
     for group in as_groups:

@@ -62,7 +62,9 @@ class Reducer:
         self._is_loss_bad = is_bad if self._is_loss_bad is None else self._is_loss_bad | is_bad
 
     def begin(self) -> None:
-        """A backward starts: what `zero_grad` dropped since the last one is forgotten here, too."""
+        """A backward starts: what `zero_grad` dropped since the last one is forgotten here, too, or replaced."""
+        for bucket in self._buckets:
+            bucket.take_replaced_gradients()
         self._forget_dropped()
         self._remaining = {
             bucket.index: sum(param.full.requires_grad for param in bucket.params) for bucket in self._buckets
@@ -83,10 +85,11 @@ class Reducer:
             self._start_what_is_ready()
         return True
 
-    def finish(self) -> bool:
-        """The backward is over: reduce what is left and hand the gradients out; whether there was a reduction."""
+    def finish(self) -> None:
+        """The backward is over: reduce what is left and hand the gradients out."""
         if not self.reduces:
-            return False
+            self._announce()
+            return
         while self._next < len(self._order):
             self._start_next()
         while self._inflight:
@@ -94,7 +97,8 @@ class Reducer:
         self._agree_on_order()
         if self.delivers:
             self._deliver()
-        return True
+        else:
+            self._announce()
 
     def abandon(self) -> None:
         """Forget a backward that an exception cut short, with all gradients of this step."""
@@ -146,6 +150,10 @@ class Reducer:
         order = torch.tensor(self._ready + rest, dtype=torch.int64, device=self._device)
         self._groups.broadcast(order, src=0, label="order of reductions")
         self._order = order.tolist()
+
+    def _announce(self) -> None:
+        for bucket in self._buckets:
+            bucket.announce(self._used[bucket.index])
 
     def _deliver(self) -> None:
         size = self._dp.size

@@ -7,7 +7,7 @@ where a fragment would give a wrong result or a puzzling shape error, it refuses
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from zcore.core.errors import StateError
 
-__all__ = ["ParameterOwner", "ShardedGradient", "ShardedParameter"]
+__all__ = ["FragmentValues", "ParameterOwner", "ShardedParameter", "UnreducedGradient"]
 
 # What acts on each element by itself, and so means the same on a fragment: optimizers may, without autograd.
 ELEMENTWISE = frozenset(
@@ -26,6 +26,7 @@ ELEMENTWISE = frozenset(
         "clone to float double half bfloat16 cpu cuda type contiguous",
         "__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__",
         "__itruediv__ __neg__ __pow__ __abs__",
+        "copy zero fill masked_fill nan_to_num sgn floor ceil round trunc frac exp2 expm1 log1p log2 erf sin cos",
     )
     for name in names.split()
 )
@@ -42,6 +43,7 @@ METADATA = frozenset(
 OF_THE_WHOLE = frozenset({"size", "dim", "ndimension", "numel", "nelement", "__len__", "register_hook"})
 SHAPE_PROPERTIES = frozenset({"shape", "ndim"})
 DATA_SET = Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor at run time
+STEPS = ("_foreach_", "_fused_")  # what optimizers call
 VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
 
@@ -56,20 +58,12 @@ class ParameterOwner(Protocol):
         """The fragment is edited in place: what was gathered is out of date."""
         ...
 
-    def forget_gathered(self) -> None:
-        """The fragment may be edited where nobody sees it: gather again before the next use."""
-        ...
-
     def may_gather(self) -> bool:
         """Whether a forward or backward of the model is running, so that using the parameter means the whole."""
         ...
 
     def whole(self, index: int, *, with_data: bool) -> Tensor:
         """The whole parameter, gathered first if data is needed."""
-        ...
-
-    def watch_backward(self, result: object) -> None:
-        """Have the bucket gathered again before gradients flow into `result`."""
         ...
 
 
@@ -140,8 +134,18 @@ class ShardedParameter(nn.Parameter):
                 return _call_on_whole(func, args, kwargs, with_data=wants_data)
             if _wants_values(func) and (torch.is_grad_enabled() or not _is_elementwise(func)):
                 raise StateError(_outside_forward(first, func))
+            if func.__name__ == "copy_":
+                _refuse_whole(first, args)
             _note_edit(func, args)
+            if _property_name(func) == "data":  # with the version counter of the fragment: edits show, and reads do not
+                return first.detach().as_subclass(FragmentValues)
             return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise StateError(
+            f"{self.fqn} is sharded and cannot be saved or sent as it is. Save `engine.consolidated_state_dict()`, or "
+            "a checkpoint of the engine."
+        )
 
     def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> NoReturn:
         """Refused: there is no moment inside the backward at which `.grad` is whole and reduced."""
@@ -152,10 +156,15 @@ class ShardedParameter(nn.Parameter):
 
 
 NORMS = (torch.norm, torch.linalg.norm, torch.linalg.vector_norm, torch._foreach_norm, Tensor.norm)
+RANDOM = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "log_normal_", "geometric_"}
 
 
-class ShardedGradient(Tensor):
-    """The gradient of a fragment. A norm of it would be this rank's only, so torch's own clipping is refused."""
+class FragmentValues(Tensor):
+    """Values of one rank's part, as `.grad` and `.data` of a fragment give them.
+
+    A norm would be this rank's only, and a random fill would repeat itself in each rank's part: both are refused.
+    Everything else is as on a plain tensor.
+    """
 
     @classmethod
     def __torch_function__(
@@ -165,12 +174,51 @@ class ShardedGradient(Tensor):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        """Refuse norms; everything else is as on a plain tensor."""
+        """Refuse what has no meaning on a part."""
         if func in NORMS:
             raise StateError(
-                "A norm was asked of one rank's gradient fragments, and would differ from rank to rank. Use "
-                "`zero.clip_grad_norm_(model, max_norm)`, or the `gradient_clipping` setting of the engine; for your "
-                "own arithmetic on the local values take `grad.as_subclass(torch.Tensor)`."
+                "A norm was asked of one rank's part of a parameter or gradient, and would differ from rank to rank. "
+                "Use `zero.clip_grad_norm_(model, max_norm)`, or the `gradient_clipping` setting of the engine; for "
+                "your own arithmetic on the local values take `part.as_subclass(torch.Tensor)`."
+            )
+        if func.__name__ in RANDOM:
+            raise StateError(
+                f"`{func.__name__}` would fill each rank's part of a parameter with the same numbers. Initialise "
+                "before sharding, or inside `with zero.GatheredParameters([param], modifier_rank=0)`."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and (func.__name__ == "detach" or _property_name(func) == "data"):
+                return result.as_subclass(FragmentValues)
+            return result
+
+
+class UnreducedGradient(FragmentValues):
+    """Stands for a gradient that this rank has accumulated and no backward has reduced: it can only be dropped."""
+
+    was_zeroed = False
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Note that it is zeroed, answer what has no values, refuse the rest."""
+        if func.__name__ in ("zero_", "_foreach_zero_"):
+            for each in args[0] if isinstance(args[0], list | tuple) else args[:1]:
+                if isinstance(each, UnreducedGradient):
+                    each.was_zeroed = True
+                elif isinstance(each, Tensor):
+                    each.zero_()
+            return args[0]
+        if _wants_values(func) and func.__name__ not in OF_THE_WHOLE and _property_name(func) not in SHAPE_PROPERTIES:
+            raise StateError(
+                f"`{func.__name__}` was called on a gradient that is not reduced yet: the last backward ran inside "
+                "no_sync(), or is not the last one of its step. Step, clip and read gradients after a backward outside "
+                "no_sync()."
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -193,9 +241,9 @@ def _property_name(func: Callable[..., object]) -> str:
 
 def _is_elementwise(func: Callable[..., object]) -> bool:
     name = func.__name__
-    if name.startswith(("_foreach_", "_fused_")):
+    if name.startswith(STEPS):
         return name != "_foreach_norm"
-    return name in ELEMENTWISE or (name.endswith("_") and not name.endswith("__"))
+    return name in ELEMENTWISE or (_is_in_place(func) and name.removesuffix("_") in ELEMENTWISE)
 
 
 def _is_in_place(func: Callable[..., object]) -> bool:
@@ -204,14 +252,21 @@ def _is_in_place(func: Callable[..., object]) -> bool:
 
 
 def _note_edit(func: Callable[..., object], args: Sequence[object]) -> None:
-    """Tell the buckets of parameters that `func` edits, or hands out where edits leave no trace."""
+    """Tell the buckets of parameters that `func` edits."""
     for param in _all_sharded(args):
-        if param.owner is None:
-            continue
-        if _property_name(func) == "data":
-            param.owner.forget_gathered()
-        elif _is_in_place(func) and _wants_values(func):
+        if param.owner is not None and _is_in_place(func) and _wants_values(func):
             param.owner.mark_stale()
+
+
+def _refuse_whole(param: ShardedParameter, args: Sequence[object]) -> None:
+    held, new = args[0], args[1]
+    held_numel = param.full_stop - param.full_start
+    if held is param and isinstance(new, Tensor) and new.numel() != 1 and tuple(new.shape) != (held_numel,):
+        raise StateError(
+            f"{param.fqn} is sharded: this rank holds {held_numel} of its elements, in a row, and a tensor of shape "
+            f"{tuple(new.shape)} was to be copied into them. Copy whole values inside `with "
+            "zero.GatheredParameters([param], modifier_rank=0)`."
+        )
 
 
 def _all_sharded(args: Sequence[object]) -> Iterator[ShardedParameter]:
@@ -231,21 +286,12 @@ def _is_same_memory(args: Sequence[object]) -> bool:
 def _call_on_whole(
     func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object], *, with_data: bool
 ) -> object:
-    owners: list[ParameterOwner] = []
-
     def whole(param: ShardedParameter) -> Tensor:
         owner = param.owner
-        if owner is None:
-            return param
-        owners.append(owner)
-        return owner.whole(param.position, with_data=with_data)
+        return param if owner is None else owner.whole(param.position, with_data=with_data)
 
     args, kwargs = tree_map_only(ShardedParameter, whole, (tuple(args), dict(kwargs)))
-    result = func(*args, **kwargs)
-    if with_data:
-        for owner in owners:
-            owner.watch_backward(result)
-    return result
+    return func(*args, **kwargs)
 
 
 def _outside_forward(param: ShardedParameter, func: Callable[..., object]) -> str:

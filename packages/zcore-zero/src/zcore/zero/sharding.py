@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from zcore.core.collectives import choose_collectives
 from zcore.core.errors import LayoutError, NonFiniteError, StateError
@@ -27,10 +27,10 @@ from zcore.zero.layout import BucketPlan, plan_buckets
 from zcore.zero.placement import Row, row_for
 from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer
-from zcore.zero.sharded_parameter import ShardedParameter
+from zcore.zero.sharded_parameter import ShardedParameter, UnreducedGradient
 from zcore.zero.units import ParamSites, find_blocks, find_parameters, find_units
 
-__all__ = ["Sharding", "ShardingOptions", "clip_grad_norm_", "no_sync", "shard", "sharding_of"]
+__all__ = ["Sharding", "ShardingOptions", "clip_grad_norm_", "find_shardable", "no_sync", "shard", "sharding_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,7 @@ class Sharding:
         self._twin: dist.ProcessGroup | None = twin_group(mesh, self.dp.shard_axis)
         self.groups = _groups_of(mesh, self.dp, self._twin)
         self.ledger = Ledger()
-        parameters = find_parameters(model)
-        _refuse_sharded(parameters)
+        parameters = find_shardable(model)
         plans = plan_buckets(
             find_units(model, parameters),
             num_slices=self.dp.size,
@@ -94,8 +93,12 @@ class Sharding:
         )
         self.conductor = Conductor(self.buckets, gatherer=gatherer, reducer=self.reducer, precision=options.precision)
         self.conductor.attach(model, _find_sites(model, self.buckets))
-        self._step_hook = register_optimizer_step_post_hook(_note_step)
-        weakref.finalize(self, self._step_hook.remove)
+        self._step_hooks = (
+            register_optimizer_step_pre_hook(_refuse_step),
+            register_optimizer_step_post_hook(_note_step),
+        )
+        for hook in self._step_hooks:
+            weakref.finalize(self, hook.remove)
         self._state_dict_hooks = [
             hook
             for module in model.modules()
@@ -193,7 +196,7 @@ class Sharding:
         """Elements of all parameters."""
         return sum(spec.numel for bucket in self.buckets for spec in bucket.plan.params)
 
-    def backward(self, loss: Tensor, *, reduces: bool, delivers: bool) -> None:
+    def backward(self, loss: Tensor, *, reduces: bool, delivers: bool, retain_graph: bool = False) -> None:
         """Compute the gradients of `loss`. What it reduces is handed to the fragments if it `delivers`, else kept.
 
         Raises StateError if no parameter got a gradient.
@@ -202,7 +205,7 @@ class Sharding:
         self.reducer.reduces, self.reducer.delivers = reduces, delivers
         self.conductor.has_gradients = False
         try:
-            loss.backward()
+            loss.backward(retain_graph=retain_graph)
         finally:
             self.reducer.reduces, self.reducer.delivers = before
         if not self.conductor.has_gradients:
@@ -211,23 +214,33 @@ class Sharding:
                 "else. Compute it from what `engine(...)` returns, without detach(), and check what is frozen."
             )
 
+    def abandon(self) -> None:
+        """Forget a backward that did not finish, with all gradients of this step."""
+        self.conductor.abandon()
+
     def note_update(self) -> None:
         """The fragments have new values from elsewhere than an optimizer: gathered copies are out of date."""
         for bucket in self.buckets:
             bucket.mark_stale()
 
     def norm(self) -> float:
-        """The global 2-norm of the reduced gradients; every rank calls it."""
+        """The global 2-norm of the reduced gradients; every rank calls it.
+
+        Raises StateError if the last backward did not reduce them.
+        """
         for bucket in self.buckets:
+            if bucket.waits_for_reduction:
+                raise StateError(
+                    "The gradients were not reduced yet: the last backward ran inside no_sync(), or is not the last "
+                    "one of its step. Clip after a backward outside no_sync()."
+                )
             bucket.take_replaced_gradients()
         return clipping.global_norm(self.buckets, dp=self.dp, groups=self.groups, device=self.device)
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradients so that their global norm is at most `max_norm`; the norm before, on every rank."""
         norm = self.norm()
-        factor = max_norm / (norm + 1e-6)
-        if factor < 1:
-            self.scale_gradients(factor)
+        self.scale_gradients(clipping.clip_factor(norm, max_norm))
         return norm
 
     def scale_gradients(self, factor: float) -> None:
@@ -240,8 +253,7 @@ class Sharding:
         if self._twin is not None and dist.is_initialized():
             dist.destroy_process_group(self._twin)
         self._twin = None
-        self._step_hook.remove()
-        for hook in self._state_dict_hooks:
+        for hook in (*self._step_hooks, *self._state_dict_hooks):
             hook.remove()
         model = self._model()
         if model is not None:
@@ -319,13 +331,16 @@ def _limits(buckets: tuple[Bucket, ...], options: ShardingOptions) -> GatherLimi
     return limits if options.overlap else replace(limits, prefetch_numel=0)
 
 
-def _refuse_sharded(parameters: tuple[ParamSites, ...]) -> None:
+def find_shardable(model: nn.Module) -> tuple[ParamSites, ...]:
+    """Every parameter of `model` with its places. Raises LayoutError for one that cannot be sharded, or is already."""
+    parameters = find_parameters(model)
     taken = [each.spec.fqn for each in parameters if isinstance(each.param, ShardedParameter)]
     if taken:
         raise LayoutError(
             f"{len(taken)} parameters are sharded already, among them {taken[0]}. Shard a model once, as a whole: pass "
-            "the outermost module and none of its parts."
+            "the outermost module and none of its parts. After an `initialize` that raised, build the model anew."
         )
+    return parameters
 
 
 def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.Module, Site]]:
@@ -343,6 +358,25 @@ def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.
             owners.setdefault(block, {}).update(whole)
     names = {module: name for name, module in model.named_modules()}
     return [(module, Site(names[module], list(used.values()))) for module, used in owners.items()]
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """Before any optimizer's step: it needs reduced gradients, and fragments."""
+    name = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if not isinstance(param, ShardedParameter) or param.owner is None:
+                continue
+            if isinstance(param.grad, UnreducedGradient):
+                raise StateError(
+                    f"{name} steps {param.fqn}, whose gradient is not reduced yet: the last backward ran inside "
+                    "no_sync(), or is not the last one of its step. Step after a backward outside no_sync()."
+                )
+            if param.owner.stands_for_whole():
+                raise StateError(
+                    f"{name} steps {param.fqn} inside GatheredParameters, where it is whole, and the optimizer's "
+                    "states are of this rank's part. Step outside the block."
+                )
 
 
 def _note_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:

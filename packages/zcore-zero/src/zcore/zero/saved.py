@@ -1,0 +1,86 @@
+"""What autograd saves of gathered memory, it saves as a claim on the bucket: read in a backward, it is gathered again.
+
+A forward saves views of weights for its backward, and the bucket they lie in is freed in between. Where modules begin
+and end says when a bucket is likely to be needed, and hooks there gather ahead; but a regulariser, a loss in a list or
+a frozen weight inside a product is read elsewhere. So every tensor that autograd saves is looked at, about a
+microsecond each, and one that lies in a bucket's memory brings the bucket back when it is read.
+
+Under hooks torch does not check that saved tensors are unchanged, so this does. Where other hooks save already (a
+non-reentrant checkpoint, an offload) they stay in charge: they save copies, or compute anew inside the modules.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from zcore.core import compat
+from zcore.core.errors import StateError
+from zcore.zero.bucket import Bucket
+from zcore.zero.sharded_parameter import ShardedParameter
+
+__all__ = ["SavedTensors"]
+
+
+class _Saved(NamedTuple):
+    tensor: Tensor
+    version: int
+    bucket: Bucket | None  # the one in whose memory the tensor lies
+    values: tuple[int, int] | None  # that the bucket had
+
+
+class SavedTensors:
+    """Open while a forward of the model runs."""
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self._by_memory = {
+            compat.storage_key(bucket.memory.gathered): bucket for bucket in buckets if bucket.is_transient
+        }
+        self._hooks: saved_tensors_hooks | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this decides how autograd saves."""
+        return self._hooks is not None
+
+    def open(self) -> bool:
+        """Watch what is saved from now on; False where nothing is ever freed, or others decide how to save."""
+        if not self._by_memory or compat.saves_are_hooked():
+            return False
+        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+        self._hooks.__enter__()
+        return True
+
+    def close(self) -> None:
+        """The forward has ended."""
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.__exit__()
+
+    def bucket_of(self, tensor: Tensor) -> Bucket | None:
+        """The bucket in whose gathered memory `tensor` lies."""
+        return self._by_memory.get(compat.storage_key(tensor))
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        if isinstance(tensor, ShardedParameter):
+            raise StateError(
+                f"{tensor.fqn} was given to an autograd.Function outside the module that owns it, which sees this "
+                "rank's fragment only. Pass `weight.view_as(weight)`, which is the whole, or call the module."
+            )
+        bucket = self.bucket_of(tensor)
+        held = tensor.detach() if tensor.requires_grad else tensor  # an output would hold the node that holds it
+        return _Saved(held, tensor._version, bucket, None if bucket is None else bucket.values)
+
+    def _unpack(self, saved: _Saved) -> Tensor:
+        tensor, version, bucket, values = saved
+        if tensor._version != version:
+            raise StateError(
+                f"A tensor of shape {tuple(tensor.shape)} and {tensor.dtype} that the forward saved for its backward "
+                "was modified in place in between. torch.autograd.set_detect_anomaly(True) shows which operation had "
+                "saved it; use an operation out of place, or clone() before it."
+            )
+        if bucket is not None:
+            bucket.check_values(values)
+            bucket.read_in_backward()
+        return tensor

@@ -1,0 +1,256 @@
+"""Weights that a backward reads where no module says so, under stage 3: equal to plain torch; and nothing is kept."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zcore import zero
+from zcore.core.errors import ZcoreError
+from zcore.core.mesh import build_mesh
+
+WIDTH = 24
+# Small enough that weights of a module lie in several buckets where no block is recognised.
+OPTIONS = zero.ShardingOptions(small_numel=12, bucket_numel=700)
+
+
+@dataclass(slots=True)
+class Result:
+    hidden: Tensor
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.scale = nn.Parameter(torch.full((WIDTH, WIDTH), 0.2))
+        self.losses: list[Tensor] = []
+        self.is_late = False  # from the third step on, when gathers are started ahead
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class LossInAList(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        result = super().forward(x) + self.scale.sum() * 1e-3
+        self.losses[:] = [(x[:1].t() * self.scale * x[:1]).square().mean()] if self.is_late else []
+        return result
+
+
+class SlottedResult(Layer):
+    def forward(self, x: Tensor) -> Result:
+        return Result((super().forward(x) @ self.scale) @ self.up.weight)
+
+
+class FrozenInAProduct(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x @ (self.scale * self.up.weight.exp()) * 0.1
+
+
+class PrefixThroughFrozen(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefix = nn.Parameter(torch.randn(4, WIDTH))
+        self.up.requires_grad_(False)
+        self.down.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        prefix = torch.tanh(self.prefix @ self.up.weight) @ self.down.weight
+        return x + torch.tanh(x @ prefix.t()) @ prefix
+
+
+class OwnWeightReturned(Layer):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), self.scale[:2]
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ x
+
+
+class Borrowing(Layer):
+    """Hands the weight of a module that it does not call to a function of its own."""
+
+    as_view = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.down.weight
+        return Product.apply(self.up(x), weight.view_as(weight) if self.as_view else weight)
+
+
+class Stack(nn.Module):
+    def __init__(self, kind: type[Layer], *, recompute: bool = False, regularise: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind() for _ in range(3))
+        self.recompute, self.regularise = recompute, regularise
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss = x.new_zeros(())
+        returned: list[Tensor] = []
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            result = checkpoint(layer, x, use_reentrant=True) if self.recompute else layer(x)
+            if isinstance(result, tuple):
+                result, weight = result
+                returned.append(weight)
+            x = result.hidden if isinstance(result, Result) else result
+            if self.regularise and layer.is_late:
+                loss = loss + 1e-3 * layer.up.weight.pow(2).sum()
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            loss = loss + sum(layer.losses)
+        return loss + x.square().mean() + sum((weight.square().mean() for weight in returned), x.new_zeros(()))
+
+
+@dataclass(frozen=True)
+class Program:
+    build: Callable[[], Stack]
+    input_has_gradient: bool = False
+
+
+PROGRAMS = {
+    "a regulariser beside the modules": Program(lambda: Stack(Layer, regularise=True)),
+    "a loss in a list": Program(lambda: Stack(LossInAList)),
+    "a result with slots": Program(lambda: Stack(SlottedResult)),
+    "frozen inside a product": Program(lambda: Stack(FrozenInAProduct), input_has_gradient=True),
+    "frozen inside a product, recomputed": Program(lambda: Stack(FrozenInAProduct, recompute=True), True),
+    "a prefix through frozen layers": Program(lambda: Stack(PrefixThroughFrozen), input_has_gradient=True),
+    "a prefix through frozen layers, recomputed": Program(lambda: Stack(PrefixThroughFrozen, recompute=True), True),
+    "a module that returns its weight": Program(lambda: Stack(OwnWeightReturned)),
+    "a borrowed weight in a function of the user's": Program(lambda: Stack(Borrowing)),
+}
+
+
+def batch(step: int) -> Tensor:
+    return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step))
+
+
+def losses_of(program: Program, *, is_sharded: bool) -> list[float]:
+    torch.manual_seed(0)
+    model = program.build()
+    if is_sharded:
+        zero.shard(model, build_mesh(dp=-1), stage=3, options=OPTIONS)
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.02)
+    losses = []
+    for step in range(5):
+        for layer in model.layers:
+            assert isinstance(layer, Layer)
+            layer.is_late = step >= 2
+        loss = model(batch(step).requires_grad_(program.input_has_gradient))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def run_all() -> dict[str, list[float]]:
+    return {name: losses_of(program, is_sharded=True) for name, program in PROGRAMS.items()}
+
+
+@pytest.fixture(scope="module")
+def losses(ranks) -> list[dict[str, list[float]]]:
+    return ranks(2, run_all)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_a_backward_reads_is_there(losses, name):
+    expected = losses_of(PROGRAMS[name], is_sharded=False)
+    for by_name in losses:
+        assert by_name[name] == pytest.approx(expected, rel=1e-6)
+
+
+def count_objects() -> list[int]:
+    """Python objects that many steps, and many forwards without a backward, leave behind."""
+    model = zero.shard(Stack(LossInAList), build_mesh(dp=-1), stage=3, options=OPTIONS)
+
+    def step(backwards: int) -> int:
+        for number in range(10):
+            loss = model(batch(number))
+            if backwards:
+                loss.backward()
+                model.zero_grad()
+        del loss
+        gc.collect()
+        return len(gc.get_objects())
+
+    step(1)
+    before = step(1)
+    return [step(1) - before, step(0) - before]
+
+
+def test_forwards_leave_nothing_behind_with_a_backward_or_without(ranks):
+    for left in ranks(2, count_objects):
+        assert max(left) < 50  # a graph of one forward has more
+
+
+def message_of(act: Callable[[], object]) -> str:
+    try:
+        act()
+    except ZcoreError as error:
+        return str(error)
+    return ""
+
+
+def give_a_fragment_to_a_function() -> str:
+    model = Borrowing()
+    model.as_view = False
+    options = zero.ShardingOptions(small_numel=12, bucket_numel=500)  # up and down are apart
+    zero.shard(model, build_mesh(dp=-1), stage=3, options=options)
+    return message_of(lambda: model(batch(0)))
+
+
+def edit_a_saved_tensor() -> str:
+    class Editing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result = torch.tanh(self.layer(x))
+            result.detach().mul_(2)  # tanh saved its result
+            return result.sum()
+
+    model = zero.shard(Editing(), build_mesh(dp=-1), stage=3, options=OPTIONS)
+    return message_of(lambda: model(batch(0)).backward())
+
+
+def edit_a_weight_in_the_forward() -> str:
+    class Clipping(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.weight.clamp_(-0.1, 0.1)
+            return super().forward(input)
+
+    model = zero.shard(nn.Sequential(Clipping(WIDTH, WIDTH)), build_mesh(dp=-1), stage=3, options=OPTIONS)
+    return message_of(lambda: model(batch(0)))
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (give_a_fragment_to_a_function, ["down.weight", "autograd.Function", "view_as"]),
+        (edit_a_saved_tensor, ["modified in place", "(4, 24)", "clone()"]),
+        (edit_a_weight_in_the_forward, ["0.weight", "edited in place", "GatheredParameters", "stage 2"]),
+    ],
+)
+def test_what_would_give_wrong_gradients_is_refused(ranks, act, words):
+    for message in ranks(2, act):
+        assert [word for word in words if word not in message] == [], message

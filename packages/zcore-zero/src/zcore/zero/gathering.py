@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from zcore.core import compat
 from zcore.zero.bucket import Bucket, ParamState
 from zcore.zero.trace import Pass, Trace, Use, plan_prefetch, returns_within
 
@@ -99,7 +100,7 @@ class Gatherer:
     def use(self, bucket: Bucket, during: Pass, *, module: str) -> None:
         """Make `bucket` AVAILABLE now."""
         if during is Pass.FORWARD:
-            if self._is_at_rest:  # a submodule is called by itself
+            if self._is_at_rest and not compat.in_backward():  # a submodule is called by itself
                 self._begin_trace(training=torch.is_grad_enabled())
             self._drop_if_stale(bucket)
         if bucket.is_transient:

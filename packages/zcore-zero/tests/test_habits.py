@@ -146,6 +146,33 @@ def with_a_batch_set_to_zero(model, optimizer, batch):
     discard(model, optimizer, batch, set_to_none=False)
 
 
+def with_a_batch_set_to_zero_by_hand(model, optimizer, batch):
+    if type(next(model.parameters())) is not nn.Parameter:
+        with zero.no_sync(model):
+            (7 * model(batch)).backward()
+    else:
+        (7 * model(batch)).backward()
+    for index, param in enumerate(model.parameters()):
+        if param.grad is not None and index % 3 == 0:
+            param.grad.detach_().zero_()
+        elif param.grad is not None and index % 3 == 1:
+            param.grad.data.fill_(0)
+        elif param.grad is not None:
+            param.grad = torch.zeros_like(param.grad)
+    model(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_a_look_before_the_backward(model, optimizer, batch):
+    loss = model(batch)
+    with zero.GatheredParameters(list(model.parameters())) as whole:
+        assert all(param.isfinite().all() for param in whole)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def with_assigned_gradients_and_more(model, optimizer, batch):
     model(batch).backward()
     for param in model.parameters():
@@ -163,6 +190,8 @@ PROGRAMS = (
     with_masked_gradients,
     with_a_discarded_batch,
     with_a_batch_set_to_zero,
+    with_a_batch_set_to_zero_by_hand,
+    with_a_look_before_the_backward,
     with_assigned_gradients_and_more,
 )
 
@@ -528,6 +557,46 @@ def step_and_evaluate_between():
     second.backward()
 
 
+def assign_before_the_reduction(model, optimizer):
+    for param in model.parameters():
+        if param.grad is not None:
+            param.grad = torch.ones_like(param.grad)
+    model(rows_of(0)).backward()
+
+
+def go_on_after_a_backward_that_raised():
+    model = sharded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(ValueError, match="bad loss"):
+        (model(rows_of(0)) + Bad.apply(model.blocks[0](rows_of(0))).sum()).backward()
+    shapes = [param.detach().shape for param in model.parameters()]
+    norm = zero.clip_grad_norm_(model, 1.0)
+    optimizer.step()
+    same = all(torch.equal(param.detach(), was) for param, was in zip(model.parameters(), before, strict=True))
+    return shapes == [was.shape for was in before], norm, same
+
+
+def test_after_a_backward_that_raised_there_is_no_gradient_to_step_with(ranks):
+    assert ranks(2, go_on_after_a_backward_that_raised) == [(True, 0.0, True)] * 2
+
+
+def take_a_loss_across_a_step(stage):
+    model = sharded(stage=stage)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(rows_of(0)).backward()
+    first = model(rows_of(1))
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"modified|were changed"):
+        (first + model(rows_of(2))).backward()
+    return True
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_loss_over_forwards_before_and_after_a_step_is_refused(ranks, stage):
+    assert ranks(2, take_a_loss_across_a_step, stage) == [True, True]
+
+
 def act_inside_no_sync(act):
     model = sharded()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -644,6 +713,10 @@ REFUSED = {
     "clipping before the reduction": (
         lambda: act_inside_no_sync(lambda model, optimizer: zero.clip_grad_norm_(model, 1.0)),
         ["StateError", "not reduced", "outside no_sync()"],
+    ),
+    "assigning before the reduction": (
+        lambda: act_inside_no_sync(assign_before_the_reduction),
+        ["StateError", "assigned before it was reduced", "outside no_sync()"],
     ),
     "a norm by hand": (norm_by_hand, ["StateError", "clip_grad_norm_"]),
     "an initialiser after sharding": (

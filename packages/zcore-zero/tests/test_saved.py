@@ -122,11 +122,41 @@ class Stack(nn.Module):
 
 @dataclass(frozen=True)
 class Program:
-    build: Callable[[], Stack]
+    build: Callable[[], nn.Module]
     input_has_gradient: bool = False
 
 
+class Shared(nn.Module):
+    """One layer, three times through a reentrant checkpoint, and a weight used there and in the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer()])
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = checkpoint(self.layers[0], x, use_reentrant=True)
+        return self.head(x).square().mean()
+
+
+class Force(nn.Module):
+    """Takes a derivative inside its forward, and goes on with its weights after that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            (force,) = torch.autograd.grad(self.layers[0](point).square().sum(), point)
+        return self.layers[1](self.layers[0](x) + force).square().mean()
+
+
 PROGRAMS = {
+    "one layer in reentrant checkpoints": Program(Shared, input_has_gradient=True),
+    "a derivative inside the forward": Program(Force),
     "a regulariser beside the modules": Program(lambda: Stack(Layer, regularise=True)),
     "a loss in a list": Program(lambda: Stack(LossInAList)),
     "a result with slots": Program(lambda: Stack(SlottedResult)),
@@ -200,6 +230,20 @@ def test_steps_that_are_alike_are_not_said_to_change_their_order(ranks):
     assert ranks(2, warnings_of_all) == [[], []]
 
 
+def evaluate_a_returned_weight() -> float:
+    torch.manual_seed(0)
+    model = zero.shard(Stack(OwnWeightReturned), build_mesh(dp=-1), stage=3, options=OPTIONS)
+    with torch.no_grad():
+        return float(model(batch(0)))
+
+
+def test_a_weight_that_a_module_returns_is_there_in_an_evaluation_too(ranks):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = float(Stack(OwnWeightReturned)(batch(0)))
+    assert ranks(2, evaluate_a_returned_weight) == [pytest.approx(expected, rel=1e-6)] * 2
+
+
 def count_objects() -> list[int]:
     """Python objects that many steps, and many forwards without a backward, leave behind."""
     model = zero.shard(Stack(LossInAList), build_mesh(dp=-1), stage=3, options=OPTIONS)
@@ -240,6 +284,12 @@ def give_a_fragment_to_a_function() -> str:
     return message_of(lambda: model(batch(0)))
 
 
+def use_inside_and_outside_of_a_checkpoint() -> str:
+    model = zero.shard(Layer(), build_mesh(dp=-1), stage=3, options=OPTIONS)
+    x = batch(0).requires_grad_()
+    return message_of(lambda: (checkpoint(model, x, use_reentrant=True) + model(x)).sum().backward())
+
+
 def edit_a_saved_tensor() -> str:
     class Editing(nn.Module):
         def __init__(self) -> None:
@@ -270,6 +320,7 @@ def edit_a_weight_in_the_forward() -> str:
     ("act", "words"),
     [
         (give_a_fragment_to_a_function, ["down.weight", "autograd.Function", "view_as"]),
+        (use_inside_and_outside_of_a_checkpoint, ["second gradient", "use_reentrant=False"]),
         (edit_a_saved_tensor, ["modified in place", "(4, 24)", "clone()"]),
         (edit_a_weight_in_the_forward, ["0.weight", "edited in place", "GatheredParameters", "stage 2"]),
     ],

@@ -14,6 +14,7 @@ import torch.distributed as dist
 __all__ = [
     "all_gather_flat",
     "all_to_all_flat",
+    "current_backward",
     "in_backward",
     "queue_backward_callback",
     "reduce_scatter_flat",
@@ -74,6 +75,11 @@ def saves_are_hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def current_backward() -> int:
+    """Which backward pass of autograd this thread is in, a nested one having a number of its own; -1 in none."""
+    return int(torch._C._current_graph_task_id())
+
+
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass of autograd."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return current_backward() != -1

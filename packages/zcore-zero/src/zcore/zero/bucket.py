@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from zcore.core.collectives import Pending
 from zcore.core.errors import StateError
@@ -150,6 +151,7 @@ class Bucket:
         self._computed_with: tuple[int, int] | None = None  # the values that the last forward read
         self._versions: list[int] = []  # of the whole parameters, when they became AVAILABLE
         self._delivered = [False] * len(members)  # parameters whose fragments were given a gradient
+        self._announced = [False] * len(members)  # or one that stands for what is not reduced yet
         self.host: weakref.ref[BucketHost] | None = None  # weak, like every edge back up: `del model` frees the memory
         self.memory = BucketParameters(
             plan, row, dp=dp, dtypes=dtypes, collectives=groups.gather, device=device, ledger=ledger
@@ -200,6 +202,9 @@ class Bucket:
 
     def note_computation(self) -> None:
         """A forward reads the values of now."""
+        if self._computed_with not in (None, self.values) and not self.is_transient:
+            for param in self.params:  # so that torch refuses a backward of earlier forwards
+                increment_version(param.full)
         self._computed_with = self.values
 
     def check_unchanged(self) -> None:
@@ -335,6 +340,7 @@ class Bucket:
             grad = reduced[part.offset : part.offset + part.numel] if is_used else None
             param.set_gradient(grad)
         self._delivered = list(used)
+        self._announced = [False] * len(self.params)
 
     @property
     def delivered(self) -> list[int]:
@@ -354,22 +360,36 @@ class Bucket:
         for index, (param, is_used) in enumerate(zip(self.params, used, strict=True)):
             if is_used:
                 param.announce_gradient()
-                self._delivered[index] = True
+                self._delivered[index] = self._announced[index] = True
 
     @property
     def waits_for_reduction(self) -> bool:
         """Whether gradients were announced and not delivered yet."""
-        return any(isinstance(self.params[index].gradient, UnreducedGradient) for index in self.delivered)
+        return any(self._announced)
 
     def drop(self, index: int) -> None:
         """The gradient of a parameter is zero again."""
         if self.gradients is not None:
             self.gradients.drop(index)
         self.params[index].set_gradient(None)
-        self._delivered[index] = False
+        self._delivered[index] = self._announced[index] = False
 
     def take_replaced_gradients(self) -> None:
-        """Where the user assigned another `.grad`, that is the gradient."""
+        """Where the user assigned another `.grad`, that is the gradient.
+
+        Raises StateError where it was assigned before the reduction; zeros drop what there is.
+        """
+        for index in self.delivered:
+            assigned = self.params[index].gradient
+            if not self._announced[index] or assigned is None or isinstance(assigned, UnreducedGradient):
+                continue
+            if assigned.any():
+                raise StateError(
+                    f"The gradient of {self.params[index].shard.fqn} was assigned before it was reduced: the last "
+                    "backward ran inside no_sync(), or is not the last one of its step. Change gradients after a "
+                    "backward outside no_sync()."
+                )
+            self.drop(index)
         if self.gradients is None or self.gradients.reduced is None:
             return
         for index in self.delivered:
@@ -386,6 +406,7 @@ class Bucket:
         for param in self.params:
             param.set_gradient(None)
         self._delivered = [False] * len(self.params)
+        self._announced = [False] * len(self.params)
         if self.gradients is not None:
             self.gradients.clear()
 

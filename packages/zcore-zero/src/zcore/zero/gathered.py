@@ -106,5 +106,7 @@ class GatheredParameters:
             bucket.forget_gathered()
             return
         for position, value in self._before[bucket.index]:
-            with torch.no_grad():
-                bucket.params[position].full.copy_(value)
+            full = bucket.params[position].full
+            if not torch.equal(full, value):  # else a backward to come would find it modified
+                with torch.no_grad():
+                    full.copy_(value)

@@ -176,6 +176,12 @@ class Gatherer:
                 self._idle[index] = Pass.FORWARD
         self._depth.clear()
 
+    def go_on_forward(self) -> None:
+        """A backward inside the forward is over: what only it has used may go."""
+        for bucket in self._live.values():
+            if self._is_in_hand(bucket) and not self._is_in_use(bucket):
+                self._idle[bucket.index] = Pass.FORWARD
+
     def rest(self) -> None:
         """The step's use of parameters is over: fragments are registered everywhere, transient memory is free."""
         self._depth.clear()

@@ -61,6 +61,8 @@ class Conductor:
         self._reducer = reducer
         self._precision = precision
         self._phase = Phase.REST
+        self._interrupted = Phase.REST  # what the model was doing when the backward began
+        self._backward = -1  # which of autograd's
         self.has_gradients = False  # whether a parameter got one in the last backward
         self._saved = SavedTensors(buckets)
         self._saver: nn.Module | None = None  # whose forward opened `saved`
@@ -100,7 +102,7 @@ class Conductor:
     @property
     def is_running(self) -> bool:
         """See BucketHost."""
-        return self._phase is not Phase.REST
+        return self._phase is Phase.FORWARD or (self._phase is Phase.BACKWARD and compat.in_backward())
 
     def borrow(self, bucket: Bucket) -> None:
         """See BucketHost."""
@@ -115,7 +117,7 @@ class Conductor:
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         if not compat.in_backward():  # else a checkpointed root is recomputed: the step is under way already
-            self._recover()
+            self.recover()
             self._saved.close()  # left open by an interrupt: nothing encloses the root
             self._phase = Phase.FORWARD
             self.gatherer.begin(training=torch.is_grad_enabled())
@@ -132,7 +134,7 @@ class Conductor:
     def _site_pre(self, site: Site) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
         def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if not compat.in_backward():
-                self._recover()
+                self.recover()
             self._begin_saving(module)
             for bucket in site.buckets:
                 self.gatherer.enter(bucket, self._pass, module=site.name)
@@ -146,7 +148,7 @@ class Conductor:
             self._end_saving(module)
             for bucket in site.buckets:
                 self.gatherer.leave(bucket, self._pass)
-            if transient and torch.is_grad_enabled():
+            if transient:
                 self._watch(transient, result)
             if self._phase is Phase.REST and not self.gatherer.open_buckets:  # a submodule was called by itself
                 self._come_to_rest()
@@ -182,7 +184,7 @@ class Conductor:
             self.gatherer.release_all_but(still_open)
 
         for tensor in _tensors_in(result):
-            if tensor.requires_grad:
+            if tensor.requires_grad and torch.is_grad_enabled():
                 tensor.register_hook(before_backward)
             escaped = self._saved.bucket_of(tensor)
             if escaped is not None:  # a module that returns its weight, or a view of it
@@ -209,7 +211,7 @@ class Conductor:
         grad, full.grad = full.grad, None
         assert grad is not None
         self.has_gradients = True
-        self._reducer.add(bucket, index, grad.detach())
+        self._reducer.add(bucket, index, grad.detach(), is_nested=compat.current_backward() != self._backward)
 
     def _refuse_second_backward(self) -> None:
         if torch.is_grad_enabled() and any(bucket.is_transient for bucket in self._buckets):
@@ -221,15 +223,19 @@ class Conductor:
     def _begin_backward(self) -> None:
         if self._phase is Phase.BACKWARD:
             return
-        self._phase = Phase.BACKWARD
+        self._interrupted, self._phase = self._phase, Phase.BACKWARD
+        self._backward = compat.current_backward()
         self.has_gradients = False
         self._reducer.begin()
         compat.queue_backward_callback(self._end_backward)
 
     def _end_backward(self) -> None:
-        self._phase = Phase.REST
+        self._phase = self._interrupted
         with torch.no_grad():
-            self.gatherer.rest()
+            if self._phase is Phase.FORWARD:  # a derivative that the forward itself takes, such as forces of an energy
+                self.gatherer.go_on_forward()
+            else:
+                self.gatherer.rest()
             if self.has_gradients:  # not after autograd.grad of inputs; the same on every rank
                 self._reducer.finish()
 
@@ -239,8 +245,8 @@ class Conductor:
         self._reducer.abandon()
         self.gatherer.rest()
 
-    def _recover(self) -> None:
-        """A forward begins: whatever an exception, which the caller caught, has left behind is cleared away."""
+    def recover(self) -> None:
+        """Clear away what an exception in a backward, which the caller caught, has left behind."""
         if self._phase is not Phase.BACKWARD:
             return
         self.abandon()

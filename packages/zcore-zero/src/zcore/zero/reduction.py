@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zcore.core.errors import MismatchError
+from zcore.core.errors import MismatchError, StateError
 from zcore.core.mesh import DataParallel
 from zcore.zero.bucket import Bucket
 from zcore.zero.buffer import BucketGradients, DataParallelGroups
@@ -51,6 +51,7 @@ class Reducer:
         self._remaining: dict[int, int] = {}
         self._ready: list[int] = []  # in the order in which this rank completed them
         self._next = 0  # position in the order
+        self._has_nested = False  # whether gradients of a backward inside this one have come
         self._inflight: deque[BucketGradients] = deque()
 
     def note_loss(self, loss: Tensor) -> None:
@@ -71,19 +72,30 @@ class Reducer:
         }
         self._ready.clear()
         self._next = 0
+        self._has_nested = False
 
-    def add(self, bucket: Bucket, index: int, grad: Tensor) -> bool:
-        """Take the gradient of parameter `index` of `bucket`; whether it was the last one of the bucket."""
+    def add(self, bucket: Bucket, index: int, grad: Tensor, *, is_nested: bool) -> None:
+        """Take the gradient of parameter `index` of `bucket`.
+
+        `is_nested` if it is of a backward inside the backward, as of a reentrant checkpoint: others of the same
+        parameter may come, so nothing is reduced before the end. Raises StateError if it comes after the reduction.
+        """
         assert bucket.gradients is not None
+        self._has_nested |= is_nested
+        if bucket.index in self._order[: self._next]:
+            raise StateError(
+                f"{bucket.plan.params[index].fqn} got a second gradient in one backward, after the first was reduced: "
+                "it is used both inside and outside of a reentrant checkpoint (pass use_reentrant=False), or a "
+                "backward that raised is tried again on the same graph (run the forward again)."
+            )
         bucket.gradients.accumulate(index, grad)
         self._used[bucket.index][index] = True
         self._remaining[bucket.index] -= 1
-        if self._remaining[bucket.index]:
-            return False
+        if self._remaining[bucket.index] or bucket.index in self._ready:
+            return
         self._ready.append(bucket.index)
-        if self.reduces:
+        if self.reduces and not self._has_nested:
             self._start_what_is_ready()
-        return True
 
     def finish(self) -> None:
         """The backward is over: reduce what is left and hand the gradients out."""

@@ -2,8 +2,8 @@
 
 A forward saves views of weights for its backward, and the bucket they lie in is freed in between. Where modules begin
 and end says when a bucket is likely to be needed, and hooks there gather ahead; but a regulariser, a loss in a list or
-a frozen weight inside a product is read elsewhere. So every tensor that autograd saves is looked at, about a
-microsecond each, and one that lies in a bucket's memory brings the bucket back when it is read.
+a frozen weight inside a product is read elsewhere. So every tensor that autograd saves is looked at, some
+microseconds each, and one that lies in a bucket's memory brings the bucket back when it is read.
 
 Under hooks torch does not check that saved tensors are unchanged, so this does. Where other hooks save already (a
 non-reentrant checkpoint, an offload) they stay in charge: they save copies, or compute anew inside the modules.
@@ -63,7 +63,7 @@ class SavedTensors:
         return self._by_memory.get(compat.storage_key(tensor))
 
     def _pack(self, tensor: Tensor) -> _Saved:
-        if isinstance(tensor, ShardedParameter):
+        if type(tensor) is ShardedParameter:
             raise StateError(
                 f"{tensor.fqn} was given to an autograd.Function outside the module that owns it, which sees this "
                 "rank's fragment only. Pass `weight.view_as(weight)`, which is the whole, or call the module."

@@ -27,6 +27,7 @@ ELEMENTWISE = frozenset(
         "__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__",
         "__itruediv__ __neg__ __pow__ __abs__",
         "copy zero fill masked_fill nan_to_num sgn floor ceil round trunc frac exp2 expm1 log1p log2 erf sin cos",
+        "absolute negative subtract multiply divide clip",
     )
     for name in names.split()
 )
@@ -207,16 +208,19 @@ class UnreducedGradient(FragmentValues):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         """Note that it is zeroed, answer what has no values, refuse the rest."""
-        if func.__name__ in ("zero_", "_foreach_zero_"):
+        name = func.__name__
+        if name in ("zero_", "_foreach_zero_") or (name == "fill_" and args[1] == 0):
             for each in args[0] if isinstance(args[0], list | tuple) else args[:1]:
                 if isinstance(each, UnreducedGradient):
                     each.was_zeroed = True
                 elif isinstance(each, Tensor):
                     each.zero_()
             return args[0]
-        if _wants_values(func) and func.__name__ not in OF_THE_WHOLE and _property_name(func) not in SHAPE_PROPERTIES:
+        if name in ("detach", "detach_") or _property_name(func) == "data":
+            return args[0]
+        if _wants_values(func) and name not in OF_THE_WHOLE and _property_name(func) not in SHAPE_PROPERTIES:
             raise StateError(
-                f"`{func.__name__}` was called on a gradient that is not reduced yet: the last backward ran inside "
+                f"`{name}` was called on a gradient that is not reduced yet: the last backward ran inside "
                 "no_sync(), or is not the last one of its step. Step, clip and read gradients after a backward outside "
                 "no_sync()."
             )

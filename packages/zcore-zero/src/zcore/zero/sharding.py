@@ -228,6 +228,7 @@ class Sharding:
 
         Raises StateError if the last backward did not reduce them.
         """
+        self.conductor.recover()
         for bucket in self.buckets:
             if bucket.waits_for_reduction:
                 raise StateError(

@@ -1,4 +1,4 @@
-"""The one place that knows how torch's names differ between releases, and the private ones of its distributed part.
+"""The one place that knows how torch's names differ between releases, and private ones of its collectives and autograd.
 
 torch 2.13 renamed the flat collectives (`all_gather_into_tensor` -> `all_gather_single`) and warns about the old names;
 the wheels support torch 2.9 and later. Nothing here decides anything.

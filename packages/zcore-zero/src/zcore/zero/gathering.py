@@ -40,7 +40,7 @@ class Gatherer:
         self._trace = self._training
         self._depth: Counter[int] = Counter()  # modules inside which we are, per bucket
         self._pinned: Counter[int] = Counter()  # open GatheredParameters
-        self._idle: dict[int, Pass] = {}  # left, not yet released; in order of leaving
+        self._idle: dict[int, None] = {}  # left in a forward, not yet released; in order of leaving
         self._ahead: dict[int, int] = {}  # elements of buckets gathered, or kept, ahead of their next use
         self._live: dict[int, Bucket] = {}  # transient ones with gathered memory
         self._is_at_rest = True  # until the first use after a step
@@ -58,7 +58,7 @@ class Gatherer:
             self._drop_if_stale(bucket)
             if bucket.is_transient:
                 if bucket.state is ParamState.AVAILABLE:
-                    self._idle.setdefault(bucket.index, Pass.FORWARD)
+                    self._idle.setdefault(bucket.index)
             elif bucket.state is ParamState.SHARDED:
                 bucket.gather()
             elif bucket.state is ParamState.AVAILABLE:
@@ -90,7 +90,7 @@ class Gatherer:
         self._depth[bucket.index] -= 1
         if not self._depth[bucket.index]:
             del self._depth[bucket.index]
-            self.let_go(bucket, during)
+            self._let_go(bucket)
 
     def keep_open(self, bucket: Bucket) -> None:
         """`bucket` is read outside its modules from now on, until the forward ends."""
@@ -125,14 +125,6 @@ class Gatherer:
             bucket.wait()
         if not bucket.shows_whole:
             bucket.show_whole()
-
-    def let_go(self, bucket: Bucket, during: Pass) -> None:
-        """`bucket` may be released when memory is needed. In a backward only `release_all_but` and `rest` say so."""
-        is_held = bucket.is_transient and bucket.state is ParamState.AVAILABLE
-        if during is Pass.FORWARD and is_held and bucket.index not in self._depth:
-            self._idle[bucket.index] = during
-            if not bucket.is_pinned:
-                bucket.check_unedited()
 
     def release_all_but(self, needed: Set[int]) -> None:
         """A backward has come to where only `needed` buckets were in use: those of later modules are read no more."""
@@ -173,14 +165,14 @@ class Gatherer:
                 bucket.show_fragments()
         for index in self._depth:  # what was kept open, or left by an exception
             if index in self._live:
-                self._idle[index] = Pass.FORWARD
+                self._idle[index] = None
         self._depth.clear()
 
     def go_on_forward(self) -> None:
         """A backward inside the forward is over: what only it has used may go."""
         for bucket in self._live.values():
             if self._is_in_hand(bucket) and not self._is_in_use(bucket):
-                self._idle[bucket.index] = Pass.FORWARD
+                self._idle[bucket.index] = None
 
     def rest(self) -> None:
         """The step's use of parameters is over: fragments are registered everywhere, transient memory is free."""
@@ -192,6 +184,13 @@ class Gatherer:
                 bucket.wait()
             if bucket.state is ParamState.AVAILABLE and not self._pinned[bucket.index]:
                 self._reshard(bucket)
+
+    def _let_go(self, bucket: Bucket) -> None:
+        """`bucket` may be released when memory is needed."""
+        if bucket.is_transient and bucket.state is ParamState.AVAILABLE:
+            self._idle[bucket.index] = None
+            if not bucket.is_pinned:
+                bucket.check_unedited()
 
     def _begin_trace(self, *, training: bool) -> None:
         self._trace = self._training if training else self._inference
@@ -229,13 +228,13 @@ class Gatherer:
 
     def _make_room(self) -> None:
         """Release what is idle, but for what returns soon in the same pass."""
-        for index, during in list(self._idle.items()):
+        for index in list(self._idle):
             bucket = self._buckets[index]
             if self._is_in_use(bucket):
                 continue
             returns = self._live_numel <= self._limits.max_live_numel and returns_within(
                 self._trace.upcoming,
-                Use(index, during),
+                Use(index, Pass.FORWARD),
                 numel_of=self._numel_of,
                 distance_numel=self._limits.max_reuse_numel,
             )
@@ -251,7 +250,9 @@ class Gatherer:
             budget_numel=min(room, self._limits.prefetch_numel - sum(self._ahead.values())),
         )
         self._ahead.update((index, self._numel_of(index)) for index in planned)
-        missing = [index for index in planned if self._idle.pop(index, None) is None]  # the others are there yet: kept
+        missing = [index for index in planned if index not in self._idle]  # the others are there yet: kept
+        for index in planned:
+            self._idle.pop(index, None)
         for index in missing:
             self._start(self._buckets[index])
 

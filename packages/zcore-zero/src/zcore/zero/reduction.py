@@ -51,6 +51,7 @@ class Reducer:
         self._remaining: dict[int, int] = {}
         self._ready: list[int] = []  # in the order in which this rank completed them
         self._next = 0  # position in the order
+        self._started: set[int] = set()  # buckets before it, for a look-up with every gradient
         self._has_nested = False  # whether gradients of a backward inside this one have come
         self._inflight: deque[BucketGradients] = deque()
 
@@ -72,6 +73,7 @@ class Reducer:
         }
         self._ready.clear()
         self._next = 0
+        self._started.clear()
         self._has_nested = False
 
     def add(self, bucket: Bucket, index: int, grad: Tensor, *, is_nested: bool) -> None:
@@ -82,7 +84,7 @@ class Reducer:
         """
         assert bucket.gradients is not None
         self._has_nested |= is_nested
-        if bucket.index in self._order[: self._next]:
+        if bucket.index in self._started:
             raise StateError(
                 f"{bucket.plan.params[index].fqn} got a second gradient in one backward, after the first was reduced: "
                 "it is used both inside and outside of a reentrant checkpoint (pass use_reentrant=False), or a "
@@ -145,7 +147,9 @@ class Reducer:
             self._start_next()
 
     def _start_next(self) -> None:
-        gradients = self._by_index[self._order[self._next]].gradients
+        index = self._order[self._next]
+        self._started.add(index)
+        gradients = self._by_index[index].gradients
         assert gradients is not None
         gradients.start_reduce()
         self._inflight.append(gradients)

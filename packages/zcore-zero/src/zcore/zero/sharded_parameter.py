@@ -209,7 +209,7 @@ class UnreducedGradient(FragmentValues):
     ) -> object:
         """Note that it is zeroed, answer what has no values, refuse the rest."""
         name = func.__name__
-        if name in ("zero_", "_foreach_zero_") or (name == "fill_" and args[1] == 0):
+        if name in ("zero_", "_foreach_zero_") or (name == "fill_" and tuple(args[1:]) == (0,)):
             for each in args[0] if isinstance(args[0], list | tuple) else args[:1]:
                 if isinstance(each, UnreducedGradient):
                     each.was_zeroed = True

@@ -89,7 +89,26 @@ class Borrowing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(functional.linear(x, self.lent.weight.t()))
-        return Product.apply(x, self.other.weight) @ self.lent.weight + self.lent.bias
+        other = self.other.weight.view_as(self.other.weight)
+        return Product.apply(x, other) @ self.lent.weight + self.lent.bias
+
+
+class Keeping(nn.Module):
+    """References to weights of modules that have run, and will run, kept while others are gathered and released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layers, self.head = nn.Linear(8, 8), nn.ModuleList(Layer() for _ in range(3)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        later = self.head.weight
+        x = self.stem(x)
+        kept = [self.stem.weight, self.stem.bias]
+        for layer in self.layers:
+            x = layer(x)
+            kept.append(layer.up.weight)
+        x = functional.linear(self.head(x), later)
+        return functional.linear(x, kept[0], kept[1]) + sum(weight.square().sum() for weight in kept[2:])
 
 
 class Blocks(nn.Module):
@@ -165,6 +184,7 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor],
     "parameter lists": (Listed, one_loss),
     "weight norm": (Parametrized, one_loss),
     "borrowed weights": (Borrowing, one_loss),
+    "references kept between modules": (Keeping, one_loss),
     "a block in two places": (Blocks, one_loss),
     "checkpointed": (lambda: Blocks("not reentrant"), one_loss),
     "checkpointed reentrantly": (lambda: Blocks("reentrant"), one_loss),

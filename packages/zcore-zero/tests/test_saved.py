@@ -316,6 +316,18 @@ def edit_a_weight_in_the_forward() -> str:
     return message_of(lambda: model(batch(0)))
 
 
+def edit_a_weight_between_modules() -> str:
+    class Clipping(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            result = super().forward(input)
+            with torch.no_grad():
+                self[0].weight.clamp_(-0.1, 0.1)
+            return result
+
+    model = zero.shard(Clipping(nn.Linear(WIDTH, WIDTH)), build_mesh(dp=-1), stage=3, options=OPTIONS)
+    return message_of(lambda: model(batch(0)))
+
+
 @pytest.mark.parametrize(
     ("act", "words"),
     [
@@ -323,6 +335,7 @@ def edit_a_weight_in_the_forward() -> str:
         (use_inside_and_outside_of_a_checkpoint, ["second gradient", "use_reentrant=False"]),
         (edit_a_saved_tensor, ["modified in place", "(4, 24)", "clone()"]),
         (edit_a_weight_in_the_forward, ["0.weight", "edited in place", "GatheredParameters", "stage 2"]),
+        (edit_a_weight_between_modules, ["0.weight", "edited in place", "GatheredParameters", "stage 2"]),
     ],
 )
 def test_what_would_give_wrong_gradients_is_refused(ranks, act, words):

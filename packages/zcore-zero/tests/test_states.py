@@ -112,6 +112,8 @@ def test_the_state_says_what_is_registered_and_what_memory_lives(model: nn.Modul
     bucket.gather()
     assert look() == (True, whole_bytes, shard_bytes)
     bucket.wait()
+    assert look() == (True, whole_bytes, shard_bytes)
+    bucket.show_whole()
     assert look() == (False, whole_bytes, shard_bytes)
     assert linear.weight.shape == (24, 96)
     bucket.reshard()
@@ -125,6 +127,7 @@ def test_tied_parameters_change_together(model: nn.Module) -> None:
     shard = model.wte.weight
     bucket.gather()
     bucket.wait()
+    bucket.show_whole()
     assert model.wte.weight is model.head.weight
     assert model.wte.weight is not shard
     bucket.reshard()

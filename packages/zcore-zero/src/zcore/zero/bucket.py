@@ -1,13 +1,15 @@
 """One bucket: its parameters, the state they are in, and which tensors are registered on the modules.
 
-    UNINITIALIZED -> SHARDED <-> AVAILABLE      the state says what is registered: fragments, or whole parameters
+    UNINITIALIZED -> SHARDED <-> AVAILABLE
                         |            ^
                         `- INFLIGHT -'
 
+Fragments are registered, but for modules that run: they see the whole parameters of an AVAILABLE bucket.
 A bucket makes the moves it is asked for; when to make them is the business of `gathering.py` and `reduction.py`.
 """
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
@@ -22,7 +24,7 @@ from zcore.core.mesh import DataParallel
 from zcore.zero.buffer import BucketDtypes, BucketGradients, BucketParameters, DataParallelGroups, Ledger
 from zcore.zero.layout import BucketPlan, Fragment
 from zcore.zero.placement import Placement, Row, owned_slices
-from zcore.zero.sharded_parameter import FragmentValues, ShardedParameter, UnreducedGradient
+from zcore.zero.sharded_parameter import FragmentValues, ShardedParameter, UnreducedGradient, lost_edit
 from zcore.zero.units import ParamSites
 
 __all__ = ["FRAGMENT", "MOVES", "Bucket", "BucketHost", "BucketParam", "ParamState"]
@@ -37,7 +39,7 @@ class ParamState(Enum):
     UNINITIALIZED = auto()  # the model is on meta or still whole; the master shard is not written yet
     SHARDED = auto()  # fragments registered; of a SHARD row the gathered storage is freed
     INFLIGHT = auto()  # master shard and gathered storage live; nobody reads the latter before wait()
-    AVAILABLE = auto()  # gathered storage is whole and registered while the model runs; the master shard still lives
+    AVAILABLE = auto()  # gathered storage is whole, and may be registered and read; the master shard still lives
 
 
 MOVES = {
@@ -145,7 +147,7 @@ class Bucket:
         self.owned = owned_slices(row, dp)
         self.state = ParamState.UNINITIALIZED
         self.is_pinned = False  # inside GatheredParameters, where the fragments stand for the whole
-        self.shows_whole = False  # what is registered on the modules
+        self._shown: set[int] = set()  # parameters of which the whole is registered on the modules
         self._num_updates = 0  # announced ones; edits in place show in the master's version
         self._gathered: tuple[int, int] | None = None  # of which values there is a whole copy
         self._computed_with: tuple[int, int] | None = None  # the values that the last forward read
@@ -266,7 +268,8 @@ class Bucket:
     def seal(self) -> None:
         """UNINITIALIZED -> SHARDED: every fragment is written; register them."""
         self._move(ParamState.SHARDED)
-        self.show_fragments()
+        for param in self.params:
+            param.register(param.shard)
 
     def gather(self) -> None:
         """SHARDED -> INFLIGHT, or straight to AVAILABLE where the gathered copy is still current."""
@@ -291,38 +294,42 @@ class Bucket:
     def _make_available(self) -> None:
         self._move(ParamState.AVAILABLE)
         self._versions = [param.full._version for param in self.params]
-        self.show_whole()
 
     def check_unedited(self) -> None:
-        """Raise StateError if a gathered parameter was edited in place, which would be lost when it is released."""
-        for param, version in zip(self.params, self._versions, strict=True):
-            if param.full._version != version:
-                raise StateError(
-                    f"{param.shard.fqn} was edited in place inside the model's forward, as clipping of weights or an "
-                    "embedding's max_norm does. Under stage 3 that edits a copy which is freed. Edit it between steps "
-                    "inside `with zero.GatheredParameters([param], modifier_rank=0)`, or use stage 2."
-                )
+        """Raise StateError if a parameter that is shown was edited in place: released, the edit would be lost."""
+        for index in self._shown:
+            param = self.params[index]
+            if param.full._version != self._versions[index]:
+                raise lost_edit(param.shard.fqn)
 
-    def show_whole(self) -> None:
-        """Register the whole parameters; the bucket must be AVAILABLE."""
-        self.shows_whole = True
-        for param in self.params:
-            param.check_registered()
-            trains = param.is_trainable
-            if trains and self.gradients is None:
-                raise StateError(
-                    f"{param.shard.fqn} was frozen when the model was sharded and is to be trained now, but its bucket "
-                    "has no gradients. Set requires_grad before sharding; freezing later is fine."
-                )
-            if trains != param.full.requires_grad:
-                param.full.requires_grad_(trains)
-            param.register(param.full)
+    def show_whole(self, which: Iterable[int] | None = None) -> None:
+        """Register whole parameters: those at the positions `which`, or all. The bucket must be AVAILABLE."""
+        if len(self._shown) == len(self.params):
+            return
+        for index in range(len(self.params)) if which is None else which:
+            if index not in self._shown:
+                self._shown.add(index)
+                self.params[index].register(self._ready(index))
 
     def show_fragments(self) -> None:
-        """Register the fragments, whatever memory lives: outside forward and backward they are the parameters."""
-        self.shows_whole = False
-        for param in self.params:
-            param.register(param.shard)
+        """Register the fragments again, whatever memory lives."""
+        for index in self._shown:
+            self.params[index].register(self.params[index].shard)
+        self._shown.clear()
+
+    def _ready(self, index: int) -> nn.Parameter:
+        """The whole parameter, if the fragment is still its own; it follows what the user froze between steps."""
+        param = self.params[index]
+        param.check_registered()
+        trains = param.is_trainable
+        if trains and self.gradients is None:
+            raise StateError(
+                f"{param.shard.fqn} was frozen when the model was sharded and is to be trained now, but its bucket "
+                "has no gradients. Set requires_grad before sharding; freezing later is fine."
+            )
+        if trains != param.full.requires_grad:
+            param.full.requires_grad_(trains)
+        return param.full
 
     def reshard(self) -> None:
         """AVAILABLE -> SHARDED."""
@@ -423,6 +430,10 @@ class Bucket:
         """See ParameterOwner."""
         return self.is_pinned
 
+    def keeps_edits(self) -> bool:
+        """See ParameterOwner."""
+        return self.is_pinned or not self.is_transient
+
     def may_gather(self) -> bool:
         """See ParameterOwner."""
         host = self.host() if self.host is not None else None
@@ -433,7 +444,7 @@ class Bucket:
         host = self.host() if self.host is not None else None
         if with_data and host is not None and host.is_running:
             host.borrow(self)
-        return self.params[index].full
+        return self._ready(index)
 
 
 def _move_hooks(original: nn.Parameter, full: nn.Parameter, fqn: str) -> None:

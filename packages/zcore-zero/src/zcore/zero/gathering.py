@@ -69,19 +69,20 @@ class Gatherer:
         """Those with a module inside which we are."""
         return frozenset(self._depth)
 
-    def enter(self, bucket: Bucket, during: Pass, *, module: str) -> None:
-        """Make `bucket` AVAILABLE for a module that starts, and start what comes next.
+    def enter(self, bucket: Bucket, during: Pass, *, module: str, shown: Sequence[int] = ()) -> None:
+        """Make `bucket` AVAILABLE for a module that starts, show it the parameters `shown`, and start what comes next.
 
+        Others stay fragments, so that what is read of them between modules is never memory that is freed later.
         A recomputation inside a backward may stop in the middle of a module, so there entering and leaving do not
         count: what is gathered then stays until `release_all_but` or `rest`.
         """
         if during is Pass.FORWARD:
             self._depth[bucket.index] += 1
-            if self._depth[bucket.index] > 1:
-                return
-        self.use(bucket, during, module=module)
-        if torch.is_grad_enabled():
-            bucket.note_computation()
+        if during is Pass.BACKWARD or self._depth[bucket.index] == 1:
+            self.use(bucket, during, module=module)
+            if torch.is_grad_enabled():
+                bucket.note_computation()
+        bucket.show_whole(shown)
 
     def leave(self, bucket: Bucket, during: Pass) -> None:
         """A module is done with `bucket`. Raises StateError if it has edited parameters that are gathered."""
@@ -123,7 +124,7 @@ class Gatherer:
             self._prefetch()
         if bucket.state is ParamState.INFLIGHT:
             bucket.wait()
-        if not bucket.shows_whole:
+        if not bucket.is_transient:
             bucket.show_whole()
 
     def release_all_but(self, needed: Set[int]) -> None:
@@ -161,7 +162,7 @@ class Gatherer:
         for bucket in self._buckets:
             if bucket.state is ParamState.INFLIGHT and not bucket.is_transient:
                 bucket.wait()  # no module used it; what follows may edit the fragments, which lie in the same memory
-            if bucket.shows_whole and not bucket.is_pinned:
+            if not bucket.is_pinned:
                 bucket.show_fragments()
         for index in self._depth:  # what was kept open, or left by an exception
             if index in self._live:
@@ -191,6 +192,7 @@ class Gatherer:
             self._idle[bucket.index] = None
             if not bucket.is_pinned:
                 bucket.check_unedited()
+                bucket.show_fragments()
 
     def _begin_trace(self, *, training: bool) -> None:
         self._trace = self._training if training else self._inference
@@ -221,7 +223,7 @@ class Gatherer:
     def _is_in_hand(self, bucket: Bucket) -> bool:
         """Whether it is AVAILABLE, and was used since it was kept or gathered ahead."""
         is_spare = bucket.index in self._idle or bucket.index in self._ahead
-        return bucket.state is ParamState.AVAILABLE and bucket.shows_whole and not is_spare
+        return bucket.state is ParamState.AVAILABLE and not is_spare
 
     def _is_in_use(self, bucket: Bucket) -> bool:
         return bucket.index in self._depth or self._pinned[bucket.index] > 0

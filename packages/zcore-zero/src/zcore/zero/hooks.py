@@ -11,6 +11,7 @@ end of backward  reduce what is left, hand out gradients, everything SHARDED
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
@@ -40,14 +41,12 @@ class Phase(Enum):
     BACKWARD = auto()
 
 
+@dataclass(frozen=True, slots=True)
 class Site:
-    """A module whose forward uses buckets."""
+    """A module whose forward uses buckets, and the positions in them of the parameters in it and below."""
 
-    __slots__ = ("buckets", "name")
-
-    def __init__(self, name: str, buckets: Sequence[Bucket]) -> None:
-        self.name = name
-        self.buckets = tuple(buckets)
+    name: str
+    buckets: tuple[tuple[Bucket, tuple[int, ...]], ...]
 
 
 class Conductor:
@@ -136,17 +135,17 @@ class Conductor:
             if not compat.in_backward():
                 self.recover()
             self._begin_saving(module)
-            for bucket in site.buckets:
-                self.gatherer.enter(bucket, self._pass, module=site.name)
+            for bucket, inside in site.buckets:
+                self.gatherer.enter(bucket, self._pass, module=site.name, shown=inside)
 
         return enter
 
     def _site_post(self, site: Site) -> Callable[[nn.Module, object, object], None]:
-        transient = tuple(bucket for bucket in site.buckets if bucket.is_transient)
+        transient = tuple(bucket for bucket, _ in site.buckets if bucket.is_transient)
 
         def leave(module: nn.Module, args: object, result: object) -> None:
             self._end_saving(module)
-            for bucket in site.buckets:
+            for bucket, _ in site.buckets:
                 self.gatherer.leave(bucket, self._pass)
             if transient:
                 self._watch(transient, result)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from zcore.core.errors import StateError
 
-__all__ = ["FragmentValues", "ParameterOwner", "ShardedParameter", "UnreducedGradient"]
+__all__ = ["FragmentValues", "ParameterOwner", "ShardedParameter", "UnreducedGradient", "lost_edit"]
 
 # What acts on each element by itself, and so means the same on a fragment: optimizers may, without autograd.
 ELEMENTWISE = frozenset(
@@ -53,6 +53,10 @@ class ParameterOwner(Protocol):
 
     def stands_for_whole(self) -> bool:
         """Whether the parameters are being read or edited whole."""
+        ...
+
+    def keeps_edits(self) -> bool:
+        """Whether what is written to the whole parameter outlasts its gathered memory."""
         ...
 
     def mark_stale(self) -> None:
@@ -131,6 +135,8 @@ class ShardedParameter(nn.Parameter):
             if func.__name__ in OF_THE_WHOLE or _property_name(func) in SHAPE_PROPERTIES:
                 return _call_on_whole(func, args, kwargs, with_data=False)
             if first.owner.may_gather() or first.owner.stands_for_whole():
+                if first is args[0] and _is_in_place(func) and _wants_values(func) and not first.owner.keeps_edits():
+                    raise lost_edit(first.fqn)
                 wants_data = _wants_values(func) or func.__name__ == "detach" or _property_name(func) == "data"
                 return _call_on_whole(func, args, kwargs, with_data=wants_data)
             if _wants_values(func) and (torch.is_grad_enabled() or not _is_elementwise(func)):
@@ -296,6 +302,15 @@ def _call_on_whole(
 
     args, kwargs = tree_map_only(ShardedParameter, whole, (tuple(args), dict(kwargs)))
     return func(*args, **kwargs)
+
+
+def lost_edit(fqn: str) -> StateError:
+    """The error for an edit of a copy that will be freed."""
+    return StateError(
+        f"{fqn} was edited in place inside the model's forward, as clipping of weights or max_norm of an embedding do. "
+        "Under stage 3 that edits a copy which is freed. Edit it between steps inside `with zero.GatheredParameters("
+        "[param], modifier_rank=0)`, or use stage 2."
+    )
 
 
 def _outside_forward(param: ShardedParameter, func: Callable[..., object]) -> str:

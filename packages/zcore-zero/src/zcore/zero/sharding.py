@@ -346,19 +346,28 @@ def find_shardable(model: nn.Module) -> tuple[ParamSites, ...]:
 
 def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.Module, Site]]:
     """Modules that own parameters, and blocks: a block has its buckets gathered once, before it starts."""
-    owners: dict[nn.Module, dict[int, Bucket]] = {}
+    used: dict[nn.Module, set[int]] = {}
+    owned: dict[nn.Module, dict[int, list[int]]] = {}  # positions by bucket
     for bucket in buckets:
-        for param in bucket.params:
+        for position, param in enumerate(bucket.params):
             for module_ref, _ in param.sites:
                 module = module_ref()
                 assert module is not None
-                owners.setdefault(module, {})[bucket.index] = bucket
+                used.setdefault(module, set()).add(bucket.index)
+                owned.setdefault(module, {}).setdefault(bucket.index, []).append(position)
     for name, block in find_blocks(model).items():
-        whole = {bucket.index: bucket for bucket in buckets if bucket.plan.unit == name}
+        whole = {bucket.index for bucket in buckets if bucket.plan.unit == name}
         if whole:
-            owners.setdefault(block, {}).update(whole)
+            used.setdefault(block, set()).update(whole)
+
+    def below(module: nn.Module, index: int) -> tuple[int, ...]:
+        return tuple(each for part in module.modules() for each in owned.get(part, {}).get(index, ()))
+
     names = {module: name for name, module in model.named_modules()}
-    return [(module, Site(names[module], list(used.values()))) for module, used in owners.items()]
+    return [
+        (module, Site(names[module], tuple((buckets[index], below(module, index)) for index in sorted(indices))))
+        for module, indices in used.items()
+    ]
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:

@@ -1,8 +1,8 @@
 """What developers and CI run: `nox -l` lists the sessions, `nox -s tests` runs every test.
 
-`quickstart`, `alone-*` and `matrix` build wheels and install the files, as a user would; `tests`, `types` and `docs`
-install the tree in editable form. With uv as backend all environments share one torch through hard links (uv's cache
-and `.nox` must lie on one file system), and a warm environment takes about a second.
+`quickstart`, `alone-*` and `matrix` build wheels and install the files, as a user would; `wheels` only builds them;
+`tests`, `types` and `docs` install the tree in editable form. With uv as backend all environments share one torch
+through hard links (uv's cache and `.nox` must lie on one file system), and a warm environment takes about a second.
 """
 
 import os
@@ -46,19 +46,24 @@ def install(session: nox.Session, *requirements: str) -> None:
     session.install("--constraint", str(ROOT / "constraints.txt"), *requirements)
 
 
+def build(session: nox.Session, wheel: str, folder: Path) -> Path:
+    """Build `wheel` by way of its source distribution into `folder`, in place of what was built before; the file."""
+    source, name = ROOT / "packages" / wheel, wheel.replace("-", "_")
+    for stale in folder.glob(f"{name}-*.whl"):
+        stale.unlink()
+    if session.venv_backend == "uv":
+        session.run("uv", "build", "--quiet", "--out-dir", str(folder), str(source), external=True)
+    else:  # pip skips the source distribution
+        session.run("pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source))
+    (file,) = folder.glob(f"{name}-*.whl")
+    return file
+
+
 def install_built(session: nox.Session, *wheels: str, extras: dict[str, str], beside: tuple[str, ...] = ()) -> None:
-    """Build each wheel by way of its source distribution and install the files, with `extras`, and what is `beside`."""
-    requirements = []
-    for wheel in wheels:
-        source, built = ROOT / "packages" / wheel, Path(session.create_tmp()).resolve() / wheel
-        for stale in built.glob("*.whl"):
-            stale.unlink()
-        if session.venv_backend == "uv":
-            session.run("uv", "build", "--quiet", "--out-dir", str(built), str(source), external=True)
-        else:  # pip skips the source distribution
-            session.run("pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), str(source))
-        (file,) = built.glob("*.whl")
-        requirements.append(f"{wheel}{extras.get(wheel, '')} @ {file.as_uri()}")
+    """Build each wheel and install the files, with `extras`, and what is `beside`."""
+    folder = Path(session.create_tmp()).resolve()
+    files = {wheel: build(session, wheel, folder / wheel) for wheel in wheels}
+    requirements = [f"{wheel}{extras.get(wheel, '')} @ {file.as_uri()}" for wheel, file in files.items()]
     install(session, *requirements, *beside)
 
 
@@ -77,9 +82,16 @@ def quickstart(session: nox.Session) -> None:
 
 
 @nox.session
+def wheels(session: nox.Session) -> None:
+    """Build every wheel into dist/, for `pip install --find-links dist zcore-zero "zcore-core[cli]"`."""
+    for wheel in WHEELS:
+        print(build(session, wheel, ROOT / "dist").relative_to(ROOT))
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run every test of the tree in one environment; arguments after -- go to pytest."""
-    install_editable(session, "pytest", "hypothesis")
+    install_editable(session, "pytest", "hypothesis", "transformers")
     session.run("pytest", *session.posargs)
 
 

@@ -1,5 +1,6 @@
 """The training program of docs/examples on two ranks: it learns, it resumes at the exact step, its report draws."""
 
+import io
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ sys.path.insert(0, str(EXAMPLES))
 import report  # noqa: E402 - found on the path above
 import train_gpt  # noqa: E402
 from gpt import GPT, GPTConfig, generate  # noqa: E402
+from rich.console import Console  # noqa: E402
 from text import Corpus, encode, train_tokenizer  # noqa: E402
 
 from zcore import zero  # noqa: E402
@@ -73,11 +75,30 @@ def test_the_report_shows_every_rank_and_draws_the_curve(tmp_path, capsys):
     held = zero.RankMemory(2**20, 2**20, 2**21, 2**19)
     memory = zero.MemoryReport((held, held), zero.RankMemory(2**21, 2**21, 2**22, 0))
     history = {"losses": [5.0, 4.0, 3.5], "bits_per_byte": {"start": 6.0, "end": 4.0}}
-    report.show(
-        small_corpus(), history, memory, "x = 1", stage=3, options="--seed 7 ", out=tmp_path, steps=3, train_s=1.0
-    )
+    options = {"--seed": 7, "--steps": 3}
+    report.show(small_corpus(), history, memory, "x = 1", stage=3, options=options, out=tmp_path, steps=3, train_s=1.0)
     shown = capsys.readouterr().out
-    assert all(
-        name in shown for name in ("rank 0", "rank 1", "plain DDP", "gzip -9", "xz -9", "--seed 7 --resume --steps 203")
-    )
+    assert all(name in shown for name in ("rank 0", "rank 1", "plain DDP ", "peak gathered", "gzip -9", "xz -9"))
+    assert "--resume --seed 7 --steps 203" in shown
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("out", ["runs/gpt", "runs/stage1", "runs/stage3", "runs/gpt-stage1"])
+def test_no_command_that_is_proposed_overwrites_the_run(stage, out):
+    options = {"--stage": stage, "--out": out, "--steps": 20}
+    lines = report.files_and_next_commands(Path(out), Path(out) / "curve.png", 20, stage, options)
+    (resume,) = (line for line in lines if "# train on" in line)
+    (other,) = (line for line in lines if "# the same losses" in line)
+    assert f"--resume --stage {stage} --out {out} --steps 220 " in resume
+    assert f"--out {out} " not in other and f"--stage {stage} " not in other
+    assert "--steps 20 " in other
+
+
+def test_the_memory_table_fits_a_terminal_of_80_columns():
+    held = zero.RankMemory(*(987 * 2**20 for _ in range(4)))
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.memory_table(zero.MemoryReport((held, held), held), stage=3))
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 9  # nothing is wrapped
+    assert max(map(len, lines)) <= 80

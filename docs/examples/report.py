@@ -22,7 +22,7 @@ def show(
     sample: str,
     *,
     stage: int,
-    options: str,
+    options: Mapping[str, object],
     out: Path,
     steps: int,
     train_s: float,
@@ -35,7 +35,7 @@ def show(
     console.print(memory_table(memory, stage=stage))
     console.print(compression_table(history["bits_per_byte"], others, corpus, steps=steps, train_s=train_s))
     console.print(Panel(Syntax(sample, "python", background_color="default"), title="A sample, after its first words"))
-    for line in files_and_next_commands(out, curve, steps, options):
+    for line in files_and_next_commands(out, curve, steps, stage, options):
         console.print(line, soft_wrap=True)  # what a reader may copy is not cut
 
 
@@ -43,12 +43,12 @@ def memory_table(memory: MemoryReport, *, stage: int) -> Table:
     """What each rank holds between steps, beside what plain data parallelism would hold on each."""
     table = Table(title=f"Model states per rank at ZeRO stage {stage}, in MiB")
     table.add_column("")
-    for name in ("parameters", "gradients", "optimizer", "together", "gathered at most"):
+    for name in ("parameters", "gradients", "optimizer", "together", "peak gathered"):
         table.add_column(name, justify="right")
     for rank, held in enumerate(memory.ranks):
         table.add_row(f"rank {rank}", *_in_mib(held), style="green")
     table.add_section()
-    table.add_row("plain DDP, each", *_in_mib(memory.data_parallel)[:-1], "-")
+    table.add_row("plain DDP", *_in_mib(memory.data_parallel)[:-1], "-")
     return table
 
 
@@ -80,8 +80,8 @@ def compression_table(
     return table
 
 
-def files_and_next_commands(out: Path, curve: Path, steps: int, options: str) -> list[str]:
-    """Where things lie, and what to try: lines with Rich's markup. `options` are those that name this run."""
+def files_and_next_commands(out: Path, curve: Path, steps: int, stage: int, options: Mapping[str, object]) -> list[str]:
+    """Where things lie, and what to try: lines with Rich's markup. `options` are those that this run was given."""
     nox = next((parent for parent in Path(sys.prefix).parents if parent.name == ".nox"), None)
     run = "tools/nox -s quickstart --" if nox else "torchrun --nproc-per-node 2 docs/examples/train_gpt.py"
     zcore = f"{Path(sys.prefix).relative_to(nox.parent)}/bin/zcore" if nox else "zcore"
@@ -91,9 +91,12 @@ def files_and_next_commands(out: Path, curve: Path, steps: int, options: str) ->
         "weights for plain torch": out / "model.safetensors",
         "tokenizer": out / "tokenizer.json",
     }
+    other = 1 if stage == 3 else 3
+    beside = out.with_name(f"{out.name.removesuffix(f'-stage{stage}')}-stage{other}")  # this run is not overwritten
+    further = _written({**options, "--steps": steps + 200})
     commands = {
-        "train on from the checkpoint": f"{run} {options}--resume --steps {steps + 200}",
-        "the same losses with other memory": f"{run} --stage 1 --out runs/stage1",
+        "train on from the checkpoint": f"{run} --resume {further}",
+        "the same losses with other memory": f"{run} {_written({**options, '--stage': other, '--out': beside})}",
         "what is installed, and what would be gained by what": f"{zcore} doctor",
     }
     return [
@@ -102,6 +105,10 @@ def files_and_next_commands(out: Path, curve: Path, steps: int, options: str) ->
         "\n[bold]Next",
         *(f"  {command}  [dim]# {aim}" for aim, command in commands.items()),
     ]
+
+
+def _written(options: Mapping[str, object]) -> str:
+    return " ".join(f"{name} {value}" for name, value in options.items())
 
 
 def draw_loss_curve(path: Path, corpus: Corpus, history: Mapping, others: Mapping[str, float]) -> None:
@@ -119,11 +126,12 @@ def draw_loss_curve(path: Path, corpus: Corpus, history: Mapping, others: Mappin
     axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label="training, smoothed")
     ends = history["bits_per_byte"]
     axes.plot((0, len(losses)), (ends["start"], ends["end"]), "o", color="tab:red", label="held-out files")
-    axes.annotate(f"{ends['end']:.2f}", (len(losses), ends["end"]), (6, -3), textcoords="offset points")
+    for step, bits in ((0, ends["start"]), (len(losses), ends["end"])):
+        axes.annotate(f"{bits:.3f}", (step, bits), (6, -3), textcoords="offset points")
     for (name, bits), style in zip(others.items(), ("--", ":"), strict=True):
-        axes.axhline(bits, color="0.35", linestyle=style, linewidth=1.2, label=f"{name} on held-out files, {bits:.2f}")
+        axes.axhline(bits, color="0.35", linestyle=style, linewidth=1.2, label=f"{name} on held-out files, {bits:.3f}")
     axes.set(xlabel="optimizer step", ylabel="bits per byte", title="A small GPT on Python's standard library")
-    axes.set_xlim(right=1.07 * len(losses))
+    axes.set_xlim(right=1.1 * len(losses))
     axes.set_ylim(bottom=min([1.0, *losses]), top=4.0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)

@@ -1,8 +1,9 @@
 """Train a small GPT on the sources of Python's standard library, with its states sharded over the ranks.
 
-    torchrun --nproc-per-node 2 docs/examples/train_gpt.py             # ZeRO-3, some 4 minutes on 2 cores
-    torchrun --nproc-per-node 2 docs/examples/train_gpt.py --stage 1   # the same numbers, other memory
-    torchrun --nproc-per-node 2 docs/examples/train_gpt.py --resume    # goes on where the last run was saved
+    export OMP_NUM_THREADS=1                                            # cores / ranks
+    torchrun --nproc-per-node 2 docs/examples/train_gpt.py              # ZeRO-3, some 4 minutes on 2 cores
+    torchrun --nproc-per-node 2 docs/examples/train_gpt.py --resume --steps 600  # the run goes on where it was saved
+    torchrun --nproc-per-node 2 docs/examples/train_gpt.py --stage 1 --out runs/stage1  # same numbers, other memory
 
 Beside this file lie the model (gpt.py), the data (text.py), what is shown at the end (report.py) and the settings
 (ds_config.json, DeepSpeed's keys). The lines that shard are marked [zero]; the rest is an ordinary training program.
@@ -54,8 +55,6 @@ def main() -> None:
         raise SystemExit(f"{args.config} has no scheduler that says for how long to train: pass --steps.")
 
     zero.init_distributed()  # [zero] joins torchrun's ranks; alone without torchrun
-    print_once("reading the standard library and training a tokenizer on it ...")
-    corpus = load_corpus(vocab_size=GPTConfig().vocab_size)
     torch.manual_seed(args.seed)
     with zero.Init(config=config):  # [zero] takes no memory: each rank computes only its own part of every parameter
         model = GPT(GPTConfig())
@@ -65,8 +64,12 @@ def main() -> None:
     if args.resume:
         history = engine.load_checkpoint(args.out)["history"]  # [zero] states, schedule and counters, bit for bit
         if engine.global_steps >= steps:
-            raise SystemExit(f"{args.out} has {engine.global_steps} steps already: pass --steps with a larger number.")
-    else:
+            print_once(f"{args.out} has its {engine.global_steps} steps already: pass --steps with a larger number.")
+            dist.destroy_process_group()
+            return
+    print_once("reading the standard library and training a tokenizer on it ...")
+    corpus = load_corpus(vocab_size=GPTConfig().vocab_size)
+    if not args.resume:
         print_once("judging the untrained model on held-out files ...")
         history["bits_per_byte"]["start"] = bits_per_byte(engine, corpus)
     started_s = time.monotonic()
@@ -84,8 +87,8 @@ def main() -> None:
         save_file(weights, args.out / "model.safetensors")
         corpus.tokenizer.save(str(args.out / "tokenizer.json"))
         steps, stage = engine.global_steps, engine.config.zero_optimization.stage
-        given = {"--config": args.config, "--stage": args.stage, "--seed": args.seed or None, "--out": args.out}
-        options = "".join(f"{name} {value} " for name, value in given.items() if value not in (None, *DEFAULTS))
+        given = {f"--{name}": getattr(args, name) for name in ("config", "stage", "seed", "out", "steps")}
+        options = {name: value for name, value in given.items() if value not in (None, 0, *DEFAULTS)}
         report.show(
             corpus, history, memory, sample, stage=stage, options=options, out=args.out, steps=steps, train_s=train_s
         )
@@ -106,6 +109,7 @@ def train(engine: zero.Engine, corpus: Corpus, history: dict, *, steps: int, see
         corpus.train, context=context, batch_size=micro_batch, seed=seed, first=engine.micro_steps, **ranks
     )
     engine.train()
+    where = "on the device" if engine.device.type == "cuda" else "in the whole process"
     with progress("training", total=steps, rank=engine.global_rank) as bar:
         bar.update(engine.global_steps)
         while engine.global_steps < steps:
@@ -118,8 +122,9 @@ def train(engine: zero.Engine, corpus: Corpus, history: dict, *, steps: int, see
             dist.all_reduce(losses)
             history["losses"].append(losses.item() / (num_micro * engine.dp_size))
             tokens_per_s = engine.config.train_batch_size * context / (time.monotonic() - step_started_s)
-            memory = f"{device_in_use_bytes(engine.device) / 2**20:,.0f} MiB"
-            bar.update(loss=history["losses"][-1], tokens_per_s=tokens_per_s, memory=memory)
+            memory = f"{device_in_use_bytes(engine.device) / 2**20:,.0f} MiB {where}"
+            loss = f"{history['losses'][-1]:.4f}"  # the mean over all ranks
+            bar.update(loss=loss, tokens_per_s=tokens_per_s, memory=memory)
             if engine.global_steps % SAVE_EVERY == 0 or engine.global_steps == steps:
                 engine.save_checkpoint(out, tag="last", client_state={"history": history})  # [zero] each rank its part
 

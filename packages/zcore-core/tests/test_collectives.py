@@ -7,7 +7,14 @@ import torch
 import torch.distributed as dist
 
 from zcore.core import collectives as collectives_module
-from zcore.core.collectives import TorchCollectives, choose_collectives, last_collective, tree_sum_
+from zcore.core.collectives import (
+    Call,
+    TorchCollectives,
+    choose_collectives,
+    failed_collective,
+    last_collective,
+    tree_sum_,
+)
 from zcore.core.testing import RankFailed
 
 NUMELS = [0, 1, 7, 32, 20_001]  # the last is above SMALL_BYTES in fp32, and odd
@@ -250,6 +257,20 @@ def test_a_collective_whose_peer_is_gone_says_which_one_and_what_to_do(ranks, op
         assert words in failure.message
     assert "\n" not in failure.message
     assert failure.message.isascii()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Read error [127.0.0.1]:1: Connection reset by peer. Check its logs. GLHF! \U0001f3d6\ufe0f",
+        "Read error [127.0.0.1]:1: Connection reset by peer. Check its logs.",
+        "Read error [127.0.0.1]:1: Connection reset by peer. Check its logs. Good luck!\nframe #0: 0x1",
+    ],
+)
+def test_the_backends_words_end_before_its_good_wishes(words):
+    call = Call("all_gather", "blocks.3", 4, 16, "dp", 0)
+    message = str(failed_collective(call, RuntimeError(words)))
+    assert message.endswith("words: Read error [127.0.0.1]:1: Connection reset by peer. Check its logs.)")
 
 
 def never_come():

@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from zcore.core.errors import ConfigError, NotInstalledError
-from zcore.core.events import Events, JsonlSink, LogSink, MemorySink, Metric, Sink, _Lines, open_sink, progress
+from zcore.core.events import (
+    Events,
+    JsonlSink,
+    LogSink,
+    MemorySink,
+    Metric,
+    Sink,
+    _Lines,
+    log_visibly,
+    open_sink,
+    progress,
+)
 
 
 class Terminal(io.StringIO):
@@ -28,6 +39,22 @@ def test_every_sink_gets_every_metric_in_order(tmp_path: Path, caplog: pytest.Lo
     lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert lines[0] == {"name": "loss", "value": 2.5, "unit": "nats", "step": 7, "rank": 1}
     assert len(lines) == 2
+
+
+def test_a_line_that_was_asked_for_is_on_stderr_until_logging_is_configured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = logging.getLogger("alone")
+    monkeypatch.setattr(alone, "propagate", False)  # pytest has handlers at the root
+    log_visibly(alone, "step %d", 1)
+    assert capsys.readouterr().err == "step 1\n"
+    configured = io.StringIO()
+    monkeypatch.setattr(alone, "handlers", [logging.StreamHandler(configured)])
+    log_visibly(alone, "step %d", 2)
+    alone.setLevel(logging.INFO)
+    log_visibly(alone, "step %d", 3)
+    assert configured.getvalue() == "step 3\n"
+    assert capsys.readouterr().err == ""
 
 
 def test_a_jsonl_file_grows_and_is_whole_before_it_is_closed(tmp_path: Path) -> None:

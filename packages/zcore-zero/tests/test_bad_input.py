@@ -62,6 +62,7 @@ REFUSALS = {
     "backward of a vector": ("StateError", ["backward()", "one number", "(3,)", ".mean()"]),
     "backward of another loss": ("StateError", ["No trainable parameter", "engine(...)", "detach()"]),
     "backward of no tensor": ("StateError", ["backward()", "one number", "float"]),
+    "step without an optimizer": ("StateError", ["step()", "has none", "`optimizer`", "evaluate only"]),
     "last backward inside no_sync": ("StateError", ["no_sync()", "not reduced"]),
     "saving in mid-step": ("StateError", ["checkpoint", "after the step()"]),
     "torch's clip_grad_norm_": ("StateError", ["rank", "zero.clip_grad_norm_", "gradient_clipping"]),
@@ -216,6 +217,12 @@ def cases_of_calls():
         train_step(engine, 0)
         engine.step()
 
+    def step_without_an_optimizer():
+        bare = zero.initialize(TinyModel(), settings(optimizer=None, gradient_accumulation_steps=2))
+        for step in range(2):  # the first call has nothing to step
+            assert bare.global_steps == 0 and bare.micro_steps == step
+            train_step(bare, step)
+
     def end_inside_no_sync():
         with accumulating.no_sync():
             for step in range(2):
@@ -246,6 +253,7 @@ def cases_of_calls():
         "backward of a vector": lambda: engine.backward(torch.ones(3, requires_grad=True)),
         "backward of another loss": lambda: engine.backward(torch.ones((), requires_grad=True) * 2),
         "backward of no tensor": lambda: engine.backward(1.5),
+        "step without an optimizer": step_without_an_optimizer,
         "last backward inside no_sync": end_inside_no_sync,
         "saving in mid-step": save_in_mid_step,
         "torch's clip_grad_norm_": clip_as_torch_does,

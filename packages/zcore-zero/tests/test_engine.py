@@ -1,5 +1,7 @@
 """The engine as a user drives it: accessors, accumulation, evaluation in between, and going on after an exception."""
 
+import contextlib
+import io
 import logging
 import math
 
@@ -73,6 +75,8 @@ def look_at_everything(zero_stage):
     dist.all_gather_object(told, (norm, {name: value.tolist() for name, value in everywhere.items()}))
     assert told[0] == told[1]  # the norm and the weights are the same on every rank
     assert "TinyModel" in repr(model)
+    expected = f"Engine(TinyModel, ZeRO stage {zero_stage}, 2 ranks, {num_params:,} parameters, 2 steps so far)"
+    assert repr(engine) == expected
 
 
 def test_every_accessor_tells_what_it_says(ranks):
@@ -332,6 +336,26 @@ def test_steps_are_logged_on_rank_0_as_often_as_asked(ranks):
     lines = [line for line in first if line.startswith("step ")]
     assert [line.split(":")[0] for line in lines] == ["step 2", "step 4"]
     assert not [line for line in second if line.startswith("step ")]
+
+
+def print_steps_unconfigured():
+    """What reaches stderr, and after somebody has configured logging what reaches that; both with their losses."""
+    shown = io.StringIO()
+    config = settings(steps_per_print=2, gradient_accumulation_steps=2)
+    with contextlib.redirect_stderr(shown):
+        engine = zero.initialize(TinyModel(), config)
+        losses = train_steps(engine, range(4))
+        norm = engine.get_global_grad_norm()
+        records = listen()
+        train_steps(engine, range(4, 8))
+    return shown.getvalue(), sum(losses[2:]) / 2, norm, [line for line in records.lines if line.startswith("step ")]
+
+
+def test_where_nobody_has_configured_logging_steps_show_on_stderr_once_with_the_loss_of_rank_0(ranks):
+    (shown, loss, norm, logged), (of_rank_1, *_, logged_on_1) = ranks(2, print_steps_unconfigured)
+    assert shown == f"step 2: loss {loss:#.4g}, gradient norm {norm:#.4g}, learning rate 0.01000\n"
+    assert [line.split(":")[0] for line in logged] == ["step 4"]
+    assert (of_rank_1, logged_on_1) == ("", [])
 
 
 def use_keys_without_effect():

@@ -183,8 +183,73 @@ def with_assigned_gradients_and_more(model, optimizer, batch):
     optimizer.zero_grad()
 
 
+def clip(model, max_norm):
+    if type(next(model.parameters())) is nn.Parameter:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    else:
+        zero.clip_grad_norm_(model, max_norm)
+
+
+def with_merged_gradients(model, optimizer, batch):
+    kept = []
+    for head in ("main", "aux"):
+        optimizer.zero_grad()
+        model(batch, head=head).backward()
+        kept.append([param.grad if param.grad is None else param.grad.clone() for param in model.parameters()])
+    optimizer.zero_grad()
+    for param, one, other in zip(model.parameters(), *kept, strict=True):
+        param.grad = one if other is None else other if one is None else one + other
+    clip(model, 1e-2)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_some_gradients_dropped(model, optimizer, batch):
+    model(batch).backward()
+    for name, param in model.named_parameters():
+        if name.startswith("main"):
+            param.grad = None
+    clip(model, 1e-2)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_gradients_kept_over_a_zero_grad(model, optimizer, batch):
+    kept = []
+    for scale in (1, 2):
+        model(scale * batch).backward()
+        kept.append([param.grad for param in model.parameters()])
+        optimizer.zero_grad()
+    for param, one, other in zip(model.parameters(), *kept, strict=True):
+        if one is not None:
+            param.grad = one - 0.5 * other
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_gradients_from_elsewhere(model, optimizer, batch):
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    clip(model, 1e-2)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_a_backward_onto_assigned_gradients(model, optimizer, batch):
+    for param in model.parameters():
+        param.grad = 0.01 * torch.ones_like(param)
+    model(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 PROGRAMS = (
     by_submodules,
+    with_merged_gradients,
+    with_some_gradients_dropped,
+    with_gradients_kept_over_a_zero_grad,
+    with_gradients_from_elsewhere,
+    with_a_backward_onto_assigned_gradients,
     with_edits_of_data,
     with_two_heads_and_no_sync,
     with_masked_gradients,

@@ -9,7 +9,9 @@ from tiny_models import TinyModel, batch, digest, settings, train_steps
 from torch import nn
 
 from zcore import zero
+from zcore.core.errors import ConfigError
 from zcore.core.mesh import build_mesh
+from zcore.zero.optimizer import refuse_matrix_wise
 
 HYPER = {"lr": 0.02, "weight_decay": 0.1}
 NO_OPTIMIZER = settings(optimizer=None)
@@ -142,6 +144,18 @@ CLASSES = sorted(
     for name, kind in vars(torch.optim).items()
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in NOT_ELEMENT_WISE
 )
+
+
+class OwnMuon(torch.optim.Muon):
+    pass
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Muon, OwnMuon, torch.optim.Adafactor, torch.optim.LBFGS])
+def test_an_optimizer_that_looks_at_whole_matrices_is_refused_by_name_as_in_a_config(kind):
+    optimizer = kind([nn.Parameter(torch.zeros(2, 3))])
+    with pytest.raises(ConfigError, match=f"{kind.__name__} looks at whole matrices.*such as AdamW"):
+        refuse_matrix_wise(optimizer)
+    refuse_matrix_wise(torch.optim.AdamW([nn.Parameter(torch.zeros(2, 3))]))
 
 
 def train_every_class(how):

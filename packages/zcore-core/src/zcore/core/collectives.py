@@ -15,6 +15,7 @@ Sums have ONE order, whoever serves: a balanced binary tree over the ranks, a fu
 
 import atexit
 import logging
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -201,7 +202,8 @@ class _Pending:
 
 def failed_collective(call: Call, error: BaseException) -> CollectiveError:
     """The paragraph a user reads when a peer is gone."""
-    reason = str(error).splitlines()[0].encode("ascii", "ignore").decode().strip()  # gloo adds a pictogram
+    reason = str(error).splitlines()[0].encode("ascii", "ignore").decode()
+    reason = re.sub(r"\s*\b(GLHF|Good luck)\b.*", "", reason).strip()  # gloo wishes well, with a pictogram
     return CollectiveError(
         f"{call} did not complete: another rank has raised, was killed, took another path through the model, or did "
         "not reach this call within the process group's timeout. Look for the first error in the other ranks' output, "

@@ -16,9 +16,11 @@ __all__ = [
     "all_to_all_flat",
     "current_backward",
     "in_backward",
+    "is_held_elsewhere",
+    "packs_saved_tensors",
     "queue_backward_callback",
     "reduce_scatter_flat",
-    "saves_are_hooked",
+    "sequence_number",
     "storage_key",
     "timeout_of",
     "tree_leaves",
@@ -70,9 +72,21 @@ def storage_key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata) if torch._C._has_storage(tensor) else 0
 
 
-def saves_are_hooked() -> bool:
-    """Whether somebody decides in this thread how autograd saves tensors, as a checkpoint or an offload does."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def packs_saved_tensors() -> object | None:
+    """The function that decides in this thread how autograd saves tensors, as of a checkpoint or an offload."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return top[0] if top is not None else None
+
+
+def sequence_number() -> int:
+    """What the next node of autograd's graph that this thread makes will be numbered; later ones have greater."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def is_held_elsewhere(tensor: torch.Tensor) -> bool:
+    """Whether other tensors share the memory of `tensor`."""
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) > 2  # the tensor, and `storage`
 
 
 def current_backward() -> int:

@@ -21,7 +21,18 @@ from typing import Any, Protocol, Self, SupportsFloat, TextIO, cast
 from zcore.core import extensions
 from zcore.core.errors import ConfigError
 
-__all__ = ["Events", "JsonlSink", "LogSink", "MemorySink", "Metric", "Progress", "Sink", "open_sink", "progress"]
+__all__ = [
+    "Events",
+    "JsonlSink",
+    "LogSink",
+    "MemorySink",
+    "Metric",
+    "Progress",
+    "Sink",
+    "log_visibly",
+    "open_sink",
+    "progress",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +152,18 @@ def open_sink(name: str, **options: Any) -> Sink:
     except TypeError as error:
         raise ConfigError(f"The sink `{name}` is given {sorted(options) or 'no options'}: {error}.") from error
     return factory(**options)
+
+
+def log_visibly(logger: logging.Logger, message: str, *args: object) -> None:
+    """Log at INFO what a user has asked to see; on stderr, plainly, while nobody has configured logging.
+
+    No handler is left behind: a program that adds one later has all further lines there, each once.
+    """
+    if logger.hasHandlers():
+        logger.info(message, *args)
+    else:
+        record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, message, args, None)
+        logging.StreamHandler().handle(record)
 
 
 class Progress:

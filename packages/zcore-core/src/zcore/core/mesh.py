@@ -58,7 +58,7 @@ def build_mesh(*, device_type: str | None = None, **sizes: int) -> DeviceMesh:
     if not dist.is_initialized():
         raise MeshError(
             "A mesh is built over the ranks of a process group, and there is none yet. Call "
-            "torch.distributed.init_process_group first, or `init_distributed()` of zcore.zero."
+            "torch.distributed.init_process_group first, or `zero.init_distributed()`."
         )
     if device_type is None:
         device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"

@@ -50,6 +50,14 @@ MOVES = {
 }
 
 
+class GradState(Enum):
+    """What the `.grad` of a fragment was when zcore set it last; the user may have changed it since."""
+
+    NONE = auto()  # None: no gradient since the last `zero_grad`
+    ANNOUNCED = auto()  # stands for one that is not reduced yet, and can only be dropped
+    DELIVERED = auto()  # a view of the reduced gradients
+
+
 class BucketHost(Protocol):
     """Whoever decides when the bucket moves."""
 
@@ -58,8 +66,16 @@ class BucketHost(Protocol):
         """Whether a forward or backward of the model is running."""
         ...
 
-    def borrow(self, bucket: "Bucket") -> None:
-        """Make the bucket AVAILABLE for an operation outside its own modules."""
+    def borrow(self, bucket: "Bucket") -> bool:
+        """Make the bucket AVAILABLE for an operation outside its own modules; whether that may save its memory."""
+        ...
+
+    def end_borrow(self, bucket: "Bucket") -> None:
+        """The operation is over."""
+        ...
+
+    def keep_for(self, bucket: "Bucket", result: object) -> None:
+        """Keep the bucket AVAILABLE until the forward ends if a tensor of `result` lies in its memory."""
         ...
 
     def read_in_backward(self, bucket: "Bucket") -> None:
@@ -113,8 +129,8 @@ class BucketParam:
             if found is not self.shard and found is not self.full:
                 raise StateError(
                     f"{self.shard.fqn} is no longer the parameter that was sharded: {type(module).__name__}.{name} was "
-                    "tied to another, replaced or removed since. Change the model before it is sharded; to edit values "
-                    "use `zero.GatheredParameters`."
+                    "tied to another, replaced (as torch.func.functional_call does) or removed. Change the model "
+                    "before it is sharded; to edit values use `zero.GatheredParameters`."
                 )
 
     def register(self, param: nn.Parameter) -> None:
@@ -152,8 +168,7 @@ class Bucket:
         self._gathered: tuple[int, int] | None = None  # of which values there is a whole copy
         self._computed_with: tuple[int, int] | None = None  # the values that the last forward read
         self._versions: list[int] = []  # of the whole parameters, when they became AVAILABLE
-        self._delivered = [False] * len(members)  # parameters whose fragments were given a gradient
-        self._announced = [False] * len(members)  # or one that stands for what is not reduced yet
+        self._grad_states = [GradState.NONE] * len(members)
         self.host: weakref.ref[BucketHost] | None = None  # weak, like every edge back up: `del model` frees the memory
         self.memory = BucketParameters(
             plan, row, dp=dp, dtypes=dtypes, collectives=groups.gather, device=device, ledger=ledger
@@ -340,24 +355,9 @@ class Bucket:
 
     def deliver(self, used: list[bool]) -> None:
         """Give every fragment its gradient; None to one that no rank used, as plain torch would."""
-        assert self.gradients is not None and self.gradients.reduced is not None
-        reduced = self.gradients.reduced
-        for param, is_used in zip(self.params, used, strict=True):
-            part = param.fragment
-            grad = reduced[part.offset : part.offset + part.numel] if is_used else None
-            param.set_gradient(grad)
-        self._delivered = list(used)
-        self._announced = [False] * len(self.params)
-
-    @property
-    def delivered(self) -> list[int]:
-        """The parameters that were given a gradient since the last `clear_gradients`."""
-        return [index for index, is_delivered in enumerate(self._delivered) if is_delivered]
-
-    @property
-    def dropped(self) -> list[int]:
-        """The parameters that were given a gradient, and whose `.grad` is None by now, as `zero_grad` leaves it."""
-        return [index for index in self.delivered if not self.params[index].has_gradient]
+        for index, (param, is_used) in enumerate(zip(self.params, used, strict=True)):
+            param.set_gradient(self._reduced_part(index) if is_used else None)
+            self._grad_states[index] = GradState.DELIVERED if is_used else GradState.NONE
 
     def announce(self, used: list[bool]) -> None:
         """Parameters that were used have gradients that a later backward will reduce and deliver.
@@ -367,55 +367,69 @@ class Bucket:
         for index, (param, is_used) in enumerate(zip(self.params, used, strict=True)):
             if is_used:
                 param.announce_gradient()
-                self._delivered[index] = self._announced[index] = True
+                self._grad_states[index] = GradState.ANNOUNCED
 
     @property
     def waits_for_reduction(self) -> bool:
         """Whether gradients were announced and not delivered yet."""
-        return any(self._announced)
+        return GradState.ANNOUNCED in self._grad_states
+
+    @property
+    def with_gradient(self) -> list[int]:
+        """The parameters that got a gradient since the last `clear_gradients`."""
+        return [index for index, state in enumerate(self._grad_states) if state is not GradState.NONE]
+
+    @property
+    def dropped(self) -> list[int]:
+        """Those of them whose `.grad` is None by now, as `zero_grad` leaves it."""
+        return [index for index in self.with_gradient if not self.params[index].has_gradient]
+
+    def take_assigned(self) -> None:
+        """Where the user assigned a `.grad`, that is the gradient.
+
+        Raises StateError where there is one that is not reduced yet; assigned zeros drop it.
+        """
+        if self.gradients is None:
+            return
+        for index, (param, state) in enumerate(zip(self.params, self._grad_states, strict=True)):
+            grad = param.gradient
+            if grad is None or isinstance(grad, UnreducedGradient):
+                continue
+            if state is GradState.ANNOUNCED:
+                if grad.any():
+                    raise StateError(
+                        f"The gradient of {param.shard.fqn} was assigned before it was reduced: the last backward ran "
+                        "inside no_sync(), or is not the last one of its step. Change gradients after a backward "
+                        "outside no_sync()."
+                    )
+                self.drop(index)
+                continue
+            own = self._reduced_part(index)
+            if grad.data_ptr() != own.data_ptr():
+                own.copy_(grad)
+                param.set_gradient(own)
+            self._grad_states[index] = GradState.DELIVERED
 
     def drop(self, index: int) -> None:
         """The gradient of a parameter is zero again."""
         if self.gradients is not None:
             self.gradients.drop(index)
         self.params[index].set_gradient(None)
-        self._delivered[index] = self._announced[index] = False
-
-    def take_replaced_gradients(self) -> None:
-        """Where the user assigned another `.grad`, that is the gradient.
-
-        Raises StateError where it was assigned before the reduction; zeros drop what there is.
-        """
-        for index in self.delivered:
-            assigned = self.params[index].gradient
-            if not self._announced[index] or assigned is None or isinstance(assigned, UnreducedGradient):
-                continue
-            if assigned.any():
-                raise StateError(
-                    f"The gradient of {self.params[index].shard.fqn} was assigned before it was reduced: the last "
-                    "backward ran inside no_sync(), or is not the last one of its step. Change gradients after a "
-                    "backward outside no_sync()."
-                )
-            self.drop(index)
-        if self.gradients is None or self.gradients.reduced is None:
-            return
-        for index in self.delivered:
-            param = self.params[index]
-            part = param.fragment
-            own = self.gradients.reduced[part.offset : part.offset + part.numel]
-            grad = param.gradient
-            if grad is not None and not isinstance(grad, UnreducedGradient) and grad.data_ptr() != own.data_ptr():
-                own.copy_(grad)
-                param.set_gradient(own)
+        self._grad_states[index] = GradState.NONE
 
     def clear_gradients(self) -> None:
         """Forget the gradients of fragments and buffers."""
         for param in self.params:
             param.set_gradient(None)
-        self._delivered = [False] * len(self.params)
-        self._announced = [False] * len(self.params)
+        self._grad_states = [GradState.NONE] * len(self.params)
         if self.gradients is not None:
             self.gradients.clear()
+
+    def _reduced_part(self, index: int) -> Tensor:
+        """Where the reduced gradient of a parameter lies, a view."""
+        assert self.gradients is not None
+        part = self.params[index].fragment
+        return self.gradients.live_reduced()[part.offset : part.offset + part.numel]
 
     def read_in_backward(self) -> None:
         """Autograd is about to read the gathered memory."""
@@ -436,15 +450,33 @@ class Bucket:
 
     def may_gather(self) -> bool:
         """See ParameterOwner."""
-        host = self.host() if self.host is not None else None
-        return host is not None and host.is_running
+        return self._running_host is not None
 
-    def whole(self, index: int, *, with_data: bool) -> Tensor:
+    def whole(self, index: int) -> Tensor:
         """See ParameterOwner."""
-        host = self.host() if self.host is not None else None
-        if with_data and host is not None and host.is_running:
-            host.borrow(self)
         return self._ready(index)
+
+    def lend(self, index: int) -> Tensor:
+        """See ParameterOwner. A copy, where autograd might keep a view of memory that is freed."""
+        host = self._running_host
+        may_be_saved = host is None or host.borrow(self)
+        whole = self._ready(index)
+        return whole if may_be_saved or not self.is_transient else whole.clone()
+
+    def take_back(self) -> None:
+        """See ParameterOwner."""
+        if (host := self._running_host) is not None:
+            host.end_borrow(self)
+
+    def keep_for(self, result: object) -> None:
+        """See ParameterOwner."""
+        if (host := self._running_host) is not None:
+            host.keep_for(self, result)
+
+    @property
+    def _running_host(self) -> BucketHost | None:
+        host = self.host() if self.host is not None else None
+        return host if host is not None and host.is_running else None
 
 
 def _move_hooks(original: nn.Parameter, full: nn.Parameter, fqn: str) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zcore.core import compat
 from zcore.core.collectives import Collectives, Pending
 from zcore.core.errors import StateError
 from zcore.core.mesh import DataParallel
@@ -229,6 +230,13 @@ class BucketGradients:
         if self._transient:
             self._free_full()
 
+    def live_reduced(self) -> Tensor:
+        """The reduced gradients of the owned slices; zero where nothing was reduced yet."""
+        if self.reduced is None:
+            low, high = self._bounds
+            self.reduced = torch.zeros(high - low, dtype=self._dtype, device=self._device)
+        return self.reduced
+
     def drop(self, index: int) -> None:
         """Forget the gradient of parameter `index`: what is reduced of it, and what waits to be."""
         self._written.discard(index)
@@ -237,13 +245,17 @@ class BucketGradients:
             self.reduced[part.offset : part.offset + part.numel].zero_()
 
     def clear(self) -> None:
-        """Forget all gradients; memory that the row keeps between steps stays."""
-        if self._transient and self.reduced is not None:
+        """Forget all gradients; memory that the row keeps between steps stays, unless the user holds a view of it."""
+        if self._transient and self.reduced is not None and not compat.is_held_elsewhere(self.reduced):
             self._spare = self.reduced
         self.reduced = None
         self._written.clear()
-        if self._transient and self._full_is_live:
+        if self._full is None or not self._full_is_live:
+            return
+        if self._transient:
             self._free_full()
+        elif compat.is_held_elsewhere(self._full):
+            self._full, self._full_is_live = None, False
 
     def _keep_reduced(self, full: Tensor) -> None:
         """An earlier sum of this step may be the own slot of `full`, which is about to be written: move it out."""

@@ -113,7 +113,7 @@ class TrainingConfig(Config):
     gradient_clipping: NonNegativeFloat | Auto = 0.0  # largest global 2-norm; 0 is off, as in torch
     zero_optimization: ZeroOptimization = ZeroOptimization()
     zero_allow_untested_optimizer: bool = True  # any element-wise optimizer is allowed, asked for or not
-    steps_per_print: PositiveInt | None = None  # log norm and learning rate every so many steps
+    steps_per_print: PositiveInt | None = None  # log loss, norm and learning rate every so many
 
     known_unserved: ClassVar[Mapping[str, str]] = {
         "fp16": "Use bf16, which needs no loss scaling.",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zcore.core.collectives import Traffic
 from zcore.core.errors import CollectiveError, NonFiniteError, StateError
-from zcore.core.events import Events
+from zcore.core.events import Events, log_visibly
 from zcore.zero import checkpoint
 from zcore.zero.clipping import clip_factor
 from zcore.zero.config import TrainingConfig
@@ -50,7 +50,7 @@ class Engine:
         self.lr_scheduler = lr_scheduler
         self.config = config
         self._events = events
-        self._losses: list[Tensor] = []  # of the micro-batches of this step, kept only for events
+        self._losses: list[Tensor] = []  # of this step's backwards; kept only if they are told
         self.global_steps = 0  # optimizer steps taken
         self.micro_steps = 0  # calls of step()
         self._micro_steps_done = 0  # of the optimizer step at hand
@@ -62,10 +62,20 @@ class Engine:
         self._is_held_back = False  # inside no_sync()
         self._grad_norm: float | None = None
         self._has_warned = False
+        self._tells_losses = events is not None or (config.steps_per_print is not None and self.global_rank == 0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. Its arguments and result are the model's own."""
         return self.module(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        """One line of facts; asks no other rank."""
+        dp, sharding = self.sharding.dp, self.sharding
+        copies = f" in {dp.replicate_size} copies of the states" if dp.replicate_size > 1 else ""
+        return (
+            f"Engine({type(self.module).__name__}, ZeRO stage {sharding.zero_stage}, {dp.size} ranks{copies}, "
+            f"{sharding.num_params:,} parameters, {self.global_steps} steps so far)"
+        )
 
     def __iter__(self) -> NoReturn:
         """Refused: DeepSpeed's initialize returns four things, zcore's one."""
@@ -114,16 +124,16 @@ class Engine:
                 "them); to accumulate over batches call engine.step() after each backward. "
                 "Said once."
             )
-        if self._events is not None:
-            self._losses.append(loss.detach())
+        if self._tells_losses:
+            self._losses.append(loss.detach().reshape(()))
         self._has_synced = reduces
         return loss
 
     def step(self) -> None:
         """Count a micro-batch; at the last one of a step clip, step the optimizer and the schedule, forget gradients.
 
-        Raises StateError without a backward before it, and NonFiniteError on every rank if a loss or the norm of the
-        gradients is not finite; parameters and states are then as before the step.
+        Raises StateError without a backward before it or without an optimizer, and NonFiniteError on every rank if a
+        loss or the norm of the gradients is not finite; parameters and states are then as before the step.
         """
         if not self._num_backwards:
             raise StateError(
@@ -136,25 +146,31 @@ class Engine:
                 "The last backward of this step ran inside no_sync(), so its gradients were not reduced. Leave "
                 "no_sync() before the backward of the last micro-batch."
             )
+        if is_boundary and self.optimizer is None:
+            raise StateError(
+                "step() is to step an optimizer, and this engine has none, so nothing would be trained. Give "
+                "`zero.initialize` an `optimizer`, in the config or in the call; to evaluate only, call neither "
+                "backward() nor step()."
+            )
         self._num_backwards = 0
         self.micro_steps += 1
         self._micro_steps_done += 1
         if not is_boundary:
             return
-        losses = self._losses
+        assert self.optimizer is not None
         try:
             self._grad_norm = self._checked_norm()
+            loss = self._mean_loss()  # here the device has just been waited for, and has nothing else to do yet
             if self._clip_norm:
                 self.sharding.scale_gradients(clip_factor(self._grad_norm, self._clip_norm))
-            if self.optimizer is not None:
-                self.optimizer.step()
+            self.optimizer.step()
         finally:
             self.sharding.reducer.clear()
             self._begin_step(micro_steps=self.micro_steps)
         self.global_steps += 1
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._tell_step(losses)
+        self._tell_step(loss)
 
     def _begin_step(self, *, micro_steps: int) -> None:
         """The next micro-batch is the first one of its optimizer step."""
@@ -176,13 +192,25 @@ class Engine:
             "rate or set gradient_clipping; to go on with the next batch, catch zcore.core.errors.NonFiniteError."
         )
 
-    def _tell_step(self, losses: list[Tensor]) -> None:
+    def _mean_loss(self) -> float | None:
+        """Of this rank's micro-batches in the step at hand, where someone is told; losses of one micro-batch add up."""
+        told = self._events is not None or self._prints_step(self.global_steps + 1)
+        return float(torch.stack(self._losses).sum()) / self._accumulation_steps if told else None
+
+    def _prints_step(self, number: int) -> bool:
         every = self.config.steps_per_print
-        if every and self.global_steps % every == 0 and self.global_rank == 0:
-            logger.info("step %d: gradient norm %.4g, lr %s", self.global_steps, self._grad_norm, self.get_lr())
+        return every is not None and number % every == 0 and self.global_rank == 0
+
+    def _tell_step(self, loss: float | None) -> None:
+        if loss is None:
+            return
+        if self._prints_step(self.global_steps):
+            rates = ", ".join(f"{lr:#.4g}" for lr in self.get_lr())
+            line = "step %d: loss %#.4g, gradient norm %#.4g, learning rate %s"
+            log_visibly(logger, line, self.global_steps, loss, self._grad_norm, rates)
         if self._events is None:
             return
-        self._events.emit("loss", float(torch.stack(losses).mean()), unit="1", step=self.global_steps)
+        self._events.emit("loss", loss, unit="1", step=self.global_steps)
         self._events.emit("grad_norm", self._grad_norm or 0.0, unit="1", step=self.global_steps)
         for index, lr in enumerate(self.get_lr()):
             self._events.emit(f"lr/{index}", lr, unit="1", step=self.global_steps)

@@ -40,7 +40,10 @@ class Gatherer:
         self._trace = self._training
         self._depth: Counter[int] = Counter()  # modules inside which we are, per bucket
         self._pinned: Counter[int] = Counter()  # open GatheredParameters
+        self._kept: set[int] = set()  # of which a view is held outside their modules, while the forward lasts
         self._idle: dict[int, None] = {}  # left in a forward, not yet released; in order of leaving
+        self._backwards: list[int] = []  # of autograd, each nested in the one before
+        self._used_in: dict[int, int] = {}  # the backward in which a bucket was used last
         self._ahead: dict[int, int] = {}  # elements of buckets gathered, or kept, ahead of their next use
         self._live: dict[int, Bucket] = {}  # transient ones with gathered memory
         self._is_at_rest = True  # until the first use after a step
@@ -73,30 +76,36 @@ class Gatherer:
         """Make `bucket` AVAILABLE for a module that starts, show it the parameters `shown`, and start what comes next.
 
         Others stay fragments, so that what is read of them between modules is never memory that is freed later.
-        A recomputation inside a backward may stop in the middle of a module, so there entering and leaving do not
-        count: what is gathered then stays until `release_all_but` or `rest`.
         """
-        if during is Pass.FORWARD:
-            self._depth[bucket.index] += 1
-        if during is Pass.BACKWARD or self._depth[bucket.index] == 1:
+        self._depth[bucket.index] += 1
+        if self._depth[bucket.index] == 1:
             self.use(bucket, during, module=module)
             if torch.is_grad_enabled():
                 bucket.note_computation()
         bucket.show_whole(shown)
 
     def leave(self, bucket: Bucket, during: Pass) -> None:
-        """A module is done with `bucket`. Raises StateError if it has edited parameters that are gathered."""
-        if during is Pass.BACKWARD or not self._depth[bucket.index]:
-            return
-        self._depth[bucket.index] -= 1
-        if not self._depth[bucket.index]:
-            del self._depth[bucket.index]
-            self._let_go(bucket)
+        """A module is done with `bucket`, which may be released when memory is needed; in a backward not yet.
 
-    def keep_open(self, bucket: Bucket) -> None:
+        Raises StateError if it has edited parameters that are gathered.
+        """
+        if not self._depth[bucket.index]:
+            return  # forgotten by `begin` or `rest`, after an exception
+        self._depth[bucket.index] -= 1
+        if self._depth[bucket.index]:
+            return
+        del self._depth[bucket.index]
+        if bucket.is_transient and bucket.state is ParamState.AVAILABLE:
+            if during is Pass.FORWARD and bucket.index not in self._kept:
+                self._idle[bucket.index] = None
+            if not bucket.is_pinned:
+                bucket.check_unedited()
+                bucket.show_fragments()
+
+    def keep(self, bucket: Bucket) -> None:
         """`bucket` is read outside its modules from now on, until the forward ends."""
         self._idle.pop(bucket.index, None)
-        self._depth[bucket.index] += 1
+        self._kept.add(bucket.index)
 
     def use(self, bucket: Bucket, during: Pass, *, module: str) -> None:
         """Make `bucket` AVAILABLE now."""
@@ -104,6 +113,8 @@ class Gatherer:
             if self._is_at_rest and not compat.in_backward():  # a submodule is called by itself
                 self._begin_trace(training=torch.is_grad_enabled())
             self._drop_if_stale(bucket)
+        else:
+            self._used_in[bucket.index] = self._innermost_backward()
         if bucket.is_transient:
             in_hand = during is Pass.BACKWARD and self._is_in_hand(bucket)
             self._idle.pop(bucket.index, None)
@@ -128,10 +139,25 @@ class Gatherer:
             bucket.show_whole()
 
     def release_all_but(self, needed: Set[int]) -> None:
-        """A backward has come to where only `needed` buckets were in use: those of later modules are read no more."""
+        """A backward has come to where only `needed` buckets were in use: those of later modules are read no more.
+
+        But those that an enclosing backward uses stay: its nodes may hold what they have read. And those that return.
+        """
+        self._innermost_backward()
         for bucket in list(self._live.values()):
-            if bucket.index not in needed and self._is_in_hand(bucket) and not self._is_in_use(bucket):
+            if bucket.index in needed or not self._is_in_hand(bucket) or self._is_in_use(bucket):
+                continue
+            if self._used_in.get(bucket.index) not in self._backwards[:-1] and not self._returns(bucket, Pass.BACKWARD):
                 self._reshard(bucket)
+
+    def _innermost_backward(self) -> int:
+        """Which backward of autograd runs now; those that have ended since are forgotten."""
+        current = compat.current_backward()
+        if current in self._backwards:
+            del self._backwards[self._backwards.index(current) + 1 :]
+        else:
+            self._backwards.append(current)
+        return current
 
     def pin(self, bucket: Bucket) -> None:
         """Keep `bucket` AVAILABLE and shown until `unpin`, whatever runs in between."""
@@ -164,10 +190,11 @@ class Gatherer:
                 bucket.wait()  # no module used it; what follows may edit the fragments, which lie in the same memory
             if not bucket.is_pinned:
                 bucket.show_fragments()
-        for index in self._depth:  # what was kept open, or left by an exception
+        for index in (*self._depth, *self._kept):  # the former were left by an exception
             if index in self._live:
                 self._idle[index] = None
         self._depth.clear()
+        self._kept.clear()
 
     def go_on_forward(self) -> None:
         """A backward inside the forward is over: what only it has used may go."""
@@ -175,29 +202,37 @@ class Gatherer:
             if self._is_in_hand(bucket) and not self._is_in_use(bucket):
                 self._idle[bucket.index] = None
 
-    def rest(self) -> None:
-        """The step's use of parameters is over: fragments are registered everywhere, transient memory is free."""
+    def rest(self, *, keep: Set[int] = frozenset()) -> None:
+        """The step's use of parameters is over: fragments are registered everywhere, transient memory is free.
+
+        But of the buckets `keep` memory stays until something else needs it.
+        """
         self._depth.clear()
         self._ahead.clear()
+        self._backwards.clear()
+        self._used_in.clear()
         self._is_at_rest = True
         for bucket in self._buckets:
             if bucket.state is ParamState.INFLIGHT:
                 bucket.wait()
-            if bucket.state is ParamState.AVAILABLE and not self._pinned[bucket.index]:
-                self._reshard(bucket)
-
-    def _let_go(self, bucket: Bucket) -> None:
-        """`bucket` may be released when memory is needed."""
-        if bucket.is_transient and bucket.state is ParamState.AVAILABLE:
-            self._idle[bucket.index] = None
-            if not bucket.is_pinned:
-                bucket.check_unedited()
+            if bucket.index in keep and bucket.index in self._live:
+                self._idle[bucket.index] = None
                 bucket.show_fragments()
+            elif bucket.state is ParamState.AVAILABLE and not self._pinned[bucket.index]:
+                self._reshard(bucket)
+        self._kept.clear()
+
+    def forget_order(self) -> None:
+        """Expect nothing of the next step: ranks took other ways in this one."""
+        self._training, self._inference = Trace(), Trace()
+        self._trace = self._training
+        self._digest = 0
 
     def _begin_trace(self, *, training: bool) -> None:
         self._trace = self._training if training else self._inference
         self._trace.begin()
         self._is_at_rest = False
+        self._kept.clear()
 
     def _drop_if_stale(self, bucket: Bucket) -> None:
         """Reshard what was stepped or edited since it was gathered, as after a forward that had no backward."""
@@ -226,22 +261,23 @@ class Gatherer:
         return bucket.state is ParamState.AVAILABLE and not is_spare
 
     def _is_in_use(self, bucket: Bucket) -> bool:
-        return bucket.index in self._depth or self._pinned[bucket.index] > 0
+        return bucket.index in self._depth or bucket.index in self._kept or self._pinned[bucket.index] > 0
 
     def _make_room(self) -> None:
         """Release what is idle, but for what returns soon in the same pass."""
         for index in list(self._idle):
             bucket = self._buckets[index]
-            if self._is_in_use(bucket):
-                continue
-            returns = self._live_numel <= self._limits.max_live_numel and returns_within(
-                self._trace.upcoming,
-                Use(index, Pass.FORWARD),
-                numel_of=self._numel_of,
-                distance_numel=self._limits.max_reuse_numel,
-            )
-            if not returns:
+            if not self._is_in_use(bucket) and not self._returns(bucket, Pass.FORWARD):
                 self._reshard(bucket)
+
+    def _returns(self, bucket: Bucket, during: Pass) -> bool:
+        """Whether it is worth keeping for its next use in this pass."""
+        return self._live_numel <= self._limits.max_live_numel and returns_within(
+            self._trace.upcoming,
+            Use(bucket.index, during),
+            numel_of=self._numel_of,
+            distance_numel=self._limits.max_reuse_numel,
+        )
 
     def _prefetch(self) -> None:
         room = self._limits.max_live_numel - self._live_numel

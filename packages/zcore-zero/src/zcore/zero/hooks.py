@@ -11,7 +11,7 @@ end of backward  reduce what is left, hand out gradients, everything SHARDED
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from zcore.core import compat
-from zcore.core.errors import StateError
+from zcore.core.errors import MismatchError, StateError
 from zcore.zero.bucket import Bucket
 from zcore.zero.gathering import Gatherer
 from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer
-from zcore.zero.saved import SavedTensors
+from zcore.zero.saved import SavedTensors, bucket_of, others_decide
 from zcore.zero.trace import Pass
 
 __all__ = ["Conductor", "Phase", "Site"]
@@ -47,6 +47,7 @@ class Site:
 
     name: str
     buckets: tuple[tuple[Bucket, tuple[int, ...]], ...]
+    began: list[int] = field(default_factory=list)  # of each call under way: autograd's number at its start
 
 
 class Conductor:
@@ -64,7 +65,7 @@ class Conductor:
         self._backward = -1  # which of autograd's
         self.has_gradients = False  # whether a parameter got one in the last backward
         self._saved = SavedTensors(buckets)
-        self._saver: nn.Module | None = None  # whose forward opened `saved`
+        self._saver: nn.Module | int | None = None  # whose forward opened `saved`, or the backward that recomputes
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for bucket in buckets:
             bucket.host = weakref.ref(self)
@@ -101,12 +102,25 @@ class Conductor:
     @property
     def is_running(self) -> bool:
         """See BucketHost."""
-        return self._phase is Phase.FORWARD or (self._phase is Phase.BACKWARD and compat.in_backward())
+        return self._phase is Phase.FORWARD or compat.in_backward() or bool(self.gatherer.open_buckets)
 
-    def borrow(self, bucket: Bucket) -> None:
+    def borrow(self, bucket: Bucket) -> bool:
         """See BucketHost."""
+        if compat.in_backward():  # of a recomputation, which may begin with it
+            self._begin_backward()
+            self._begin_saving(compat.current_backward())
         self.gatherer.enter(bucket, self._pass, module="an operation outside its module")
+        return not (torch.is_grad_enabled() and others_decide())
+
+    def end_borrow(self, bucket: Bucket) -> None:
+        """See BucketHost."""
         self.gatherer.leave(bucket, self._pass)
+
+    def keep_for(self, bucket: Bucket, result: object) -> None:
+        """See BucketHost."""
+        parts = result if isinstance(result, list | tuple) else (result,)
+        if self._pass is Pass.FORWARD and any(isinstance(each, Tensor) and bucket_of(each) is bucket for each in parts):
+            self.gatherer.keep(bucket)
 
     @property
     def _pass(self) -> Pass:
@@ -128,13 +142,17 @@ class Conductor:
         if compat.in_backward():
             return
         self._phase = Phase.REST
-        self._come_to_rest()
+        self._come_to_rest(result)
 
     def _site_pre(self, site: Site) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
         def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            if not compat.in_backward():
+            if compat.in_backward():
+                self._begin_backward()
+                self._begin_saving(compat.current_backward())
+            else:
                 self.recover()
-            self._begin_saving(module)
+                self._begin_saving(module)
+            site.began.append(compat.sequence_number())
             for bucket, inside in site.buckets:
                 self.gatherer.enter(bucket, self._pass, module=site.name, shown=inside)
 
@@ -147,31 +165,36 @@ class Conductor:
             self._end_saving(module)
             for bucket, _ in site.buckets:
                 self.gatherer.leave(bucket, self._pass)
+            began = site.began.pop()
             if transient:
-                self._watch(transient, result)
+                self._watch(transient, result, since=began)
             if self._phase is Phase.REST and not self.gatherer.open_buckets:  # a submodule was called by itself
-                self._come_to_rest()
+                self._come_to_rest(result)
 
         return leave
 
-    def _come_to_rest(self) -> None:
-        """A forward is over; with autograd a backward may follow, and memory stays."""
+    def _come_to_rest(self, result: object) -> None:
+        """A forward is over; with autograd a backward may follow, and memory stays, as that of weights in `result`."""
         if torch.is_grad_enabled():
             self.gatherer.conceal()
         else:
-            self.gatherer.rest()
+            returned = [bucket_of(tensor) for tensor in _tensors_in(result)]
+            self.gatherer.rest(keep={bucket.index for bucket in self._buckets if bucket in returned})
 
-    def _begin_saving(self, module: nn.Module) -> None:
+    def _begin_saving(self, saver: nn.Module | int) -> None:
         if torch.is_grad_enabled() and not self._saved.is_open and self._saved.open():
-            self._saver = module
+            self._saver = saver
 
-    def _end_saving(self, module: nn.Module) -> None:
-        if self._saver is module:
+    def _end_saving(self, saver: nn.Module | int | None) -> None:
+        if self._saver is saver:
             self._saver = None
             self._saved.close()
 
-    def _watch(self, buckets: Sequence[Bucket], result: object) -> None:
-        """Have `buckets` AVAILABLE before gradients flow into `result`, and what only later modules read released."""
+    def _watch(self, buckets: Sequence[Bucket], result: object, *, since: int) -> None:
+        """Have `buckets` AVAILABLE before gradients flow into `result`, and what only later modules read released.
+
+        Not for what was made before the module began, at `since`: it only passes through.
+        """
         still_open = self.gatherer.open_buckets | {bucket.index for bucket in buckets}
 
         def before_backward(grad: Tensor) -> None:
@@ -183,11 +206,11 @@ class Conductor:
             self.gatherer.release_all_but(still_open)
 
         for tensor in _tensors_in(result):
-            if tensor.requires_grad and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= since:
                 tensor.register_hook(before_backward)
-            escaped = self._saved.bucket_of(tensor)
-            if escaped is not None:  # a module that returns its weight, or a view of it
-                self.gatherer.keep_open(escaped)
+            escaped = bucket_of(tensor)
+            if escaped is not None and escaped in buckets:  # a module that returns its weight, or a view of it
+                self.gatherer.keep(escaped)
 
     def read_in_backward(self, bucket: Bucket) -> None:
         """See BucketHost."""
@@ -221,6 +244,8 @@ class Conductor:
 
     def _begin_backward(self) -> None:
         if self._phase is Phase.BACKWARD:
+            if isinstance(self._saver, int) and self._saver != compat.current_backward():
+                self._end_saving(self._saver)  # what was computed again is being differentiated: it saves no more
             return
         self._interrupted, self._phase = self._phase, Phase.BACKWARD
         self._backward = compat.current_backward()
@@ -230,17 +255,26 @@ class Conductor:
 
     def _end_backward(self) -> None:
         self._phase = self._interrupted
+        if isinstance(self._saver, int):
+            self._end_saving(self._saver)
         with torch.no_grad():
             if self._phase is Phase.FORWARD:  # a derivative that the forward itself takes, such as forces of an energy
                 self.gatherer.go_on_forward()
             else:
                 self.gatherer.rest()
             if self.has_gradients:  # not after autograd.grad of inputs; the same on every rank
-                self._reducer.finish()
+                try:
+                    self._reducer.finish()
+                except MismatchError:
+                    self._reducer.clear()
+                    self.gatherer.forget_order()
+                    raise
 
     def abandon(self) -> None:
         """Forget a backward that did not finish, with all gradients of this step."""
         self._phase = Phase.REST
+        if isinstance(self._saver, int):
+            self._end_saving(self._saver)
         self._reducer.abandon()
         self.gatherer.rest()
 

@@ -94,11 +94,11 @@ def initialize(
     """Shard `model` as `config` says and return its engine; every rank calls it.
 
     config: path of a JSON or YAML file, dict, or TrainingConfig. optimizer: an element-wise torch optimizer, its class,
-    or a function from parameter groups to it; else the config's; None in both trains nothing. lr_scheduler: a schedule
-    on that optimizer, or a function from the optimizer to it; else the config's. model_parameters: parameters or groups
-    as torch takes them; by default all that are trainable. mesh: with axis `dp`, or `dp_replicate` and `dp_shard` for
-    hybrid sharding; by default all ranks. events: where this rank's loss, the gradient norm and the learning rates of
-    each step go.
+    or a function from parameter groups to it; else the config's; with none in both the engine evaluates and loads
+    weights, and its `step()` raises. lr_scheduler: a schedule on that optimizer, or a function from the optimizer to
+    it; else the config's. model_parameters: parameters or groups as torch takes them; by default all that are
+    trainable. mesh: with axis `dp`, or `dp_replicate` and `dp_shard` for hybrid sharding; by default all ranks. events:
+    where this rank's loss, the gradient norm and the learning rates of each step go.
 
     Raises ConfigError, MeshError, and MismatchError on every rank where ranks differ.
     """

@@ -23,6 +23,7 @@ __all__ = [
     "build_optimizer",
     "cut_states",
     "name_groups",
+    "refuse_matrix_wise",
     "release_params",
 ]
 
@@ -79,7 +80,7 @@ def release_params(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[
     Returns its groups and its states, if it has stepped or made some when it was built, by name of parameter. Raises
     StateError for states without values, of parameters that are still on meta.
     """
-    _refuse_matrix_wise(type(optimizer).__name__)
+    refuse_matrix_wise(optimizer)
     groups = name_groups(optimizer.param_groups, model)
     names = {id(param): name for name, param in model.named_parameters()}
     states = {names[id(param)]: state for param, state in optimizer.state.items()}
@@ -134,7 +135,8 @@ def build_optimizer(
         return source
     if isinstance(source, Choice):
         return _build_by_name(source, with_fragments, device)
-    _refuse_matrix_wise(getattr(source, "__name__", ""))
+    if isinstance(source, type):
+        _refuse_matrix_wise_class(source)
     try:
         optimizer = source(with_fragments)
     except (TypeError, ValueError) as error:
@@ -143,7 +145,7 @@ def build_optimizer(
             "groups with flat fragments in them: pass an element-wise class, or a function from groups to an "
             "optimizer. Its own words are in the error above."
         ) from error
-    _refuse_matrix_wise(type(optimizer).__name__)
+    refuse_matrix_wise(optimizer)
     return optimizer
 
 
@@ -165,7 +167,7 @@ def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: tor
         near = nearest(name, known)
         advice = f"Did you mean {near}?" if near else f"Known are {', '.join(sorted(set(known) - MATRIX_WISE))}."
         raise ConfigError(f"optimizer.type is {choice.type!r}, which torch.optim does not have. {advice}")
-    _refuse_matrix_wise(name)
+    _refuse_matrix_wise_class(known[name])
     accepted = inspect.signature(known[name]).parameters
     if unknown := sorted(set(params) - set(accepted)):
         near = nearest(unknown[0], accepted)
@@ -181,9 +183,17 @@ def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: tor
         ) from error
 
 
-def _refuse_matrix_wise(name: str) -> None:
-    if name in MATRIX_WISE:
+def refuse_matrix_wise(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError if `optimizer` looks at whole matrices: torch's own, subclasses, and others of these names.
+
+    It does not look at what is stepped: call it for an optimizer that holds, or is to hold, fragments.
+    """
+    _refuse_matrix_wise_class(type(optimizer))
+
+
+def _refuse_matrix_wise_class(kind: type) -> None:
+    if not MATRIX_WISE.isdisjoint(base.__name__ for base in kind.__mro__):
         raise ConfigError(
-            f"{name} looks at whole matrices, but sharded parameters are stepped in flat pieces. Take an element-wise "
-            "optimizer such as AdamW, Adagrad or SGD."
+            f"{kind.__name__} looks at whole matrices, but sharded parameters are stepped in flat pieces. Take an "
+            "element-wise optimizer such as AdamW, Adagrad or SGD."
         )

@@ -64,10 +64,8 @@ class Reducer:
         self._is_loss_bad = is_bad if self._is_loss_bad is None else self._is_loss_bad | is_bad
 
     def begin(self) -> None:
-        """A backward starts: what `zero_grad` dropped since the last one is forgotten here, too, or replaced."""
-        for bucket in self._buckets:
-            bucket.take_replaced_gradients()
-        self._forget_dropped()
+        """A backward starts."""
+        self.take_users_view()
         self._remaining = {
             bucket.index: sum(param.full.requires_grad for param in bucket.params) for bucket in self._buckets
         }
@@ -131,16 +129,23 @@ class Reducer:
             bucket.clear_gradients()
             self._used[bucket.index] = [False] * len(bucket.params)
 
-    def _forget_dropped(self) -> None:
-        """What the user set to None is zero; all of it, and gradients that were not reduced yet are meant, too."""
-        if all(bucket.dropped == bucket.delivered for bucket in self._buckets):
-            if any(bucket.delivered for bucket in self._buckets):
+    def take_users_view(self) -> None:
+        """Gradients are what the user sees: what was assigned, or set to None, since this has looked last.
+
+        Where all of it is None, gradients that were not reduced yet are meant, too.
+        """
+        for bucket in self._buckets:
+            bucket.take_assigned()
+        if all(bucket.dropped == bucket.with_gradient for bucket in self._buckets):
+            if any(bucket.with_gradient for bucket in self._buckets):
                 self._clear_gradients()
             return
         for bucket in self._buckets:
             for index in bucket.dropped:
                 bucket.drop(index)
                 self._used[bucket.index][index] = False
+            for index in bucket.with_gradient:
+                self._used[bucket.index][index] = True
 
     def _start_what_is_ready(self) -> None:
         while self._next < len(self._order) and not self._remaining[self._order[self._next]]:

@@ -5,12 +5,14 @@ and end says when a bucket is likely to be needed, and hooks there gather ahead;
 a frozen weight inside a product is read elsewhere. So every tensor that autograd saves is looked at, some
 microseconds each, and one that lies in a bucket's memory brings the bucket back when it is read.
 
-Under hooks torch does not check that saved tensors are unchanged, so this does. Where other hooks save already (a
-non-reentrant checkpoint, an offload) they stay in charge: they save copies, or compute anew inside the modules.
+Under hooks torch does not check that saved tensors are unchanged, so this does. Where other hooks are on top (a
+non-reentrant checkpoint, an offload) they stay in charge. They may keep views of gathered memory, which the hooks of
+modules bring back for what a module reads of its own; what is read between modules is a copy then (see `Bucket.lend`).
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -20,7 +22,10 @@ from zcore.core.errors import StateError
 from zcore.zero.bucket import Bucket
 from zcore.zero.sharded_parameter import ShardedParameter
 
-__all__ = ["SavedTensors"]
+__all__ = ["SavedTensors", "bucket_of", "others_decide"]
+
+# Of all models, since one may run inside another's forward: by the memory of what they gather.
+BUCKETS: WeakValueDictionary[int, Bucket] = WeakValueDictionary()
 
 
 class _Saved(NamedTuple):
@@ -31,56 +36,64 @@ class _Saved(NamedTuple):
 
 
 class SavedTensors:
-    """Open while a forward of the model runs."""
+    """Open while a forward of the model runs, or while parts of it are computed again inside a backward."""
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
-        self._by_memory = {
-            compat.storage_key(bucket.memory.gathered): bucket for bucket in buckets if bucket.is_transient
-        }
+        transient = {compat.storage_key(bucket.memory.gathered): bucket for bucket in buckets if bucket.is_transient}
+        BUCKETS.update(transient)
+        self._has_any = bool(transient)
         self._hooks: saved_tensors_hooks | None = None
 
     @property
     def is_open(self) -> bool:
-        """Whether this decides how autograd saves."""
+        """Whether these hooks are there, on top or below others."""
         return self._hooks is not None
 
     def open(self) -> bool:
-        """Watch what is saved from now on; False where nothing is ever freed, or others decide how to save."""
-        if not self._by_memory or compat.saves_are_hooked():
+        """Watch what is saved from now on; False where nothing is ever freed, or somebody does it already."""
+        if not self._has_any or compat.packs_saved_tensors() is not None:
             return False
-        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+        self._hooks = saved_tensors_hooks(_pack, _unpack)
         self._hooks.__enter__()
         return True
 
     def close(self) -> None:
-        """The forward has ended."""
+        """Stop watching."""
         hooks, self._hooks = self._hooks, None
         if hooks is not None:
             hooks.__exit__()
 
-    def bucket_of(self, tensor: Tensor) -> Bucket | None:
-        """The bucket in whose gathered memory `tensor` lies."""
-        return self._by_memory.get(compat.storage_key(tensor))
 
-    def _pack(self, tensor: Tensor) -> _Saved:
-        if type(tensor) is ShardedParameter:
-            raise StateError(
-                f"{tensor.fqn} was given to an autograd.Function outside the module that owns it, which sees this "
-                "rank's fragment only. Pass `weight.view_as(weight)`, which is the whole, or call the module."
-            )
-        bucket = self.bucket_of(tensor)
-        held = tensor.detach() if tensor.requires_grad else tensor  # an output would hold the node that holds it
-        return _Saved(held, tensor._version, bucket, None if bucket is None else bucket.values)
+def others_decide() -> bool:
+    """Whether what autograd saves now is kept in another way than as claims."""
+    return compat.packs_saved_tensors() not in (None, _pack)
 
-    def _unpack(self, saved: _Saved) -> Tensor:
-        tensor, version, bucket, values = saved
-        if tensor._version != version:
-            raise StateError(
-                f"A tensor of shape {tuple(tensor.shape)} and {tensor.dtype} that the forward saved for its backward "
-                "was modified in place in between. torch.autograd.set_detect_anomaly(True) shows which operation had "
-                "saved it; use an operation out of place, or clone() before it."
-            )
-        if bucket is not None:
-            bucket.check_values(values)
-            bucket.read_in_backward()
-        return tensor
+
+def bucket_of(tensor: Tensor) -> Bucket | None:
+    """The bucket in whose gathered memory `tensor` lies, if that is ever freed."""
+    return BUCKETS.get(compat.storage_key(tensor))
+
+
+def _pack(tensor: Tensor) -> _Saved:
+    if type(tensor) is ShardedParameter:
+        raise StateError(
+            f"{tensor.fqn} was given to an autograd.Function outside the module that owns it, which sees this "
+            "rank's fragment only. Pass `weight.view_as(weight)`, which is the whole, or call the module."
+        )
+    bucket = bucket_of(tensor)
+    held = tensor.detach() if tensor.requires_grad else tensor  # an output would hold the node that holds it
+    return _Saved(held, tensor._version, bucket, None if bucket is None else bucket.values)
+
+
+def _unpack(saved: _Saved) -> Tensor:
+    tensor, version, bucket, values = saved
+    if tensor._version != version:
+        raise StateError(
+            f"A tensor of shape {tuple(tensor.shape)} and {tensor.dtype} that the forward saved for its backward "
+            "was modified in place in between. torch.autograd.set_detect_anomaly(True) shows which operation had "
+            "saved it; use an operation out of place, or clone() before it."
+        )
+    if bucket is not None:
+        bucket.check_values(values)
+        bucket.read_in_backward()
+    return tensor

@@ -67,8 +67,20 @@ class ParameterOwner(Protocol):
         """Whether a forward or backward of the model is running, so that using the parameter means the whole."""
         ...
 
-    def whole(self, index: int, *, with_data: bool) -> Tensor:
-        """The whole parameter, gathered first if data is needed."""
+    def whole(self, index: int) -> Tensor:
+        """The whole parameter, as what it is; its data may be elsewhere."""
+        ...
+
+    def lend(self, index: int) -> Tensor:
+        """The whole parameter with its data, until `take_back`."""
+        ...
+
+    def take_back(self) -> None:
+        """An operation that was lent a parameter is over."""
+        ...
+
+    def keep_for(self, result: object) -> None:
+        """The data stay until the forward ends if `result`, of such an operation, is a view of them."""
         ...
 
 
@@ -296,12 +308,25 @@ def _is_same_memory(args: Sequence[object]) -> bool:
 def _call_on_whole(
     func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object], *, with_data: bool
 ) -> object:
+    lenders: list[ParameterOwner] = []  # all are kept until the operation is over: gathering one may release others
+
     def whole(param: ShardedParameter) -> Tensor:
         owner = param.owner
-        return param if owner is None else owner.whole(param.position, with_data=with_data)
+        if owner is None or not with_data:
+            return param if owner is None else owner.whole(param.position)
+        lent = owner.lend(param.position)
+        lenders.append(owner)
+        return lent
 
-    args, kwargs = tree_map_only(ShardedParameter, whole, (tuple(args), dict(kwargs)))
-    return func(*args, **kwargs)
+    try:
+        args, kwargs = tree_map_only(ShardedParameter, whole, (tuple(args), dict(kwargs)))
+        result = func(*args, **kwargs)
+    finally:
+        for owner in lenders:
+            owner.take_back()
+    for owner in lenders:
+        owner.keep_for(result)
+    return result
 
 
 def lost_edit(fqn: str) -> StateError:

@@ -24,6 +24,7 @@ from zcore.zero.deferred import TAG, recording_of
 from zcore.zero.gathering import Gatherer, GatherLimits
 from zcore.zero.hooks import Conductor, Site
 from zcore.zero.layout import BucketPlan, plan_buckets
+from zcore.zero.optimizer import refuse_matrix_wise
 from zcore.zero.placement import Row, row_for
 from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer
@@ -229,13 +230,13 @@ class Sharding:
         Raises StateError if the last backward did not reduce them.
         """
         self.conductor.recover()
+        self.reducer.take_users_view()
         for bucket in self.buckets:
             if bucket.waits_for_reduction:
                 raise StateError(
                     "The gradients were not reduced yet: the last backward ran inside no_sync(), or is not the last "
                     "one of its step. Clip after a backward outside no_sync()."
                 )
-            bucket.take_replaced_gradients()
         return clipping.global_norm(self.buckets, dp=self.dp, groups=self.groups, device=self.device)
 
     def clip(self, max_norm: float) -> float:
@@ -371,12 +372,13 @@ def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-    """Before any optimizer's step: it needs reduced gradients, and fragments."""
+    """Before any optimizer's step: it needs reduced gradients, and fragments, and not more of a parameter than that."""
     name = type(optimizer).__name__
     for group in optimizer.param_groups:
         for param in group["params"]:
             if not isinstance(param, ShardedParameter) or param.owner is None:
                 continue
+            refuse_matrix_wise(optimizer)
             if isinstance(param.grad, UnreducedGradient):
                 raise StateError(
                     f"{name} steps {param.fqn}, whose gradient is not reduced yet: the last backward ran inside "

@@ -1,0 +1,352 @@
+"""Weights read between modules, by themselves or several at once, in recomputed parts and beside other hooks.
+
+Each model trains under stages 1 and 3 as the same model does in one process on the same rows.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from zcore import zero
+from zcore.core.mesh import build_mesh
+from zcore.zero.sharding import sharding_of
+
+Ranks = Callable[..., Any]
+WIDTH = 16
+OPTIONS = zero.ShardingOptions(small_numel=12, bucket_numel=500)  # about one linear layer a bucket
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Model(nn.Module):
+    """Two weights that `read` may use as it likes, around blocks that are gathered and released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.blocks = nn.ModuleList(Layer() for _ in range(3))
+
+    def through_blocks(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.through_blocks(x)
+
+
+class Product(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.through_blocks(functional.linear(x, self.a.weight @ self.b.weight))
+
+
+class Difference(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.through_blocks(self.b(self.a(x)))
+        return x + 0.01 * (self.a.weight - self.b.weight).square().sum()
+
+
+class AllAtOnce(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.through_blocks(self.b(self.a(x)))
+        return x + 0.01 * torch.cat([param.reshape(-1) for param in self.parameters()]).square().sum()
+
+
+class ViewTakenEarly(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, (upper, lower) = self.a.weight.t(), self.b.weight.chunk(2)
+        constant = self.b.weight.detach()
+        x = self.through_blocks(self.a(x)) @ weight
+        return torch.cat([x @ upper.t(), x @ lower.t()], -1) @ constant
+
+
+class Region(Model):
+    """Several modules are recomputed as one, and a weight is read between them."""
+
+    use_reentrant = False
+
+    def region(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.a(x))
+        penalty = 0.1 * self.a.weight.square().sum()
+        return self.b(self.blocks[0](functional.linear(x, self.a.weight))) + penalty
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x)
+        x = checkpoint(self.region, x, use_reentrant=self.use_reentrant) if x.requires_grad else self.region(x)
+        return self.blocks[2](self.blocks[1](x))
+
+
+class ReentrantRegion(Region):
+    use_reentrant = True
+
+
+class LossInChunks(Model):
+    """The head is tied to the first layer, and its part of the loss is recomputed chunk by chunk."""
+
+    use_reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.through_blocks(self.a(x))
+
+        def loss_of(chunk: Tensor) -> Tensor:
+            return functional.linear(chunk, self.a.weight).square().mean()
+
+        if not torch.is_grad_enabled():
+            return loss_of(x)
+        chunks = [checkpoint(loss_of, chunk, use_reentrant=self.use_reentrant) for chunk in x.chunk(4)]
+        return torch.stack(chunks).mean().sqrt()
+
+
+class ReentrantLossInChunks(LossInChunks):
+    use_reentrant = True
+
+
+class ReadInTheMiddle(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[1](self.blocks[0](self.a(x)))
+        return self.blocks[2](torch.tanh(functional.linear(x, self.a.weight)))
+
+
+class BackwardOfItsOwn(torch.autograd.Function):
+    """Holds what it has unpacked while it runs a backward through blocks, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, blocks: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.blocks = blocks
+        with torch.no_grad():
+            return blocks(x) @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_()
+            outer = ctx.blocks(inner)
+        outer.backward(grad @ weight)
+        return inner.grad, grad.t() @ outer.detach(), None
+
+
+class Reversible(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.b.weight.view_as(self.b.weight)
+        return BackwardOfItsOwn.apply(self.a(x), weight, self.through_blocks)
+
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
+
+
+def plainly(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def of_an_input_with_gradient(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x.requires_grad_()).square().mean()
+
+
+def recomputed(model: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(model, x, use_reentrant=False).square().mean()
+
+
+def recomputed_reentrantly(model: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(model, x.requires_grad_(), use_reentrant=True).square().mean()
+
+
+def beside_hooks_of_the_users(model: nn.Module, x: Tensor) -> Tensor:
+    with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        return model(x).square().mean()
+
+
+CASES: dict[str, tuple[type[Model], Loss]] = {
+    "a product of weights": (Product, plainly),
+    "a difference of weights": (Difference, plainly),
+    "all weights at once": (AllAtOnce, plainly),
+    "views taken early": (ViewTakenEarly, plainly),
+    "a region recomputed": (Region, of_an_input_with_gradient),
+    "a region recomputed reentrantly": (ReentrantRegion, of_an_input_with_gradient),
+    "a loss in chunks": (LossInChunks, plainly),
+    "a loss in chunks, reentrantly": (ReentrantLossInChunks, plainly),
+    "the whole recomputed": (ReadInTheMiddle, recomputed),
+    "the whole recomputed reentrantly": (ReadInTheMiddle, recomputed_reentrantly),
+    "hooks of the user's": (ReadInTheMiddle, beside_hooks_of_the_users),
+    "views and hooks of the user's": (ViewTakenEarly, beside_hooks_of_the_users),
+    "a backward inside a function's": (Reversible, plainly),
+}
+
+
+def batch(step: int) -> Tensor:
+    return torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(step))
+
+
+def train(model: nn.Module, loss_of: Loss) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    losses = []
+    for step in range(4):
+        loss = loss_of(model, batch(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    with torch.no_grad():
+        losses.append(model(batch(9)).square().mean().item())
+    return losses
+
+
+def build(kind: type[Model]) -> Model:
+    torch.manual_seed(0)
+    return kind()
+
+
+def run_all(stage: int) -> dict[str, tuple[list[float], int]]:
+    """Losses, and bytes of gathered buckets that are left."""
+    found = {}
+    for name, (kind, loss_of) in CASES.items():
+        model = zero.shard(build(kind), build_mesh(dp=-1), stage=stage, options=OPTIONS)
+        found[name] = train(model, loss_of), sharding_of(model).ledger.live_bytes
+    return found
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids="stage {}".format)
+def found(request: pytest.FixtureRequest, ranks: Ranks) -> list[dict[str, tuple[list[float], int]]]:
+    results: list[dict[str, tuple[list[float], int]]] = ranks(2, run_all, request.param)
+    return results
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_read_between_modules_train_as_in_one_process(
+    found: list[dict[str, tuple[list[float], int]]], name: str
+) -> None:
+    kind, loss_of = CASES[name]
+    expected = train(build(kind), loss_of)
+    for by_name in found:
+        losses, left_bytes = by_name[name]
+        assert losses == pytest.approx(expected, rel=1e-6)  # gradients of one weight are added in another order
+        assert left_bytes == 0
+
+
+class Inner(nn.Module):
+    """Holds a sharded model that is no part of it, and calls it in its own forward."""
+
+    def __init__(self, inner: Model) -> None:
+        super().__init__()
+        self.own, self.inner = Model(), [inner]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner[0](self.own(x))
+
+
+def train_one_inside_another(stage: int) -> list[list[float]]:
+    torch.manual_seed(0)
+    plain = Inner(ReadInTheMiddle())
+    model = Inner(copy.deepcopy(plain.inner[0]))
+    model.own = copy.deepcopy(plain.own)
+    for each in (model.inner[0], model):
+        zero.shard(each, build_mesh(dp=-1), stage=stage, options=OPTIONS)
+    losses = []
+    for each in (plain, model):
+        optimizer = torch.optim.SGD([*each.parameters(), *each.inner[0].parameters()], lr=0.02)
+        losses.append([])
+        for step in range(3):
+            loss = plainly(each, batch(step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_sharded_model_may_run_inside_anothers_forward(ranks: Ranks, stage: int) -> None:
+    for plain, sharded in ranks(2, train_one_inside_another, stage):
+        assert sharded == plain
+
+
+class PassingOn(Model):
+    """Each block hands the input on, beside its result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x
+        for block in self.blocks:
+            x, first = block(x, first)
+        return x
+
+
+class LayerWithInput(Layer):
+    def forward(self, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x) + first, first
+
+
+def count_gathers_of_an_optimised_input() -> list[int]:
+    torch.manual_seed(0)
+    model = PassingOn()
+    model.blocks = nn.ModuleList(LayerWithInput() for _ in range(3))
+    zero.shard(model, build_mesh(dp=-1), stage=3, options=OPTIONS)
+    x = batch(0).requires_grad_()
+    counts = []
+    for _ in range(6):
+        traffic = sharding_of(model).groups.gather.traffic
+        traffic.clear()
+        model(x).square().mean().backward()
+        model.zero_grad()
+        counts.append(traffic.calls["all_gather"])
+    return [*counts, len(x._backward_hooks or {})]
+
+
+def test_a_tensor_that_passes_through_modules_costs_no_gather_and_collects_no_hooks(ranks: Ranks) -> None:
+    for *counts, hooks in ranks(2, count_gathers_of_an_optimised_input):
+        assert hooks == 0
+        assert len(set(counts[2:])) == 1
+        assert counts[-1] <= counts[0]
+
+
+class Weight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class WithWeight(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.through_blocks(x @ self.first())
+
+
+def sums_of_a_returned_weight(model: nn.Module) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(batch(0)).square().mean().backward()
+    sums = []
+    for _ in range(2):
+        with torch.no_grad():
+            sums.append(model.first().sum().item())
+        optimizer.step()
+    return sums
+
+
+def call_a_submodule_alone() -> list[float]:
+    return sums_of_a_returned_weight(zero.shard(build(WithWeight), build_mesh(dp=-1), stage=3, options=OPTIONS))
+
+
+def test_a_weight_returned_by_a_submodule_alone_is_the_one_of_now(ranks: Ranks) -> None:
+    expected = sums_of_a_returned_weight(build(WithWeight))
+    assert expected[0] != expected[1]
+    assert ranks(2, call_a_submodule_alone) == [expected] * 2

@@ -243,8 +243,21 @@ def with_a_backward_onto_assigned_gradients(model, optimizer, batch):
     optimizer.zero_grad()
 
 
+def with_gradients_exchanged(model, optimizer, batch):
+    model(batch).backward()
+    weights = [block[2].weight for block in model.blocks]
+    grads = [weight.grad for weight in weights]
+    for weight, grad in zip(weights, [*grads[1:], grads[0]], strict=True):
+        weight.grad = grad
+    clip(model, 1e-2)
+    model(2 * batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 PROGRAMS = (
     by_submodules,
+    with_gradients_exchanged,
     with_merged_gradients,
     with_some_gradients_dropped,
     with_gradients_kept_over_a_zero_grad,

@@ -115,6 +115,47 @@ class ReentrantLossInChunks(LossInChunks):
     use_reentrant = True
 
 
+class ViewInAClosure(Model):
+    """What is computed again reads a view that was taken outside of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.a.weight.t()
+        x = checkpoint(lambda part: torch.tanh(part @ weight) @ weight, self.b(x), use_reentrant=False)
+        return self.through_blocks(x)
+
+
+class ConstantViewInARegion(Model):
+    def region(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            weight = self.a.weight.t()
+        return self.blocks[1](self.blocks[0](torch.tanh(x) @ weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[2](checkpoint(self.region, self.b(x), use_reentrant=False))
+
+
+class RecomputedInVain(torch.autograd.Function):
+    """Computes a block again in its backward, and differentiates nothing of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.block = block
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            ctx.block(x.detach().requires_grad_())
+        return grad, None
+
+
+class InVain(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.through_blocks(RecomputedInVain.apply(self.b(self.a(x)), self.blocks[1]))
+
+
 class ReadInTheMiddle(Model):
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks[1](self.blocks[0](self.a(x)))
@@ -180,6 +221,9 @@ CASES: dict[str, tuple[type[Model], Loss]] = {
     "a region recomputed reentrantly": (ReentrantRegion, of_an_input_with_gradient),
     "a loss in chunks": (LossInChunks, plainly),
     "a loss in chunks, reentrantly": (ReentrantLossInChunks, plainly),
+    "a view in a closure": (ViewInAClosure, plainly),
+    "a constant view in a region": (ConstantViewInARegion, plainly),
+    "a block computed again in vain": (InVain, plainly),
     "the whole recomputed": (ReadInTheMiddle, recomputed),
     "the whole recomputed reentrantly": (ReadInTheMiddle, recomputed_reentrantly),
     "hooks of the user's": (ReadInTheMiddle, beside_hooks_of_the_users),
@@ -313,6 +357,100 @@ def test_a_tensor_that_passes_through_modules_costs_no_gather_and_collects_no_ho
         assert counts[-1] <= counts[0]
 
 
+class FailingOnce(nn.Module):
+    """Raises in the middle of its second call, which is a recomputation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = Layer(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        self.calls += 1
+        if self.calls == 2:
+            raise MemoryError
+        return x
+
+
+class Retrying(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.failing = FailingOnce()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.failing, torch.tanh(self.a(x)), use_reentrant=True) if x.requires_grad else self.failing(x)
+        return self.through_blocks(x)
+
+
+def train_again_what_failed(model: nn.Module) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    losses = []
+    for step in (0, 0, 1):
+        try:
+            loss = of_an_input_with_gradient(model, batch(step))
+            loss.backward()
+        except MemoryError:
+            model.zero_grad()
+            continue
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def train_sharded_again_what_failed(stage: int) -> list[float]:
+    return train_again_what_failed(zero.shard(build(Retrying), build_mesh(dp=-1), stage=stage, options=OPTIONS))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_batch_whose_recomputation_failed_may_be_tried_again(ranks: Ranks, stage: int) -> None:
+    expected = train_again_what_failed(build(Retrying))
+    assert len(expected) == 2
+    for losses in ranks(2, train_sharded_again_what_failed, stage):
+        assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def count_gathered_at_once(num_blocks: int) -> int:
+    """In a backward through reentrant regions of two blocks, of which one gets no gradient."""
+    torch.manual_seed(0)
+    model = Model()
+    model.blocks = nn.ModuleList(Layer() for _ in range(num_blocks))
+
+    def forward(x: Tensor) -> Tensor:
+        for first, second in zip(model.blocks[::2], model.blocks[1::2], strict=True):
+
+            def region(x: Tensor, first: nn.Module = first, second: nn.Module = second) -> Tensor:
+                with torch.no_grad():
+                    constant = first(x)
+                return second(x) + constant
+
+            x = checkpoint(region, x, use_reentrant=True)
+        return x
+
+    model.forward = forward  # type: ignore[method-assign]
+    options = zero.ShardingOptions(small_numel=12, bucket_numel=1_200)  # a block a bucket
+    sharding = sharding_of(zero.shard(model, build_mesh(dp=-1), stage=3, options=options))
+    counts: list[int] = []
+
+    def count(*_: object) -> None:
+        counts.append(
+            sum(
+                bucket.is_transient and bucket.memory.gathered.untyped_storage().nbytes() > 0
+                for bucket in sharding.buckets
+            )
+        )
+
+    for block in model.blocks:
+        block.register_forward_hook(count)
+    of_an_input_with_gradient(model, batch(0)).backward()
+    return max(counts)
+
+
+def test_what_recomputations_gather_does_not_add_up_over_the_model(ranks: Ranks) -> None:
+    (few, _), (many, _) = ranks(2, count_gathered_at_once, 6), ranks(2, count_gathered_at_once, 18)
+    assert many == few
+
+
 class Weight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -350,3 +488,24 @@ def test_a_weight_returned_by_a_submodule_alone_is_the_one_of_now(ranks: Ranks) 
     expected = sums_of_a_returned_weight(build(WithWeight))
     assert expected[0] != expected[1]
     assert ranks(2, call_a_submodule_alone) == [expected] * 2
+
+
+def use_returned_weights(model: nn.Module) -> list[float]:
+    results = []
+    for with_gradient in (True, False):
+        with torch.set_grad_enabled(with_gradient):
+            weight = model.first()
+            x = model.blocks[0](batch(0) @ weight)
+            again = model.first().t()
+            results.append((model.blocks[1](x) @ again + weight.sum()).square().mean().item())
+    return results
+
+
+def use_returned_weights_sharded() -> list[float]:
+    return use_returned_weights(zero.shard(build(WithWeight), build_mesh(dp=-1), stage=3, options=OPTIONS))
+
+
+def test_weights_returned_by_submodules_alone_outlast_the_next_calls(ranks: Ranks) -> None:
+    expected = use_returned_weights(build(WithWeight))
+    for found in ranks(2, use_returned_weights_sharded):
+        assert found == pytest.approx(expected, rel=1e-6)

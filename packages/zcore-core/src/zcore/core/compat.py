@@ -15,6 +15,7 @@ __all__ = [
     "all_gather_flat",
     "all_to_all_flat",
     "current_backward",
+    "current_node",
     "in_backward",
     "is_held_elsewhere",
     "packs_saved_tensors",
@@ -92,6 +93,12 @@ def is_held_elsewhere(tensor: torch.Tensor) -> bool:
 def current_backward() -> int:
     """Which backward pass of autograd this thread is in, a nested one having a number of its own; -1 in none."""
     return int(torch._C._current_graph_task_id())
+
+
+def current_node() -> object | None:
+    """The node of autograd's graph that this thread runs; None outside of a backward."""
+    node: object | None = torch._C._current_autograd_node()
+    return node
 
 
 def in_backward() -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from zcore.core import compat
 from zcore.core.collectives import Pending
 from zcore.core.errors import StateError
 from zcore.core.mesh import DataParallel
@@ -92,10 +93,12 @@ class BucketParam:
     fragment: Fragment
     sites: tuple[tuple[weakref.ref[nn.Module], str], ...]
 
-    def set_gradient(self, grad: Tensor | None) -> None:
-        """The fragment's `.grad`, whatever the fragment stands for right now."""
+    def set_gradient(self, grad: Tensor | None) -> Tensor | None:
+        """Set the fragment's `.grad`, whatever the fragment stands for right now; what it is then."""
+        given = grad.as_subclass(FragmentValues) if grad is not None else None
         with torch._C.DisableTorchFunctionSubclass():
-            self.shard.grad = grad.as_subclass(FragmentValues) if grad is not None else None
+            self.shard.grad = given
+        return given
 
     def announce_gradient(self) -> None:
         """Make it seen that there is a gradient, which is not reduced yet: dropping it drops that."""
@@ -169,6 +172,7 @@ class Bucket:
         self._computed_with: tuple[int, int] | None = None  # the values that the last forward read
         self._versions: list[int] = []  # of the whole parameters, when they became AVAILABLE
         self._grad_states = [GradState.NONE] * len(members)
+        self._given: list[Tensor | None] = [None] * len(members)  # the tensors that were set as `.grad`
         self.host: weakref.ref[BucketHost] | None = None  # weak, like every edge back up: `del model` frees the memory
         self.memory = BucketParameters(
             plan, row, dp=dp, dtypes=dtypes, collectives=groups.gather, device=device, ledger=ledger
@@ -356,7 +360,7 @@ class Bucket:
     def deliver(self, used: list[bool]) -> None:
         """Give every fragment its gradient; None to one that no rank used, as plain torch would."""
         for index, (param, is_used) in enumerate(zip(self.params, used, strict=True)):
-            param.set_gradient(self._reduced_part(index) if is_used else None)
+            self._given[index] = param.set_gradient(self._reduced_part(index) if is_used else None)
             self._grad_states[index] = GradState.DELIVERED if is_used else GradState.NONE
 
     def announce(self, used: list[bool]) -> None:
@@ -384,37 +388,47 @@ class Bucket:
         """Those of them whose `.grad` is None by now, as `zero_grad` leaves it."""
         return [index for index in self.with_gradient if not self.params[index].has_gradient]
 
-    def take_assigned(self) -> None:
-        """Where the user assigned a `.grad`, that is the gradient.
+    def assigned(self) -> list[tuple[int, Tensor]]:
+        """The gradients that the user has put in place of what was there, by parameter.
 
-        Raises StateError where there is one that is not reduced yet; assigned zeros drop it.
+        Raises StateError where what was there is not reduced yet; assigned zeros drop it.
         """
-        if self.gradients is None:
-            return
+        found: list[tuple[int, Tensor]] = []
         for index, (param, state) in enumerate(zip(self.params, self._grad_states, strict=True)):
             grad = param.gradient
-            if grad is None or isinstance(grad, UnreducedGradient):
+            if grad is None or grad is self._given[index] or isinstance(grad, UnreducedGradient):
                 continue
-            if state is GradState.ANNOUNCED:
-                if grad.any():
-                    raise StateError(
-                        f"The gradient of {param.shard.fqn} was assigned before it was reduced: the last backward ran "
-                        "inside no_sync(), or is not the last one of its step. Change gradients after a backward "
-                        "outside no_sync()."
-                    )
+            if self.gradients is None:
+                continue
+            if state is not GradState.ANNOUNCED:
+                found.append((index, grad))
+            elif grad.any():
+                raise StateError(
+                    f"The gradient of {param.shard.fqn} was assigned before it was reduced: the last backward ran "
+                    "inside no_sync(), or is not the last one of its step. Change gradients after a backward "
+                    "outside no_sync()."
+                )
+            else:
                 self.drop(index)
-                continue
-            own = self._reduced_part(index)
-            if grad.data_ptr() != own.data_ptr():
-                own.copy_(grad)
-                param.set_gradient(own)
-            self._grad_states[index] = GradState.DELIVERED
+        return found
+
+    def assign(self, index: int, grad: Tensor) -> None:
+        """Make `grad` the reduced gradient of a parameter. It must not lie in memory of gradients."""
+        own = self._reduced_part(index)
+        own.copy_(grad)
+        self._given[index] = self.params[index].set_gradient(own)
+        self._grad_states[index] = GradState.DELIVERED
+
+    def lies_in_gradients(self, tensor: Tensor) -> bool:
+        """Whether `tensor` shares memory with reduced gradients of this bucket."""
+        reduced = self.gradients.reduced if self.gradients is not None else None
+        return reduced is not None and compat.storage_key(reduced) == compat.storage_key(tensor)
 
     def drop(self, index: int) -> None:
         """The gradient of a parameter is zero again."""
         if self.gradients is not None:
             self.gradients.drop(index)
-        self.params[index].set_gradient(None)
+        self._given[index] = self.params[index].set_gradient(None)
         self._grad_states[index] = GradState.NONE
 
     def clear_gradients(self) -> None:
@@ -422,6 +436,7 @@ class Bucket:
         for param in self.params:
             param.set_gradient(None)
         self._grad_states = [GradState.NONE] * len(self.params)
+        self._given = [None] * len(self.params)
         if self.gradients is not None:
             self.gradients.clear()
 

@@ -6,11 +6,14 @@ bucket gather it once.
 """
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from zcore.core import compat
 from zcore.zero.bucket import Bucket, ParamState
@@ -30,6 +33,13 @@ class GatherLimits:
     max_reuse_numel: int  # a bucket that returns in the same pass within this distance is kept
 
 
+class Place(NamedTuple):
+    """A backward of autograd, and its node that runs."""
+
+    backward: int
+    node: object | None
+
+
 class Gatherer:
     """Moves buckets between SHARDED and AVAILABLE. Whole buckets are refreshed once; transient ones come and go."""
 
@@ -40,10 +50,11 @@ class Gatherer:
         self._trace = self._training
         self._depth: Counter[int] = Counter()  # modules inside which we are, per bucket
         self._pinned: Counter[int] = Counter()  # open GatheredParameters
-        self._kept: set[int] = set()  # of which a view is held outside their modules, while the forward lasts
+        self._kept: dict[int, list[weakref.ref[Tensor]]] = {}  # read outside their modules, by the views that are read
+        self._returned: set[int] = set()  # of which a view is part of a result: whoever called may read it
         self._idle: dict[int, None] = {}  # left in a forward, not yet released; in order of leaving
-        self._backwards: list[int] = []  # of autograd, each nested in the one before
-        self._used_in: dict[int, int] = {}  # the backward in which a bucket was used last
+        self._backwards: list[Place] = []  # of autograd, each nested in the node of the one before
+        self._used_in: dict[int, Place] = {}  # where a bucket was used last
         self._ahead: dict[int, int] = {}  # elements of buckets gathered, or kept, ahead of their next use
         self._live: dict[int, Bucket] = {}  # transient ones with gathered memory
         self._is_at_rest = True  # until the first use after a step
@@ -57,6 +68,7 @@ class Gatherer:
         """
         self._begin_trace(training=training)
         self._depth.clear()  # an exception may have left modules without their post-forward hook
+        self._forget_kept()
         for bucket in self._buckets:
             self._drop_if_stale(bucket)
             if bucket.is_transient:
@@ -96,16 +108,19 @@ class Gatherer:
             return
         del self._depth[bucket.index]
         if bucket.is_transient and bucket.state is ParamState.AVAILABLE:
-            if during is Pass.FORWARD and bucket.index not in self._kept:
+            if during is Pass.FORWARD and not self._is_kept(bucket.index):
                 self._idle[bucket.index] = None
             if not bucket.is_pinned:
                 bucket.check_unedited()
                 bucket.show_fragments()
 
-    def keep(self, bucket: Bucket) -> None:
-        """`bucket` is read outside its modules from now on, until the forward ends."""
+    def keep(self, bucket: Bucket, view: Tensor) -> None:
+        """`view` of `bucket` may be read outside its modules until the forward ends.
+
+        And after it as long as `view` lives: a closure that is computed again in the backward may hold it.
+        """
         self._idle.pop(bucket.index, None)
-        self._kept.add(bucket.index)
+        self._kept.setdefault(bucket.index, []).append(weakref.ref(view))
 
     def use(self, bucket: Bucket, during: Pass, *, module: str) -> None:
         """Make `bucket` AVAILABLE now."""
@@ -141,7 +156,8 @@ class Gatherer:
     def release_all_but(self, needed: Set[int]) -> None:
         """A backward has come to where only `needed` buckets were in use: those of later modules are read no more.
 
-        But those that an enclosing backward uses stay: its nodes may hold what they have read. And those that return.
+        But those that the running node of an enclosing backward has used stay: it may hold what it has read. And those
+        that return.
         """
         self._innermost_backward()
         for bucket in list(self._live.values()):
@@ -150,14 +166,14 @@ class Gatherer:
             if self._used_in.get(bucket.index) not in self._backwards[:-1] and not self._returns(bucket, Pass.BACKWARD):
                 self._reshard(bucket)
 
-    def _innermost_backward(self) -> int:
-        """Which backward of autograd runs now; those that have ended since are forgotten."""
-        current = compat.current_backward()
-        if current in self._backwards:
-            del self._backwards[self._backwards.index(current) + 1 :]
-        else:
-            self._backwards.append(current)
-        return current
+    def _innermost_backward(self) -> Place:
+        """Where in which backward of autograd we are; those that have ended since are forgotten."""
+        here = Place(compat.current_backward(), compat.current_node())
+        known = [place.backward for place in self._backwards]
+        if here.backward in known:
+            del self._backwards[known.index(here.backward) :]
+        self._backwards.append(here)
+        return here
 
     def pin(self, bucket: Bucket) -> None:
         """Keep `bucket` AVAILABLE and shown until `unpin`, whatever runs in between."""
@@ -183,18 +199,27 @@ class Gatherer:
         digest, self._digest = self._digest, 0
         return digest
 
-    def conceal(self) -> None:
-        """The model has run and may still get a backward: memory stays, but the fragments are the parameters again."""
+    def conceal(self, returned: Set[int] = frozenset()) -> None:
+        """The model has run and may still get a backward: memory stays, but the fragments are the parameters again.
+
+        `returned` are buckets of which its result has views.
+        """
         for bucket in self._buckets:
             if bucket.state is ParamState.INFLIGHT and not bucket.is_transient:
                 bucket.wait()  # no module used it; what follows may edit the fragments, which lie in the same memory
             if not bucket.is_pinned:
                 bucket.show_fragments()
-        for index in (*self._depth, *self._kept):  # the former were left by an exception
-            if index in self._live:
-                self._idle[index] = None
+        left = [*self._depth, *self._end_forward(returned)]  # the former by an exception
         self._depth.clear()
-        self._kept.clear()
+        self._idle.update((index, None) for index in left if index in self._live and not self._is_kept(index))
+
+    def _end_forward(self, returned: Set[int]) -> list[int]:
+        """Buckets that need not be kept any longer."""
+        self._returned |= returned
+        dead = [index for index, views in self._kept.items() if all(view() is None for view in views)]
+        for index in dead:
+            del self._kept[index]
+        return dead
 
     def go_on_forward(self) -> None:
         """A backward inside the forward is over: what only it has used may go."""
@@ -202,11 +227,15 @@ class Gatherer:
             if self._is_in_hand(bucket) and not self._is_in_use(bucket):
                 self._idle[bucket.index] = None
 
-    def rest(self, *, keep: Set[int] = frozenset()) -> None:
+    def rest(self, returned: Set[int] | None = None) -> None:
         """The step's use of parameters is over: fragments are registered everywhere, transient memory is free.
 
-        But of the buckets `keep` memory stays until something else needs it.
+        At the end of a forward, whose result has views of the buckets `returned`, but for what may still be read.
         """
+        if returned is None:
+            self._forget_kept()
+        else:
+            self._end_forward(returned)
         self._depth.clear()
         self._ahead.clear()
         self._backwards.clear()
@@ -215,12 +244,17 @@ class Gatherer:
         for bucket in self._buckets:
             if bucket.state is ParamState.INFLIGHT:
                 bucket.wait()
-            if bucket.index in keep and bucket.index in self._live:
-                self._idle[bucket.index] = None
+            if self._is_kept(bucket.index) and bucket.index in self._live:
                 bucket.show_fragments()
             elif bucket.state is ParamState.AVAILABLE and not self._pinned[bucket.index]:
                 self._reshard(bucket)
+
+    def _forget_kept(self) -> None:
         self._kept.clear()
+        self._returned.clear()
+
+    def _is_kept(self, index: int) -> bool:
+        return index in self._kept or index in self._returned
 
     def forget_order(self) -> None:
         """Expect nothing of the next step: ranks took other ways in this one."""
@@ -232,7 +266,6 @@ class Gatherer:
         self._trace = self._training if training else self._inference
         self._trace.begin()
         self._is_at_rest = False
-        self._kept.clear()
 
     def _drop_if_stale(self, bucket: Bucket) -> None:
         """Reshard what was stepped or edited since it was gathered, as after a forward that had no backward."""
@@ -261,7 +294,7 @@ class Gatherer:
         return bucket.state is ParamState.AVAILABLE and not is_spare
 
     def _is_in_use(self, bucket: Bucket) -> bool:
-        return bucket.index in self._depth or bucket.index in self._kept or self._pinned[bucket.index] > 0
+        return bucket.index in self._depth or self._is_kept(bucket.index) or self._pinned[bucket.index] > 0
 
     def _make_room(self) -> None:
         """Release what is idle, but for what returns soon in the same pass."""

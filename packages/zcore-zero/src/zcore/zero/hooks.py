@@ -110,7 +110,7 @@ class Conductor:
             self._begin_backward()
             self._begin_saving(compat.current_backward())
         self.gatherer.enter(bucket, self._pass, module="an operation outside its module")
-        return not (torch.is_grad_enabled() and others_decide())
+        return not others_decide()
 
     def end_borrow(self, bucket: Bucket) -> None:
         """See BucketHost."""
@@ -118,9 +118,9 @@ class Conductor:
 
     def keep_for(self, bucket: Bucket, result: object) -> None:
         """See BucketHost."""
-        parts = result if isinstance(result, list | tuple) else (result,)
-        if self._pass is Pass.FORWARD and any(isinstance(each, Tensor) and bucket_of(each) is bucket for each in parts):
-            self.gatherer.keep(bucket)
+        for each in result if isinstance(result, list | tuple) else (result,):
+            if self._pass is Pass.FORWARD and isinstance(each, Tensor) and bucket_of(each) is bucket:
+                self.gatherer.keep(bucket, each)
 
     @property
     def _pass(self) -> Pass:
@@ -165,7 +165,7 @@ class Conductor:
             self._end_saving(module)
             for bucket, _ in site.buckets:
                 self.gatherer.leave(bucket, self._pass)
-            began = site.began.pop()
+            began = site.began.pop() if site.began else compat.sequence_number()  # else a hook before ours has raised
             if transient:
                 self._watch(transient, result, since=began)
             if self._phase is Phase.REST and not self.gatherer.open_buckets:  # a submodule was called by itself
@@ -175,11 +175,12 @@ class Conductor:
 
     def _come_to_rest(self, result: object) -> None:
         """A forward is over; with autograd a backward may follow, and memory stays, as that of weights in `result`."""
+        found = [bucket_of(tensor) for tensor in _tensors_in(result)]
+        returned = {bucket.index for bucket in self._buckets if bucket in found}
         if torch.is_grad_enabled():
-            self.gatherer.conceal()
+            self.gatherer.conceal(returned)
         else:
-            returned = [bucket_of(tensor) for tensor in _tensors_in(result)]
-            self.gatherer.rest(keep={bucket.index for bucket in self._buckets if bucket in returned})
+            self.gatherer.rest(returned)
 
     def _begin_saving(self, saver: nn.Module | int) -> None:
         if torch.is_grad_enabled() and not self._saved.is_open and self._saved.open():
@@ -210,7 +211,7 @@ class Conductor:
                 tensor.register_hook(before_backward)
             escaped = bucket_of(tensor)
             if escaped is not None and escaped in buckets:  # a module that returns its weight, or a view of it
-                self.gatherer.keep(escaped)
+                self.gatherer.keep(escaped, tensor)
 
     def read_in_backward(self, bucket: Bucket) -> None:
         """See BucketHost."""
@@ -273,10 +274,10 @@ class Conductor:
     def abandon(self) -> None:
         """Forget a backward that did not finish, with all gradients of this step."""
         self._phase = Phase.REST
-        if isinstance(self._saver, int):
-            self._end_saving(self._saver)
         self._reducer.abandon()
         self.gatherer.rest()
+        if isinstance(self._saver, int):
+            self._end_saving(self._saver)
 
     def recover(self) -> None:
         """Clear away what an exception in a backward, which the caller caught, has left behind."""

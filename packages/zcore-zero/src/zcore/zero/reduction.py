@@ -134,8 +134,14 @@ class Reducer:
 
         Where all of it is None, gradients that were not reduced yet are meant, too.
         """
-        for bucket in self._buckets:
-            bucket.take_assigned()
+        assigned = [(bucket, index, grad) for bucket in self._buckets for index, grad in bucket.assigned()]
+        # Gradients may have been exchanged between parameters: none is written before all are read.
+        assigned = [
+            (bucket, index, grad.clone() if any(each.lies_in_gradients(grad) for each in self._buckets) else grad)
+            for bucket, index, grad in assigned
+        ]
+        for bucket, index, grad in assigned:
+            bucket.assign(index, grad)
         if all(bucket.dropped == bucket.with_gradient for bucket in self._buckets):
             if any(bucket.with_gradient for bucket in self._buckets):
                 self._clear_gradients()

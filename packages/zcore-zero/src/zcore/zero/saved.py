@@ -46,8 +46,8 @@ class SavedTensors:
 
     @property
     def is_open(self) -> bool:
-        """Whether these hooks are there, on top or below others."""
-        return self._hooks is not None
+        """Whether these hooks are there, on top or below others; autograd takes away what one of its nodes opened."""
+        return self._hooks is not None and compat.packs_saved_tensors() is not None
 
     def open(self) -> bool:
         """Watch what is saved from now on; False where nothing is ever freed, or somebody does it already."""
@@ -60,7 +60,7 @@ class SavedTensors:
     def close(self) -> None:
         """Stop watching."""
         hooks, self._hooks = self._hooks, None
-        if hooks is not None:
+        if hooks is not None and compat.packs_saved_tensors() is _pack:
             hooks.__exit__()
 
 

@@ -6,16 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from zcore.core import collectives as collectives_module
-from zcore.core.collectives import (
-    Call,
-    TorchCollectives,
-    choose_collectives,
-    failed_collective,
-    last_collective,
-    tree_sum_,
-)
+from zcore.core import torch_collectives
+from zcore.core.collectives import Call, failed_collective, last_collective, tree_sum
 from zcore.core.testing import RankFailed
+from zcore.core.torch_collectives import TorchCollectives, choose_collectives
 
 NUMELS = [0, 1, 7, 32, 20_001]  # the last is above SMALL_BYTES in fp32, and odd
 MOVED = [torch.float32, torch.bfloat16, torch.int16, torch.bool, torch.float8_e4m3fn, torch.float64, torch.int64]
@@ -57,10 +51,10 @@ def test_the_tree_sums_in_the_order_that_is_drawn(count):
     parts = [values(33, torch.float32, seed) for seed in range(count)]
     expected = in_tree_order(parts)
     out = torch.empty(33)
-    tree_sum_([part.clone() for part in parts], out=out)
+    tree_sum([part.clone() for part in parts], out=out)
     assert same(out, expected)
     into_first = [part.clone() for part in parts]
-    tree_sum_(into_first, out=into_first[0])
+    tree_sum(into_first, out=into_first[0])
     assert same(into_first[0], expected)
 
 
@@ -68,7 +62,7 @@ def test_two_halves_summed_apart_give_the_same_tree():
     parts = [values(9, torch.float32, seed) for seed in range(8)]
     halves = [in_tree_order(parts[:4]), in_tree_order(parts[4:])]
     whole = torch.empty(9)
-    tree_sum_(parts, out=whole)
+    tree_sum(parts, out=whole)
     assert same(whole, halves[0] + halves[1])
 
 
@@ -183,7 +177,7 @@ def test_collectives_in_flight_on_two_groups_do_not_disturb_each_other(ranks, wo
 def large_sums_out_of_order():
     """An all_reduce above SMALL_BYTES has a second half; ranks may wait for two of them in either order."""
     group = world()
-    numel = collectives_module.SMALL_BYTES
+    numel = torch_collectives.SMALL_BYTES
     tensors = [values(numel, torch.float32, 10 * index + group.rank) for index in range(2)]
     works = [group.all_reduce(tensor, label=f"large {index}") for index, tensor in enumerate(tensors)]
     for index in (0, 1) if group.rank == 0 else (1, 0):
@@ -204,7 +198,7 @@ def count_calls():
     group.all_gather(group.empty(20, dtype=torch.bfloat16, device=cpu), half.zero_(), label="gather").wait()
     group.reduce_scatter(torch.empty(3), torch.ones(6), label="scatter").wait()
     group.all_reduce(torch.ones(5), label="sum").wait()
-    group.all_reduce(torch.ones(collectives_module.SMALL_BYTES), label="large sum").wait()
+    group.all_reduce(torch.ones(torch_collectives.SMALL_BYTES), label="large sum").wait()
     group.broadcast(torch.ones(2), src=1, label="from 1").wait()
     group.all_to_all(torch.empty(4), torch.ones(4), label="exchange").wait()
     counted = dict(group.traffic.calls), dict(group.traffic.payload_bytes), last_collective()
@@ -219,7 +213,7 @@ def test_calls_and_bytes_are_counted_by_kind(ranks):
         assert payload_bytes == {
             "all_gather": 40,  # of the larger side
             "reduce_scatter": 24,
-            "all_reduce": 20 + 4 * collectives_module.SMALL_BYTES,
+            "all_reduce": 20 + 4 * torch_collectives.SMALL_BYTES,
             "broadcast": 8,
             "all_to_all": 16,
         }
@@ -236,7 +230,7 @@ def lose_a_peer(op):
         "all_gather": lambda: group.all_gather(torch.empty(numel * size), torch.ones(numel), label="blocks.3"),
         "reduce_scatter": lambda: group.reduce_scatter(torch.empty(numel), torch.ones(numel * size), label="blocks.3"),
         "all_reduce": lambda: group.all_reduce(torch.ones(numel), label="blocks.3"),
-        "large all_reduce": lambda: group.all_reduce(torch.ones(collectives_module.SMALL_BYTES), label="blocks.3"),
+        "large all_reduce": lambda: group.all_reduce(torch.ones(torch_collectives.SMALL_BYTES), label="blocks.3"),
         "broadcast": lambda: group.broadcast(torch.ones(numel), src=1, label="blocks.3"),
         "all_to_all": lambda: group.all_to_all(torch.empty(size), torch.ones(size), label="blocks.3"),
         "recv": lambda: group.recv(torch.ones(1), src=1, label="blocks.3"),
@@ -365,7 +359,7 @@ def test_without_another_wheel_torch_serves(ranks):
 
 
 OFFER = """
-from zcore.core.collectives import TorchCollectives
+from zcore.core.torch_collectives import TorchCollectives, choose_collectives
 
 class Counting(TorchCollectives):
     pass

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcore.core.collectives import TorchCollectives
 from zcore.core.errors import MeshError
 from zcore.core.mesh import AXES, DataParallel, build_mesh, data_parallel, plan_mesh, twin_group
 from zcore.core.testing import RankFailed, simulated_world
+from zcore.core.torch_collectives import TorchCollectives
 
 
 @pytest.mark.parametrize(

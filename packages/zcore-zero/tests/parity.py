@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from zcore import zero
-from zcore.core.collectives import tree_sum_
+from zcore.core.collectives import tree_sum
 
 ROWS = 8  # of a micro-batch, over all ranks
 SMALL_NUMEL = 100  # the models' biases and norms stay whole under stage 3, their matrices do not
@@ -287,7 +287,7 @@ def _mean(grads: list[Tensor | None]) -> Tensor | None:
     if len(whole) == 1:
         return whole[0]
     mean = torch.empty_like(whole[0])
-    tree_sum_(whole, out=mean)
+    tree_sum([each.view(-1) for each in whole], out=mean.view(-1))
     return mean.mul_(1.0 / len(whole))
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from zcore.core.collectives import TorchCollectives
 from zcore.core.errors import ConfigError
 from zcore.core.testing import RankFailed, process
+from zcore.core.torch_collectives import TorchCollectives
 
 runs_in_this_process = 0
 

@@ -23,6 +23,7 @@ __all__ = [
     "reduce_scatter_flat",
     "sequence_number",
     "storage_key",
+    "swap_memory",
     "timeout_of",
     "tree_leaves",
 ]
@@ -71,6 +72,11 @@ def tree_leaves(value: object) -> list[object]:
 def storage_key(tensor: torch.Tensor) -> int:
     """What identifies the memory that `tensor` is a view of as long as that lives, freed in between or not; else 0."""
     return int(tensor.untyped_storage()._cdata) if torch._C._has_storage(tensor) else 0
+
+
+def swap_memory(one: torch.UntypedStorage, other: torch.UntypedStorage) -> None:
+    """Exchange what two storages hold; every tensor on them sees it."""
+    one._swap_data_ptr_(other)  # type: ignore[attr-defined]  # private in torch, without a stub
 
 
 def packs_saved_tensors() -> object | None:

@@ -96,13 +96,12 @@ class BucketParameters:
             self.gathered[offset : offset + spec.numel].view(spec.shape).data
             for offset, spec in zip(plan.layout.offsets, plan.params, strict=True)
         )
-        self._own_slot = self.gathered[low:high]
         self.casts = dtypes.compute != dtypes.master  # master and gathered copy are two
         if self._transient or self.casts:
             self.master = torch.zeros(high - low, dtype=dtypes.master, device=device)
         else:
             self.gathered.zero_()
-            self.master = self._own_slot
+            self.master = self.gathered[low:high]
         if self._transient:
             collectives.free_storage(self.gathered)
 
@@ -122,14 +121,16 @@ class BucketParameters:
     def start_gather(self) -> Pending | None:
         """Fill `gathered` from the ranks' masters; None where that needs no communication."""
         if self._transient:
-            self._collectives.alloc_storage(self.gathered)
             self._ledger.add(self.gathered_bytes)
-        if self.casts:
-            self._own_slot.copy_(self.master)
         if not self._needs_gather:
+            if self.casts:
+                self.gathered.copy_(self.master)
             return None
-        source = self._own_slot if self.casts else self.master
-        return self._collectives.all_gather(self.gathered, source, label=self._label)
+        return self._collectives.all_gather(self.gathered, self.master, label=self._label)
+
+    def allow_writes(self) -> None:
+        """What is gathered may be edited on this rank alone."""
+        self._collectives.own_storage(self.gathered)
 
     def release(self) -> bool:
         """Free `gathered` if the row says so; whether its contents are gone."""

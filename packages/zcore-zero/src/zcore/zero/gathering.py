@@ -184,6 +184,7 @@ class Gatherer:
             self._start(bucket)
         if bucket.state is ParamState.INFLIGHT:
             bucket.wait()
+        bucket.memory.allow_writes()
         bucket.is_pinned = True
         bucket.show_whole()
 

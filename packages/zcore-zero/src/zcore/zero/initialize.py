@@ -15,11 +15,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LRScheduler
 
-from zcore.core.collectives import choose_collectives
 from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import ConfigError
 from zcore.core.events import Events
 from zcore.core.mesh import build_mesh, data_parallel
+from zcore.core.torch_collectives import choose_collectives
 from zcore.zero.agreement import Plain, check_agreement
 from zcore.zero.buffer import DataParallelGroups
 from zcore.zero.config import WITHOUT_EFFECT, TrainingConfig, ZeroOptimization

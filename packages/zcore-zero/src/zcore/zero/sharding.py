@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from zcore.core.collectives import choose_collectives
 from zcore.core.errors import LayoutError, NonFiniteError, StateError
 from zcore.core.mesh import DataParallel, data_parallel, twin_group
+from zcore.core.torch_collectives import choose_collectives
 from zcore.zero import clipping
 from zcore.zero.agreement import Plain, check_agreement
 from zcore.zero.bucket import Bucket

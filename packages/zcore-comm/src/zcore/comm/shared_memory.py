@@ -1,0 +1,398 @@
+"""Collectives between ranks of one host through shared pages: a rank shows its data, the others read them there.
+
+    all_gather      show own part                 -> read every other's part
+       into a buffer without memory: one for all  -> write own part, and wait for the others'
+    reduce_scatter  show the whole input          -> sum everybody's slot for this rank, straight from their pages
+    all_reduce      the same, into own pages, then show the sum  -> read every other's sum
+    all_to_all      show the whole input          -> read everybody's slot for this rank
+    broadcast       the source shows its tensor   -> read it
+
+What already lies in shared pages, as a buffer from `empty` does, is shown where it is; its owner's `wait` returns when
+the others have read it. Anything else is copied into pages of its own first. Nothing moves in the background: the
+reading is done in `wait`, by whoever wants the data.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zcore.comm.board import NUM_SLOTS, RING_CALLS, Board, Entry
+from zcore.comm.neighbours import Neighbours
+from zcore.comm.pages import Region, own_pages
+from zcore.core import compat
+from zcore.core.collectives import Call, CallLog, Pending, Traffic, tree_sum
+from zcore.core.errors import LayoutError, StateError
+from zcore.core.torch_collectives import TorchCollectives
+
+__all__ = ["SharedMemoryCollectives"]
+
+SMALL_BYTES = 32 * 1024  # up to here everybody sums everything, and what lies in shared pages is copied all the same
+TOGETHER = 1  # variant of an all_gather: into one memory that every rank holds
+LEADER = 0  # the rank in whose file memory lies that ranks hold together
+STARTED, HALF, READ = range(3)  # stages of a call: announced; own part of the result is there; no more is to be read
+
+
+GROUPS: "WeakSet[SharedMemoryCollectives]" = WeakSet()  # of this process
+
+
+@dataclass(slots=True)
+class _Open:
+    """A call that this rank has started, and what is left to do for it."""
+
+    call: Call
+    entry: Entry
+    index: int
+    read: Callable[[], None] | None = None  # when every rank has started the call
+    read_halves: Callable[[], None] | None = None  # when every rank's part of the result is there; if two steps
+    staged: Region | None = None
+    shows_own: bool = False  # memory of the caller's: others must have read it before `wait` returns
+    is_same: bool = False  # on every rank, as far as is known
+
+
+class SharedMemoryCollectives:
+    """The contract between CPU ranks of one host. `name` is what reports call the group."""
+
+    def __init__(self, group: dist.ProcessGroup, neighbours: Neighbours, *, name: str) -> None:
+        self._neighbours = neighbours
+        self._log = CallLog(name)
+        self._over_gloo = TorchCollectives(group, name=name)  # send and receive
+        self._pages = own_pages()
+        self._process = os.getpid()
+        self._name = name
+        self._next = 0
+        self._open: dict[int, _Open] = {}  # in the order of starting
+        GROUPS.add(self)
+        self._together: dict[int, tuple[Region, int]] = {}  # of the leader: by slot, with the count of the call
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self._neighbours.rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks the group has."""
+        return self._neighbours.size
+
+    @property
+    def traffic(self) -> Traffic:
+        """What went through the group so far."""
+        return self._log.traffic
+
+    def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A flat buffer in pages that the other ranks can read."""
+        return _flat(self._pages.storage(max(1, numel * dtype.itemsize)), numel, dtype)
+
+    def free_storage(self, buffer: Tensor) -> None:
+        """Give the pages back; every view of the buffer goes on existing, without memory."""
+        compat.swap_memory(buffer.untyped_storage(), torch.UntypedStorage(0))
+
+    def alloc_storage(self, buffer: Tensor) -> None:
+        """Find pages for the buffer again."""
+        storage = buffer.untyped_storage()
+        if not storage.nbytes():
+            compat.swap_memory(storage, self._pages.storage(_num_bytes(buffer)))
+
+    def own_storage(self, buffer: Tensor) -> None:
+        """Copy what ranks hold together."""
+        if buffer.untyped_storage().nbytes() and self._pages.find(buffer) is None:
+            own = self._pages.storage(_num_bytes(buffer))
+            _flat(own, buffer.numel(), buffer.dtype).copy_(buffer)
+            compat.swap_memory(buffer.untyped_storage(), own)
+
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+        """See `Collectives.all_gather`; into memory that all ranks hold together if `output` has none."""
+        self._check_slots("all_gather", label, whole=output, slot=input)
+        numel = input.numel()
+        if numel and not output.untyped_storage().nbytes():
+            return self._gather_together(output, input, label=label)
+        own_slot = self._own_slot(output)
+        if own_slot.data_ptr() != input.data_ptr():
+            own_slot.copy_(input)
+
+        def read() -> None:
+            for rank, _ in self._neighbours.others:
+                theirs = self._neighbours.data_of(rank, index, skip=0, numel=numel, dtype=output.dtype)
+                output[rank * numel : (rank + 1) * numel].copy_(theirs)
+
+        index = self._begin("all_gather", label, output)
+        return self._show(index, own_slot, read)
+
+    def _gather_together(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+        """Every rank writes its slot of one memory. The leader says where; who is ahead of it writes in `wait`."""
+        leader = self._neighbours.boards[LEADER]
+
+        def write() -> None:
+            freed = partial(self._neighbours.board.set_freed, leader.slot_of(index), index + 1)
+            memory = self._neighbours.storage_of(LEADER, index, _num_bytes(output), when_gone=freed)
+            compat.swap_memory(output.untyped_storage(), memory)
+            self._own_slot(output).copy_(input)
+
+        index = self._begin("all_gather", label, output, variant=TOGETHER)
+        place, slot = None, 0
+        if self.rank == LEADER:
+            region, slot = self._take_together(index, _num_bytes(output))
+            place = region.offset
+        pending = self._announce(index, write, _nothing, place=place, slot=slot)
+        this = self._open[index]
+        if leader.started > index and leader.is_same(index, this.entry):
+            self._read(this)
+        return pending
+
+    def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+        """See `Collectives.reduce_scatter`."""
+        self._check_slots("reduce_scatter", label, whole=input, slot=output)
+        low, high = self.rank * output.numel(), (self.rank + 1) * output.numel()
+        index = self._begin("reduce_scatter", label, input)
+        return self._show(index, input, lambda: tree_sum(self._parts(index, input, low, high), out=output))
+
+    def all_reduce(self, tensor: Tensor, *, label: str) -> Pending:
+        """See `Collectives.all_reduce`."""
+        numel = tensor.numel()
+        index = self._begin("all_reduce", label, tensor)
+        if _num_bytes(tensor) <= SMALL_BYTES:
+            return self._show(index, tensor, lambda: tree_sum(self._parts(index, tensor, 0, numel), out=tensor))
+        bounds = [rank * numel // self.size for rank in range(self.size + 1)]
+
+        def sum_own_part() -> None:
+            low, high = bounds[self.rank], bounds[self.rank + 1]
+            shown = self._neighbours.data_of(self.rank, index, skip=low, numel=high - low, dtype=tensor.dtype)
+            tree_sum(self._parts(index, tensor, low, high), out=shown)  # of what is shown only we read this part
+            if shown.data_ptr() != tensor[low:high].data_ptr():
+                tensor[low:high].copy_(shown)
+
+        def read_sums() -> None:
+            for rank, _ in self._neighbours.others:
+                low, high = bounds[rank], bounds[rank + 1]
+                theirs = self._neighbours.data_of(rank, index, skip=low, numel=high - low, dtype=tensor.dtype)
+                tensor[low:high].copy_(theirs)
+
+        return self._show(index, tensor, sum_own_part, read_sums)
+
+    def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+        """See `Collectives.all_to_all`."""
+        if output.numel() != input.numel() or input.numel() % self.size or output.dtype != input.dtype:
+            raise LayoutError(
+                f"all_to_all {label}: {input.numel()} x {input.dtype} in and {output.numel()} x {output.dtype} out; "
+                f"both have to be the same multiple of the group's {self.size} ranks. Pad them."
+            )
+        numel = input.numel() // self.size
+
+        def read() -> None:
+            parts = self._parts(index, input, self.rank * numel, (self.rank + 1) * numel)
+            for rank, part in enumerate(parts):
+                output[rank * numel : (rank + 1) * numel].copy_(part)
+
+        index = self._begin("all_to_all", label, input)
+        return self._show(index, input, read)
+
+    def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Pending:
+        """See `Collectives.broadcast`."""
+        index = self._begin("broadcast", label, tensor, variant=src)
+        if self.rank == src:
+            return self._show(index, tensor, _nothing)
+
+        def read() -> None:
+            tensor.copy_(self._neighbours.data_of(src, index, skip=0, numel=tensor.numel(), dtype=tensor.dtype))
+
+        return self._announce(index, read)
+
+    def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
+        """See `Collectives.send`; over gloo."""
+        return self._over_gloo.send(tensor, dst=dst, label=label)
+
+    def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
+        """See `Collectives.recv`; over gloo."""
+        return self._over_gloo.recv(tensor, src=src, label=label)
+
+    def _check_slots(self, op: str, label: str, *, whole: Tensor, slot: Tensor) -> None:
+        if whole.numel() != self.size * slot.numel():
+            raise LayoutError(
+                f"{op} {label}: a whole of {whole.numel()} elements and a part of {slot.numel()} over {self.size} "
+                "ranks; the whole has to be as many equal parts as there are ranks. Pad it."
+            )
+
+    def _own_slot(self, whole: Tensor) -> Tensor:
+        numel = whole.numel() // self.size
+        return whole[self.rank * numel : (self.rank + 1) * numel]
+
+    def _parts(self, index: int, own: Tensor, low: int, high: int) -> list[Tensor]:
+        """Elements `low` to `high` of what every rank shows in call `index`."""
+        numel, data_of = high - low, self._neighbours.data_of
+        return [
+            own[low:high] if rank == self.rank else data_of(rank, index, skip=low, numel=numel, dtype=own.dtype)
+            for rank in range(self.size)
+        ]
+
+    def _take_together(self, index: int, num_bytes: int) -> tuple[Region, int]:
+        """Memory for a result of call `index` that every rank will hold, and its slot on the boards."""
+        for slot, (region, count) in list(self._together.items()):
+            if all(board.freed(slot) >= count for board in self._neighbours.boards):
+                self._pages.give_back(region)
+                del self._together[slot]
+        slot = next(each for each in range(NUM_SLOTS) if each not in self._together)
+        region = self._pages.take(num_bytes)
+        self._together[slot] = region, index + 1
+        return region, slot
+
+    def _begin(self, op: str, label: str, tensor: Tensor, *, variant: int = 0) -> int:
+        """The index of a new call. `tensor` is its larger side."""
+        if os.getpid() != self._process:
+            raise StateError(
+                f"{op} {label} was called in a forked child of a rank, which is no rank of {self._name}. Call it in "
+                "the process that made the group."
+            )
+        self._make_place_in_ring()
+        index, self._next = self._next, self._next + 1
+        call = self._log.note(op, label, tensor)
+        self._open[index] = _Open(call, Entry(op, tensor.dtype, tensor.numel(), variant, label), index)
+        return index
+
+    def _show(
+        self, index: int, shown: Tensor, read: Callable[[], None], read_halves: Callable[[], None] | None = None
+    ) -> Pending:
+        """Announce call `index` with this rank's data: where they are if that is in shared pages, else as a copy."""
+        this = self._open[index]
+        found = self._pages.find(shown) if _num_bytes(shown) > SMALL_BYTES else None
+        if found is not None:
+            region, place = found
+            this.shows_own = True
+        else:
+            region = this.staged = self._pages.take(max(1, _num_bytes(shown)))
+            place = region.offset
+            if shown.numel():
+                self._pages.tensor(region, shown.numel(), shown.dtype).copy_(shown)
+        region.readers[self] = partial(self._may_be_read, index)
+        return self._announce(index, read, read_halves, place=place)
+
+    def _announce(
+        self,
+        index: int,
+        read: Callable[[], None],
+        read_halves: Callable[[], None] | None = None,
+        *,
+        place: int | None = None,
+        slot: int = 0,
+    ) -> Pending:
+        """Tell the others that call `index` has started, and remember what is to be done for it."""
+        this = self._open[index]
+        this.read, this.read_halves = read, read_halves
+        self._neighbours.board.start(index, this.entry, place=place, slot=slot)
+        return _Pending(self, this)
+
+    def wait_for(self, this: _Open) -> None:
+        """Return when the call is done. No effect on one that is."""
+        index, others = this.index, self._neighbours.others
+        self._advance(this)
+        if index in self._open:
+            needed = STARTED if this.read_halves is None else HALF
+            self._wait(
+                lambda: index not in self._open,
+                lambda board: board.started <= index or not _has_come(board, index, needed),
+                what=str(this.call),
+            )
+        if this.shows_own:
+            self._wait(
+                lambda: all(_has_come(board, index, READ) for _, board in others),
+                lambda board: not _has_come(board, index, READ),
+                what=str(this.call),
+            )
+            this.shows_own = False
+
+    def _wait(self, is_reached: Callable[[], bool], lacks: Callable[[Board], bool], *, what: str) -> None:
+        """Return once `is_reached()`, doing meanwhile what open calls of any group need: ranks wait in any order."""
+
+        def try_again() -> bool:
+            for group in tuple(GROUPS):
+                for each in list(group._open.values()):
+                    if not group._advance(each):
+                        break  # not started everywhere, so later ones are not either
+            return is_reached()
+
+        if not is_reached():
+            self._neighbours.wait_until(try_again, lacks, what=what)
+
+    def _advance(self, this: _Open) -> bool:
+        """Do what can be done for the call without waiting; whether every rank has started it.
+
+        Raises MismatchError if it is another call on one of them.
+        """
+        others, index = self._neighbours.others, this.index
+        if not this.is_same:
+            if not all(board.started > index for _, board in others):
+                return False
+            self._neighbours.check_same(index, this.entry)
+            this.is_same = True
+        self._read(this)
+        if this.read_halves is not None and all(_has_come(board, index, HALF) for _, board in others):
+            read_halves, this.read_halves = this.read_halves, None
+            read_halves()
+            self._neighbours.board.set_stage(index, READ)
+        if this.read_halves is None:
+            self._close(this)
+        return True
+
+    def _read(self, this: _Open) -> None:
+        read, this.read = this.read, None
+        if read is not None:
+            read()
+            self._neighbours.board.set_stage(this.index, READ if this.read_halves is None else HALF)
+
+    def _close(self, this: _Open) -> None:
+        if self._open.pop(this.index, None) is None:
+            return
+        self._neighbours.board.finished = next(iter(self._open), self._next)
+        if this.staged is not None:
+            self._pages.give_back(this.staged)
+
+    def _make_place_in_ring(self) -> None:
+        """The entry to be written is read by nobody any more: neither by us, nor by the slowest of the others."""
+        if len(self._open) >= RING_CALLS // 2:
+            self.wait_for(next(iter(self._open.values())))  # a call that nobody waited for
+        oldest = self._next - RING_CALLS
+        if oldest >= 0:
+            self._wait(
+                lambda: all(board.finished > oldest for _, board in self._neighbours.others),
+                lambda board: board.finished <= oldest,
+                what=f"Call {self._next} of {self._name}, {RING_CALLS} ahead of the slowest rank,",
+            )
+
+    def _may_be_read(self, index: int) -> bool:
+        return any(board.finished <= index for _, board in self._neighbours.others)
+
+
+class _Pending:
+    """See `Pending`."""
+
+    __slots__ = ("_group", "_this")
+
+    def __init__(self, group: SharedMemoryCollectives, this: _Open) -> None:
+        self._group, self._this = group, this
+
+    def wait(self) -> None:
+        """See `Pending.wait`."""
+        self._group.wait_for(self._this)
+
+
+def _has_come(board: Board, index: int, stage: int) -> bool:
+    return board.finished > index or board.stage_of(index) >= stage
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _flat(storage: torch.UntypedStorage, numel: int, dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = torch.empty(0, dtype=dtype)
+    tensor.set_(storage, 0, (numel,), (1,))
+    return tensor
+
+
+def _nothing() -> None:
+    """What there is to do in a step that only waits."""

@@ -1,0 +1,300 @@
+"""Collectives through shared pages give, bit for bit, what the core's give over gloo."""
+
+import gc
+import os
+import random
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from zcore.comm.choice import offer
+from zcore.comm.shared_memory import SMALL_BYTES, SharedMemoryCollectives
+from zcore.core.errors import LayoutError, MismatchError, StateError, ZcoreError
+from zcore.core.torch_collectives import TorchCollectives
+
+CPU = torch.device("cpu")
+NUMELS = [0, 1, 7, SMALL_BYTES // 4, 20_001]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64]
+MOVED = [*DTYPES, torch.int16, torch.bool, torch.float8_e4m3fn]
+
+
+def both():
+    shared = offer(dist.group.WORLD, name="shared")
+    assert isinstance(shared, SharedMemoryCollectives)
+    return TorchCollectives(dist.group.WORLD, name="gloo"), shared
+
+
+def values(numel, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        return torch.randn(numel, generator=generator).to(dtype)
+    return torch.randint(0, 2 if dtype is torch.bool else 100, (numel,), generator=generator).to(dtype)
+
+
+def born(group, tensor):
+    """A copy of `tensor` in a buffer of the group."""
+    return group.empty(tensor.numel(), dtype=tensor.dtype, device=CPU).copy_(tensor)
+
+
+def bits(tensor):
+    return tensor.view(torch.uint8) if tensor.numel() else tensor
+
+
+def differences():
+    """What is not equal to the bit: op, numel, dtype, whether tensors lie in shared pages."""
+    gloo, shared = both()
+    rank, size = gloo.rank, gloo.size
+    wrong = []
+    for numel in NUMELS:
+        for dtype in MOVED:
+            whole = values(numel * size, dtype, seed=rank)
+            part = values(numel, dtype, seed=100 + rank)
+            for is_born in (False, True):
+                place = (lambda tensor: born(shared, tensor)) if is_born else torch.clone
+                found, expected = {}, {}
+                for group, results in ((gloo, expected), (shared, found)):
+                    take = torch.clone if group is gloo else place
+                    results["all_gather"] = take(whole)
+                    group.all_gather(results["all_gather"], take(part), label="x").wait()
+                    results["all_to_all"] = take(torch.zeros_like(whole))
+                    group.all_to_all(results["all_to_all"], take(whole), label="x").wait()
+                    results["broadcast"] = take(whole)
+                    group.broadcast(results["broadcast"], src=size - 1, label="x").wait()
+                    if dtype in DTYPES:
+                        results["reduce_scatter"] = take(part)
+                        group.reduce_scatter(results["reduce_scatter"], take(whole), label="x").wait()
+                        results["all_reduce"] = take(whole)
+                        group.all_reduce(results["all_reduce"], label="x").wait()
+                for op, result in found.items():
+                    if not torch.equal(bits(result), bits(expected[op])):
+                        wrong.append((op, numel, dtype, is_born))
+    return wrong
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_every_collective_is_equal_to_gloos_to_the_bit(ranks, world_size):
+    assert ranks(world_size, differences) == [[]] * world_size
+
+
+def in_place_and_cast():
+    gloo, shared = both()
+    rank, numel = shared.rank, 10_000
+    own = values(numel, torch.float32, seed=rank)
+    expected = torch.empty(numel * shared.size)
+    gloo.all_gather(expected, own, label="x").wait()
+    into_own_slot = born(shared, torch.zeros(numel * shared.size))
+    slot = into_own_slot[rank * numel : (rank + 1) * numel].copy_(own)
+    shared.all_gather(into_own_slot, slot, label="x").wait()
+    half = shared.empty(numel * shared.size, dtype=torch.bfloat16, device=CPU)
+    shared.all_gather(half, own, label="x").wait()
+    summed = born(shared, expected)
+    slot = summed[rank * numel : (rank + 1) * numel]
+    shared.reduce_scatter(slot, summed, label="x").wait()
+    return (
+        torch.equal(into_own_slot, expected),
+        torch.equal(half, expected.bfloat16()),
+        torch.equal(slot, shared.size * expected[rank * numel : (rank + 1) * numel]),
+    )
+
+
+def test_slots_of_the_whole_may_be_the_part_and_a_gather_casts(ranks):
+    assert ranks(2, in_place_and_cast) == [(True, True, True)] * 2
+
+
+def hold_together():
+    _, shared = both()
+    rank, numel = shared.rank, 50_000
+    buffer = shared.empty(numel * shared.size, dtype=torch.float32, device=CPU)
+    view = buffer[5:11].view(2, 3)
+    shared.free_storage(buffer)
+    freed_bytes = view.untyped_storage().nbytes()
+    shared.all_gather(buffer, torch.full((numel,), float(rank)), label="x").wait()
+    gathered = buffer.view(shared.size, -1)[:, 0].tolist()
+    barrier(shared)
+    if rank == 1:
+        view.fill_(7)  # nobody should; it shows that there is one memory
+    barrier(shared)
+    seen = view.mean().item()
+    barrier(shared)
+    shared.own_storage(buffer)
+    if rank == 1:
+        view.fill_(9)
+    barrier(shared)
+    seen_after = view.mean().item()
+    held_bytes = shared._pages.held_bytes
+    for _ in range(20):
+        shared.free_storage(buffer)
+        shared.all_gather(buffer, torch.full((numel,), float(rank)), label="x").wait()
+    return freed_bytes, gathered, seen, seen_after, shared._pages.held_bytes - held_bytes
+
+
+def barrier(group):
+    group.all_reduce(torch.zeros(1), label="barrier").wait()
+
+
+def test_ranks_hold_a_gathered_buffer_together_until_one_wants_its_own(ranks):
+    first, second = ranks(2, hold_together)
+    assert first[:4] == (0, [0.0, 1.0], 7.0, 7.0)
+    assert second[:4] == (0, [0.0, 1.0], 7.0, 9.0)
+    assert max(first[4], second[4]) <= 2 * 2 * 50_000 * 4  # a fresh one at most, not twenty
+
+
+def many_calls(count, seed):
+    """Random calls, several under way, waited for in an order of each rank's own: wrong ones, and what is left."""
+    _, shared = both()
+    rank, size = shared.rank, shared.size
+    common, own = random.Random(seed), random.Random(1000 * seed + rank)
+    wrong, under_way, before = [], [], None
+    for number in range(count):
+        op = common.choice(["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "together"])
+        numel = common.choice([1, 5, 300, 9_000, 12_345])
+        parts = [torch.full((numel * size,), float((number + 3 * each) % 17)) for each in range(size)]
+        mine = born(shared, parts[rank]) if own.random() < 0.5 else parts[rank].clone()
+        total = sum(parts[1:], parts[0])
+        if op in ("all_gather", "together"):
+            result = shared.empty(numel * size, dtype=torch.float32, device=CPU)
+            if op == "together":
+                shared.free_storage(result)
+            expected = torch.cat([part[:numel] for part in parts])
+            pending = shared.all_gather(result, mine[:numel], label=op)
+        elif op == "reduce_scatter":
+            result, expected = torch.empty(numel), total[:numel]
+            pending = shared.reduce_scatter(result, mine, label=op)
+        elif op == "all_reduce":
+            result, expected = mine, total
+            pending = shared.all_reduce(result, label=op)
+        elif op == "all_to_all":
+            result, expected = torch.empty(numel * size), torch.cat([part[:numel] for part in parts])
+            pending = shared.all_to_all(result, mine, label=op)
+        else:
+            src = common.randrange(size)
+            result, expected = mine, parts[src]
+            pending = shared.broadcast(result, src=src, label=op)
+        under_way.append((op, number, pending, result, expected))
+        while len(under_way) > own.randrange(6):
+            op, started, pending, result, expected = under_way.pop(own.randrange(len(under_way)))
+            pending.wait()
+            if not torch.equal(result, expected):
+                wrong.append((op, started))
+            del pending, result
+        if number == count // 2:
+            before = left_over(shared)
+    for *_, pending, result, expected in under_way:
+        pending.wait()
+        assert torch.equal(result, expected)
+    under_way.clear()
+    after = left_over(shared)
+    return wrong, [now - then for now, then in zip(after, before, strict=True)]
+
+
+def left_over(shared):
+    gc.collect()
+    return (
+        shared._pages.held_bytes,
+        len(list(Path("/proc/self/fd").iterdir())),
+        threading.active_count(),
+        len(gc.get_objects()),
+    )
+
+
+@pytest.mark.parametrize(("world_size", "count", "seed"), [(2, 5_000, 0), (3, 300, 1), (4, 300, 2)])
+def test_thousands_of_mixed_calls_are_right_and_leave_nothing_behind(ranks, world_size, count, seed):
+    for wrong, (more_bytes, more_files, more_threads, more_objects) in ranks(world_size, many_calls, count, seed):
+        assert wrong == []
+        assert (more_files, more_threads) == (0, 0)
+        assert more_bytes <= 4 << 20
+        assert more_objects < 300
+
+
+def forget_to_wait():
+    _, shared = both()
+    for number in range(500):
+        shared.all_reduce(torch.full((9_000,), float(number)), label="forgotten")
+    total = torch.full((9_000,), 1.0)
+    shared.all_reduce(total, label="x").wait()
+    return total[0].item()
+
+
+def test_calls_that_nobody_waits_for_do_not_block_later_ones(ranks):
+    assert ranks(2, forget_to_wait) == [2.0, 2.0]
+
+
+def message_of(act):
+    try:
+        act()
+    except ZcoreError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was refused"
+
+
+def make_different_calls(kind):
+    _, shared = both()
+    first = shared.rank == 0
+    tensor = torch.zeros(100)
+
+    def call_other_op():
+        if first:
+            shared.all_reduce(tensor, label="grads").wait()
+        else:
+            shared.broadcast(tensor, src=0, label="start").wait()
+
+    acts = {
+        "size": lambda: shared.all_reduce(tensor[: 50 if first else 100], label="grads").wait(),
+        "dtype": lambda: shared.all_reduce(tensor if first else tensor.double(), label="grads").wait(),
+        "op": call_other_op,
+        "source": lambda: shared.broadcast(tensor, src=0 if first else 1, label="start").wait(),
+    }
+    return message_of(acts[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("size", ["all_reduce grads (50 x float32) on rank", "all_reduce grads (100 x float32) on rank"]),
+        ("dtype", ["(100 x float32) on rank", "(100 x float64) on rank"]),
+        ("op", ["all_reduce grads (100 x float32) on rank", "broadcast start from rank 0"]),
+        ("source", ["from rank 0", "from rank 1"]),
+    ],
+)
+def test_calls_that_do_not_match_are_told_with_both_sides_on_every_rank(ranks, kind, words):
+    for message in ranks(2, make_different_calls, kind):
+        assert message.startswith(MismatchError.__name__)
+        assert [word for word in words if word not in message] == [], message
+
+
+def give_wrong_sizes():
+    _, shared = both()
+    return [
+        message_of(lambda: shared.all_gather(torch.zeros(7), torch.zeros(3), label="x")),
+        message_of(lambda: shared.reduce_scatter(torch.zeros(3), torch.zeros(7), label="x")),
+        message_of(lambda: shared.all_to_all(torch.zeros(7), torch.zeros(7), label="x")),
+    ]
+
+
+def test_sizes_that_do_not_divide_are_refused_before_anything_is_sent(ranks):
+    for messages in ranks(2, give_wrong_sizes):
+        for message in messages:
+            assert message.startswith(LayoutError.__name__)
+            assert "x: " in message
+            assert "2 ranks" in message or "7 elements" in message
+
+
+def call_in_a_child():
+    _, shared = both()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writing, message_of(lambda: shared.all_reduce(torch.zeros(1), label="x")).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    barrier(shared)  # the ranks themselves go on
+    return os.read(reading, 1000).decode()
+
+
+def test_a_forked_child_is_refused_and_disturbs_nobody(ranks):
+    for message in ranks(2, call_in_a_child):
+        assert message.startswith(StateError.__name__)
+        assert "forked child" in message

@@ -1,0 +1,232 @@
+"""The `Collectives` contract over torch.distributed, for any backend; and which implementation serves a group."""
+
+import atexit
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zcore.core import compat, extensions
+from zcore.core.collectives import Call, CallLog, Collectives, Pending, Traffic, failed_collective, tree_sum
+
+__all__ = ["TorchCollectives", "choose_collectives"]
+
+SMALL_BYTES = 64 * 1024  # an all_reduce up to here is one all_gather and a local sum: one latency instead of two
+
+
+class _Pending:
+    """Works of torch, waited for in order, then whatever arithmetic is left."""
+
+    __slots__ = ("_call", "_finish", "_works", "after")
+
+    def __init__(self, call: Call, works: Sequence[dist.Work | None], finish: Callable[[], None] | None = None) -> None:
+        self._call = call
+        self.after: _Pending | None = None  # what has to be finished first, where finishing communicates
+        self._works = [work for work in works if work is not None]
+        self._finish = finish
+
+    def wait(self) -> None:
+        """Wait, and name the collective if it failed."""
+        after, self.after = self.after, None
+        if after is not None:
+            after.wait()
+        works, self._works = self._works, []
+        finish, self._finish = self._finish, None
+        for work in works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise failed_collective(self._call, error) from error
+        if finish is not None:
+            finish()
+
+
+@cache
+def _settle_at_exit() -> None:
+    """Have gloo's threads let go of the last tensors before the interpreter ends.
+
+    They free them under Python's lock; one that waits for it when the interpreter goes ends the process with SIGABRT.
+    """
+    atexit.register(time.sleep, 0.05)  # seconds; gives the lock away
+
+
+class TorchCollectives:
+    """The contract over torch.distributed, for any backend.
+
+    On gloo sums are an exchange and one tree sum; on others the backend's own. `group` is the process group, `name`
+    what reports call it. With one rank nothing is sent.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, name: str) -> None:
+        self._group = group
+        self._log = CallLog(name)
+        self._ordered = dist.get_backend(group) == "gloo"
+        if self._ordered:
+            _settle_at_exit()
+        self._rank = dist.get_rank(group)
+        self._size = dist.get_world_size(group)
+        self._chained: _Pending | None = None  # the last started call whose second half starts when it is waited for
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks the group has."""
+        return self._size
+
+    @property
+    def traffic(self) -> Traffic:
+        """What went through the group so far."""
+        return self._log.traffic
+
+    def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A plain tensor of torch: gloo and NCCL take any memory."""
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    def free_storage(self, buffer: Tensor) -> None:
+        """Resize the storage to nothing; every view of it goes on existing."""
+        buffer.untyped_storage().resize_(0)
+
+    def alloc_storage(self, buffer: Tensor) -> None:
+        """Resize the storage back to what the buffer's elements need."""
+        storage = buffer.untyped_storage()
+        if not storage.nbytes():
+            storage.resize_((cast("int", buffer.storage_offset()) + buffer.numel()) * buffer.element_size())
+
+    def own_storage(self, buffer: Tensor) -> None:
+        """Every buffer has memory of its own here."""
+
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+        """See `Collectives.all_gather`."""
+        call = self._log.note("all_gather", label, output)
+        self.alloc_storage(output)
+        source = input
+        if self._size == 1 or input.dtype != output.dtype:
+            source = output[self._rank * input.numel() : (self._rank + 1) * input.numel()]
+            if source.data_ptr() != input.data_ptr():
+                source.copy_(input)
+        if self._size == 1:
+            return _Pending(call, [])
+        return self._start(
+            call, lambda: compat.all_gather_flat(self._raw(output), self._raw(source), group=self._group)
+        )
+
+    def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+        """See `Collectives.reduce_scatter`."""
+        call = self._log.note("reduce_scatter", label, input)
+        if self._size == 1:
+            if output.data_ptr() != input.data_ptr():
+                output.copy_(input)
+            return _Pending(call, [])
+        if not self._ordered:
+            return self._start(call, lambda: compat.reduce_scatter_flat(output, input, group=self._group))
+        received = torch.empty_like(input)
+        parts = list(received.view(self._size, -1).unbind())
+        return self._start(
+            call,
+            lambda: compat.all_to_all_flat(self._raw(received), self._raw(input), group=self._group),
+            finish=lambda: tree_sum(parts, out=output),
+        )
+
+    def all_reduce(self, tensor: Tensor, *, label: str) -> Pending:
+        """See `Collectives.all_reduce`."""
+        call = self._log.note("all_reduce", label, tensor)
+        if self._size == 1 or not tensor.numel():
+            return _Pending(call, [])
+        if not self._ordered:
+            return self._start(call, lambda: dist.all_reduce(tensor, group=self._group, async_op=True))
+        if tensor.numel() * tensor.element_size() <= SMALL_BYTES:
+            gathered = tensor.new_empty(self._size * tensor.numel())
+            parts = list(gathered.view(self._size, *tensor.shape).unbind())
+            return self._start(
+                call,
+                lambda: compat.all_gather_flat(self._raw(gathered), self._raw(tensor), group=self._group),
+                finish=lambda: tree_sum(parts, out=tensor),
+            )
+        return self._all_reduce_by_exchange(call, tensor)
+
+    def _all_reduce_by_exchange(self, call: Call, tensor: Tensor) -> Pending:
+        """Each rank sums its slot of every rank's tensor, then all gather the sums.
+
+        The second half needs the result of the first, so it starts inside `wait()`; in whichever order a rank waits for
+        several, second halves start in the order of the calls.
+        """
+        slot_numel = -(-tensor.numel() // self._size)
+        padded = tensor
+        if slot_numel * self._size != tensor.numel():
+            padded = torch.nn.functional.pad(tensor, (0, slot_numel * self._size - tensor.numel()))
+        received = torch.empty_like(padded)
+        parts = list(received.view(self._size, -1).unbind())
+        own = padded[self._rank * slot_numel : (self._rank + 1) * slot_numel]
+
+        def sum_and_gather() -> None:
+            tree_sum(parts, out=own)
+            gather = compat.all_gather_flat(self._raw(padded), self._raw(own.clone()), group=self._group)
+            _Pending(call, [gather]).wait()
+            if padded is not tensor:
+                tensor.copy_(padded[: tensor.numel()])
+
+        pending = self._start(
+            call,
+            lambda: compat.all_to_all_flat(self._raw(received), self._raw(padded), group=self._group),
+            finish=sum_and_gather,
+        )
+        pending.after, self._chained = self._chained, pending
+        return pending
+
+    def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+        """See `Collectives.all_to_all`."""
+        call = self._log.note("all_to_all", label, input)
+        return self._start(call, lambda: compat.all_to_all_flat(self._raw(output), self._raw(input), group=self._group))
+
+    def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Pending:
+        """See `Collectives.broadcast`."""
+        call = self._log.note("broadcast", label, tensor)
+        return self._start(
+            call, lambda: dist.broadcast(self._raw(tensor), group=self._group, group_src=src, async_op=True)
+        )
+
+    def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
+        """See `Collectives.send`."""
+        call = self._log.note("send", label, tensor)
+        return self._start(call, lambda: dist.isend(self._raw(tensor), group=self._group, group_dst=dst))
+
+    def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
+        """See `Collectives.recv`."""
+        call = self._log.note("recv", label, tensor)
+        return self._start(call, lambda: dist.irecv(self._raw(tensor), group=self._group, group_src=src))
+
+    def _raw(self, tensor: Tensor) -> Tensor:
+        """The same bytes in a type every backend moves: gloo knows no int16 and no float8."""
+        return tensor.view(torch.uint8) if self._ordered else tensor
+
+    def _start(
+        self, call: Call, start: Callable[[], dist.Work | None], *, finish: Callable[[], None] | None = None
+    ) -> _Pending:
+        try:
+            with torch.profiler.record_function(f"zcore::{call.op} {call.label}"):
+                work = start()
+        except RuntimeError as error:
+            raise failed_collective(call, error) from error
+        return _Pending(call, [work], finish)
+
+
+def choose_collectives(group: dist.ProcessGroup, *, name: str) -> Collectives:
+    """The best implementation at hand for `group`; every rank of it calls this, in the same order.
+
+    An installed wheel offers one under the entry point group `zcore.collectives` as a function `(group, name) ->
+    Collectives | None`, None where it does not apply. Without any, `TorchCollectives` serves.
+    """
+    for offer in extensions.offered("zcore.collectives"):
+        make = cast("Callable[..., Collectives | None]", offer.load())
+        served = make(group, name=name)
+        if served is not None:
+            return served
+    return TorchCollectives(group, name=name)

@@ -10,7 +10,6 @@ A bucket makes the moves it is asked for; when to make them is the business of `
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
@@ -18,20 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from zcore.core import compat
 from zcore.core.collectives import Pending
 from zcore.core.errors import StateError
 from zcore.core.mesh import DataParallel
+from zcore.zero.bucket_param import BucketParam
 from zcore.zero.buffer import BucketDtypes, BucketGradients, BucketParameters, DataParallelGroups, Ledger
-from zcore.zero.layout import BucketPlan, Fragment
+from zcore.zero.fragment_gradients import FragmentGradients
+from zcore.zero.layout import BucketPlan
 from zcore.zero.placement import Placement, Row, owned_slices
-from zcore.zero.sharded_parameter import FragmentValues, ShardedParameter, UnreducedGradient, lost_edit
+from zcore.zero.sharded_parameter import lost_edit
 from zcore.zero.units import ParamSites
 
-__all__ = ["FRAGMENT", "MOVES", "Bucket", "BucketHost", "BucketParam", "ParamState"]
-
-
-FRAGMENT = "_zcore_fragment"  # attribute of a whole parameter
+__all__ = ["MOVES", "Bucket", "BucketHost", "ParamState"]
 
 
 class ParamState(Enum):
@@ -49,14 +46,6 @@ MOVES = {
     ParamState.INFLIGHT: {ParamState.AVAILABLE},  # wait
     ParamState.AVAILABLE: {ParamState.SHARDED},  # reshard
 }
-
-
-class GradState(Enum):
-    """What the `.grad` of a fragment was when zcore set it last; the user may have changed it since."""
-
-    NONE = auto()  # None: no gradient since the last `zero_grad`
-    ANNOUNCED = auto()  # stands for one that is not reduced yet, and can only be dropped
-    DELIVERED = auto()  # a view of the reduced gradients
 
 
 class BucketHost(Protocol):
@@ -82,66 +71,6 @@ class BucketHost(Protocol):
     def read_in_backward(self, bucket: "Bucket") -> None:
         """Make the bucket AVAILABLE for an operation of the backward that runs."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class BucketParam:
-    """One parameter of a bucket: the whole that the modules compute with, and the fragment that the optimizer sees."""
-
-    full: nn.Parameter
-    shard: ShardedParameter
-    fragment: Fragment
-    sites: tuple[tuple[weakref.ref[nn.Module], str], ...]
-
-    def set_gradient(self, grad: Tensor | None) -> Tensor | None:
-        """Set the fragment's `.grad`, whatever the fragment stands for right now; what it is then."""
-        given = grad.as_subclass(FragmentValues) if grad is not None else None
-        with torch._C.DisableTorchFunctionSubclass():
-            self.shard.grad = given
-        return given
-
-    def announce_gradient(self) -> None:
-        """Make it seen that there is a gradient, which is not reduced yet: dropping it drops that."""
-        with torch._C.DisableTorchFunctionSubclass():
-            stand_in = self.shard.detach().new_zeros(1).expand(self.fragment.numel)
-            self.shard.grad = stand_in.as_subclass(UnreducedGradient)
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """The fragment's `.grad`."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.shard.grad
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whether the fragment has a `.grad`, and not one that was set to zero before it was reduced."""
-        grad = self.gradient
-        return grad is not None and not (isinstance(grad, UnreducedGradient) and grad.was_zeroed)
-
-    @property
-    def is_trainable(self) -> bool:
-        """Whether the fragment requires a gradient now; users may freeze it between steps."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.shard.requires_grad
-
-    def check_registered(self) -> None:
-        """Raise StateError where the model has something else in this parameter's place."""
-        for module_ref, name in self.sites:
-            module = module_ref()
-            found = module._parameters.get(name) if module is not None else self.full
-            if found is not self.shard and found is not self.full:
-                raise StateError(
-                    f"{self.shard.fqn} is no longer the parameter that was sharded: {type(module).__name__}.{name} was "
-                    "tied to another, replaced (as torch.func.functional_call does) or removed. Change the model "
-                    "before it is sharded; to edit values use `zero.GatheredParameters`."
-                )
-
-    def register(self, param: nn.Parameter) -> None:
-        """Put `param` at every place of the model where this parameter belongs."""
-        for module_ref, name in self.sites:
-            module = module_ref()
-            if module is not None:
-                module._parameters[name] = param
 
 
 class Bucket:
@@ -171,8 +100,6 @@ class Bucket:
         self._gathered: tuple[int, int] | None = None  # of which values there is a whole copy
         self._computed_with: tuple[int, int] | None = None  # the values that the last forward read
         self._versions: list[int] = []  # of the whole parameters, when they became AVAILABLE
-        self._grad_states = [GradState.NONE] * len(members)
-        self._given: list[Tensor | None] = [None] * len(members)  # the tensors that were set as `.grad`
         self.host: weakref.ref[BucketHost] | None = None  # weak, like every edge back up: `del model` frees the memory
         self.memory = BucketParameters(
             plan, row, dp=dp, dtypes=dtypes, collectives=groups.gather, device=device, ledger=ledger
@@ -185,20 +112,12 @@ class Bucket:
         self._groups = groups
         self._pending: Pending | None = None
         self.params = tuple(self._make_param(index, each) for index, each in enumerate(members))
+        self.grads = FragmentGradients(self.params, self.gradients) if self.gradients is not None else None
 
     def _make_param(self, index: int, member: ParamSites) -> BucketParam:
-        spec = member.spec
-        full = nn.Parameter(self.memory.views[index], requires_grad=spec.trainable)
-        full.__dict__.update(member.param.__dict__)  # tags that users and optimizers put on a parameter
-        _move_hooks(member.param, full, spec.fqn)
         fragment = self.plan.layout.fragment(index, self.owned)
         held = self.memory.master[fragment.offset : fragment.offset + fragment.numel]
-        shard = ShardedParameter.of(
-            held, owner=self, index=index, fqn=spec.fqn, full_shape=spec.shape, start=fragment.start
-        )
-        shard.requires_grad_(spec.trainable)
-        full.__dict__[FRAGMENT] = shard
-        return BucketParam(full, shard, fragment, tuple((weakref.ref(module), name) for module, name in member.sites))
+        return BucketParam.of(member, owner=self, index=index, full=self.memory.views[index], held=held, place=fragment)
 
     @property
     def values(self) -> tuple[int, int]:
@@ -357,95 +276,6 @@ class Bucket:
             self._gathered = None
         self.show_fragments()
 
-    def deliver(self, used: list[bool]) -> None:
-        """Give every fragment its gradient; None to one that no rank used, as plain torch would."""
-        for index, (param, is_used) in enumerate(zip(self.params, used, strict=True)):
-            self._given[index] = param.set_gradient(self._reduced_part(index) if is_used else None)
-            self._grad_states[index] = GradState.DELIVERED if is_used else GradState.NONE
-
-    def announce(self, used: list[bool]) -> None:
-        """Parameters that were used have gradients that a later backward will reduce and deliver.
-
-        What was delivered before is part of them by now.
-        """
-        for index, (param, is_used) in enumerate(zip(self.params, used, strict=True)):
-            if is_used:
-                param.announce_gradient()
-                self._grad_states[index] = GradState.ANNOUNCED
-
-    @property
-    def waits_for_reduction(self) -> bool:
-        """Whether gradients were announced and not delivered yet."""
-        return GradState.ANNOUNCED in self._grad_states
-
-    @property
-    def with_gradient(self) -> list[int]:
-        """The parameters that got a gradient since the last `clear_gradients`."""
-        return [index for index, state in enumerate(self._grad_states) if state is not GradState.NONE]
-
-    @property
-    def dropped(self) -> list[int]:
-        """Those of them whose `.grad` is None by now, as `zero_grad` leaves it."""
-        return [index for index in self.with_gradient if not self.params[index].has_gradient]
-
-    def assigned(self) -> list[tuple[int, Tensor]]:
-        """The gradients that the user has put in place of what was there, by parameter.
-
-        Raises StateError where what was there is not reduced yet; assigned zeros drop it.
-        """
-        found: list[tuple[int, Tensor]] = []
-        for index, (param, state) in enumerate(zip(self.params, self._grad_states, strict=True)):
-            grad = param.gradient
-            if grad is None or grad is self._given[index] or isinstance(grad, UnreducedGradient):
-                continue
-            if self.gradients is None:
-                continue
-            if state is not GradState.ANNOUNCED:
-                found.append((index, grad))
-            elif grad.any():
-                raise StateError(
-                    f"The gradient of {param.shard.fqn} was assigned before it was reduced: the last backward ran "
-                    "inside no_sync(), or is not the last one of its step. Change gradients after a backward "
-                    "outside no_sync()."
-                )
-            else:
-                self.drop(index)
-        return found
-
-    def assign(self, index: int, grad: Tensor) -> None:
-        """Make `grad` the reduced gradient of a parameter. It must not lie in memory of gradients."""
-        own = self._reduced_part(index)
-        own.copy_(grad)
-        self._given[index] = self.params[index].set_gradient(own)
-        self._grad_states[index] = GradState.DELIVERED
-
-    def lies_in_gradients(self, tensor: Tensor) -> bool:
-        """Whether `tensor` shares memory with reduced gradients of this bucket."""
-        reduced = self.gradients.reduced if self.gradients is not None else None
-        return reduced is not None and compat.storage_key(reduced) == compat.storage_key(tensor)
-
-    def drop(self, index: int) -> None:
-        """The gradient of a parameter is zero again."""
-        if self.gradients is not None:
-            self.gradients.drop(index)
-        self._given[index] = self.params[index].set_gradient(None)
-        self._grad_states[index] = GradState.NONE
-
-    def clear_gradients(self) -> None:
-        """Forget the gradients of fragments and buffers."""
-        for param in self.params:
-            param.set_gradient(None)
-        self._grad_states = [GradState.NONE] * len(self.params)
-        self._given = [None] * len(self.params)
-        if self.gradients is not None:
-            self.gradients.clear()
-
-    def _reduced_part(self, index: int) -> Tensor:
-        """Where the reduced gradient of a parameter lies, a view."""
-        assert self.gradients is not None
-        part = self.params[index].fragment
-        return self.gradients.live_reduced()[part.offset : part.offset + part.numel]
-
     def read_in_backward(self) -> None:
         """Autograd is about to read the gathered memory."""
         host = self.host() if self.host is not None else None
@@ -492,14 +322,3 @@ class Bucket:
     def _running_host(self) -> BucketHost | None:
         host = self.host() if self.host is not None else None
         return host if host is not None and host.is_running else None
-
-
-def _move_hooks(original: nn.Parameter, full: nn.Parameter, fqn: str) -> None:
-    """Hooks on the gradient act on the whole gradient of this rank, before it is reduced."""
-    if getattr(original, "_post_accumulate_grad_hooks", None):
-        raise StateError(
-            f"{fqn} has a hook that waits for its .grad, as an optimizer step inside the backward does. A sharded "
-            "gradient is there after the backward: remove the hook, and step the optimizer as usual."
-        )
-    for hook in (original._backward_hooks or {}).values():
-        full.register_hook(hook)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from zcore.core.errors import StateError
-from zcore.zero.bucket import FRAGMENT, Bucket
+from zcore.zero.bucket import Bucket
+from zcore.zero.bucket_param import FRAGMENT
 from zcore.zero.hooks import Conductor
 from zcore.zero.sharded_parameter import ShardedParameter
 

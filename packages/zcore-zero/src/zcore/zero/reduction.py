@@ -34,6 +34,7 @@ class Reducer:
         take_digest: Callable[[], int] = lambda: 0,
     ) -> None:
         self._buckets = [bucket for bucket in buckets if bucket.gradients is not None]
+        self._grads = {bucket.index: bucket.grads for bucket in buckets if bucket.grads is not None}
         self._dp = dp
         self._groups = groups
         self._device = device
@@ -126,32 +127,37 @@ class Reducer:
 
     def _clear_gradients(self) -> None:
         for bucket in self._buckets:
-            bucket.clear_gradients()
+            self._grads[bucket.index].clear()
             self._used[bucket.index] = [False] * len(bucket.params)
+
+    @property
+    def waits_for_reduction(self) -> bool:
+        """Whether there are gradients that a later backward will reduce."""
+        return any(grads.waits_for_reduction for grads in self._grads.values())
 
     def take_users_view(self) -> None:
         """Gradients are what the user sees: what was assigned, or set to None, since this has looked last.
 
         Where all of it is None, gradients that were not reduced yet are meant, too.
         """
-        assigned = [(bucket, index, grad) for bucket in self._buckets for index, grad in bucket.assigned()]
+        assigned = [(grads, index, grad) for grads in self._grads.values() for index, grad in grads.assigned()]
         # Gradients may have been exchanged between parameters: none is written before all are read.
         assigned = [
-            (bucket, index, grad.clone() if any(each.lies_in_gradients(grad) for each in self._buckets) else grad)
-            for bucket, index, grad in assigned
+            (grads, index, grad.clone() if any(each.holds(grad) for each in self._grads.values()) else grad)
+            for grads, index, grad in assigned
         ]
-        for bucket, index, grad in assigned:
-            bucket.assign(index, grad)
-        if all(bucket.dropped == bucket.with_gradient for bucket in self._buckets):
-            if any(bucket.with_gradient for bucket in self._buckets):
+        for grads, index, grad in assigned:
+            grads.assign(index, grad)
+        if all(grads.dropped == grads.with_gradient for grads in self._grads.values()):
+            if any(grads.with_gradient for grads in self._grads.values()):
                 self._clear_gradients()
             return
-        for bucket in self._buckets:
-            for index in bucket.dropped:
-                bucket.drop(index)
-                self._used[bucket.index][index] = False
-            for index in bucket.with_gradient:
-                self._used[bucket.index][index] = True
+        for bucket_index, grads in self._grads.items():
+            for index in grads.dropped:
+                grads.drop(index)
+                self._used[bucket_index][index] = False
+            for index in grads.with_gradient:
+                self._used[bucket_index][index] = True
 
     def _start_what_is_ready(self) -> None:
         while self._next < len(self._order) and not self._remaining[self._order[self._next]]:
@@ -180,7 +186,7 @@ class Reducer:
 
     def _announce(self) -> None:
         for bucket in self._buckets:
-            bucket.announce(self._used[bucket.index])
+            self._grads[bucket.index].announce(self._used[bucket.index])
 
     def _deliver(self) -> None:
         size = self._dp.size
@@ -198,7 +204,7 @@ class Reducer:
         for bucket in self._buckets:
             anywhere = [bool(total) for total in totals[position : position + len(bucket.params)]]
             self._used[bucket.index] = anywhere  # stays true until `clear`, so that later reductions add to it
-            bucket.deliver(anywhere)
+            self._grads[bucket.index].deliver(anywhere)
             position += len(bucket.params)
 
 

@@ -231,12 +231,11 @@ class Sharding:
         """
         self.conductor.recover()
         self.reducer.take_users_view()
-        for bucket in self.buckets:
-            if bucket.waits_for_reduction:
-                raise StateError(
-                    "The gradients were not reduced yet: the last backward ran inside no_sync(), or is not the last "
-                    "one of its step. Clip after a backward outside no_sync()."
-                )
+        if self.reducer.waits_for_reduction:
+            raise StateError(
+                "The gradients were not reduced yet: the last backward ran inside no_sync(), or is not the last one of "
+                "its step. Clip after a backward outside no_sync()."
+            )
         return clipping.global_norm(self.buckets, dp=self.dp, groups=self.groups, device=self.device)
 
     def clip(self, max_norm: float) -> float:

@@ -255,8 +255,22 @@ def with_gradients_exchanged(model, optimizer, batch):
     optimizer.zero_grad()
 
 
+def with_other_memory_for_gradients(model, optimizer, batch):
+    model(batch).backward()
+    for index, param in enumerate(model.parameters()):
+        if param.grad is not None and index % 2:
+            param.grad.data = param.grad.data * 2
+        elif param.grad is not None:
+            param.grad.set_(param.grad * 3)
+    model(2 * batch).backward()
+    clip(model, 1e-1)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 PROGRAMS = (
     by_submodules,
+    with_other_memory_for_gradients,
     with_gradients_exchanged,
     with_merged_gradients,
     with_some_gradients_dropped,

@@ -124,6 +124,14 @@ class ViewInAClosure(Model):
         return self.through_blocks(x)
 
 
+class ViewOfAViewInAClosure(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        row = self.a.weight.view(2, -1, WIDTH)[1, 0]
+        return self.through_blocks(
+            checkpoint(lambda part: torch.tanh(part * row) * row, self.b(x), use_reentrant=False)
+        )
+
+
 class ConstantViewInARegion(Model):
     def region(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -207,6 +215,13 @@ def recomputed_reentrantly(model: nn.Module, x: Tensor) -> Tensor:
     return checkpoint(model, x.requires_grad_(), use_reentrant=True).square().mean()
 
 
+def beside_a_forward_without_gradient(model: nn.Module, x: Tensor) -> Tensor:
+    result = model(x)
+    with torch.no_grad():
+        target = model(x + 1)
+    return (result - target).square().mean()
+
+
 def beside_hooks_of_the_users(model: nn.Module, x: Tensor) -> Tensor:
     with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         return model(x).square().mean()
@@ -222,6 +237,8 @@ CASES: dict[str, tuple[type[Model], Loss]] = {
     "a loss in chunks": (LossInChunks, plainly),
     "a loss in chunks, reentrantly": (ReentrantLossInChunks, plainly),
     "a view in a closure": (ViewInAClosure, plainly),
+    "a view of a view in a closure": (ViewOfAViewInAClosure, plainly),
+    "a view in a closure, and a forward without gradient": (ViewInAClosure, beside_a_forward_without_gradient),
     "a constant view in a region": (ConstantViewInARegion, plainly),
     "a block computed again in vain": (InVain, plainly),
     "the whole recomputed": (ReadInTheMiddle, recomputed),
@@ -509,3 +526,36 @@ def test_weights_returned_by_submodules_alone_outlast_the_next_calls(ranks: Rank
     expected = use_returned_weights(build(WithWeight))
     for found in ranks(2, use_returned_weights_sharded):
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+class WithWeightInResult(Model):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.through_blocks(self.a(x)), self.a.weight.view(-1)
+
+
+def look_at_all_after_a_returned_weight() -> list[str]:
+    model = zero.shard(build(WithWeightInResult), build_mesh(dp=-1), stage=3, options=OPTIONS)
+    with torch.no_grad():
+        result = model(batch(0))
+    with zero.GatheredParameters(model.parameters()):
+        pass
+    del result
+    return sorted({type(param).__name__ for param in model.parameters()})
+
+
+def test_parameters_are_fragments_again_after_a_look_at_all_of_them(ranks: Ranks) -> None:
+    assert ranks(2, look_at_all_after_a_returned_weight) == [["ShardedParameter"]] * 2
+
+
+def gather_while_one_rank_holds_what_modules_return() -> list[float]:
+    model = zero.shard(build(WithWeight), build_mesh(dp=-1), stage=3, options=OPTIONS)
+    held: list[Tensor] = []
+    if torch.distributed.get_rank() == 0:  # as a log of activations on one rank
+        model.first.register_forward_hook(lambda module, args, result: held.append(result[:4]))
+    return train(model, plainly)
+
+
+def test_what_one_rank_holds_on_to_changes_no_collective(ranks: Ranks) -> None:
+    expected = train(build(WithWeight), plainly)
+    for losses in ranks(2, gather_while_one_rank_holds_what_modules_return):
+        assert losses == pytest.approx(expected, rel=1e-6)

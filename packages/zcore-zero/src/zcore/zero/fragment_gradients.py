@@ -34,12 +34,12 @@ class FragmentGradients:
         self._params = params
         self._gradients = reduced
         self._states = [GradState.NONE] * len(params)
-        self._given: list[Tensor | None] = [None] * len(params)  # the tensors that were set as `.grad`
+        self._given: list[tuple[Tensor | None, int]] = [(None, 0)] * len(params)  # what was set as `.grad`, its address
 
     def deliver(self, used: list[bool]) -> None:
         """Give every fragment its gradient; None to one that no rank used, as plain torch would."""
-        for index, (param, is_used) in enumerate(zip(self._params, used, strict=True)):
-            self._given[index] = param.set_gradient(self._reduced_part(index) if is_used else None)
+        for index, is_used in enumerate(used):
+            self._set(index, self._reduced_part(index) if is_used else None)
             self._states[index] = GradState.DELIVERED if is_used else GradState.NONE
 
     def announce(self, used: list[bool]) -> None:
@@ -75,7 +75,10 @@ class FragmentGradients:
         found: list[tuple[int, Tensor]] = []
         for index, (param, state) in enumerate(zip(self._params, self._states, strict=True)):
             grad = param.gradient
-            if grad is None or grad is self._given[index] or isinstance(grad, UnreducedGradient):
+            if grad is None or isinstance(grad, UnreducedGradient):
+                continue
+            given, address = self._given[index]
+            if grad is given and grad.data_ptr() == address:
                 continue
             if state is not GradState.ANNOUNCED:
                 found.append((index, grad))
@@ -93,7 +96,7 @@ class FragmentGradients:
         """Make `grad` the reduced gradient of a parameter. It must not lie in memory of gradients."""
         own = self._reduced_part(index)
         own.copy_(grad)
-        self._given[index] = self._params[index].set_gradient(own)
+        self._set(index, own)
         self._states[index] = GradState.DELIVERED
 
     def holds(self, tensor: Tensor) -> bool:
@@ -104,7 +107,7 @@ class FragmentGradients:
     def drop(self, index: int) -> None:
         """The gradient of a parameter is zero again."""
         self._gradients.drop(index)
-        self._given[index] = self._params[index].set_gradient(None)
+        self._set(index, None)
         self._states[index] = GradState.NONE
 
     def clear(self) -> None:
@@ -112,8 +115,12 @@ class FragmentGradients:
         for param in self._params:
             param.set_gradient(None)
         self._states = [GradState.NONE] * len(self._params)
-        self._given = [None] * len(self._params)
+        self._given = [(None, 0)] * len(self._params)
         self._gradients.clear()
+
+    def _set(self, index: int, grad: Tensor | None) -> None:
+        given = self._params[index].set_gradient(grad)
+        self._given[index] = given, 0 if given is None else given.data_ptr()
 
     def _reduced_part(self, index: int) -> Tensor:
         """Where the reduced gradient of a parameter lies, a view."""

@@ -6,14 +6,12 @@ bucket gather it once.
 """
 
 import logging
-import weakref
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from zcore.core import compat
 from zcore.zero.bucket import Bucket, ParamState
@@ -50,8 +48,10 @@ class Gatherer:
         self._trace = self._training
         self._depth: Counter[int] = Counter()  # modules inside which we are, per bucket
         self._pinned: Counter[int] = Counter()  # open GatheredParameters
-        self._kept: dict[int, list[weakref.ref[Tensor]]] = {}  # read outside their modules, by the views that are read
-        self._returned: set[int] = set()  # of which a view is part of a result: whoever called may read it
+        # Of these somebody holds a view. When Python drops it differs from rank to rank, so nothing here depends on it.
+        self._kept: set[int] = set()  # a forward with autograd: until its backward is over, or the next such forward
+        self._held: set[int] = set()  # one without: until it ends
+        self._returned: set[int] = set()  # and what is part of its result: until the next forward, or end of a backward
         self._idle: dict[int, None] = {}  # left in a forward, not yet released; in order of leaving
         self._backwards: list[Place] = []  # of autograd, each nested in the node of the one before
         self._used_in: dict[int, Place] = {}  # where a bucket was used last
@@ -68,11 +68,14 @@ class Gatherer:
         """
         self._begin_trace(training=training)
         self._depth.clear()  # an exception may have left modules without their post-forward hook
-        self._forget_kept()
+        self._held.clear()
+        self._returned.clear()
+        if training:
+            self._kept.clear()
         for bucket in self._buckets:
             self._drop_if_stale(bucket)
             if bucket.is_transient:
-                if bucket.state is ParamState.AVAILABLE:
+                if bucket.state is ParamState.AVAILABLE and bucket.index not in self._kept:
                     self._idle.setdefault(bucket.index)
             elif bucket.state is ParamState.SHARDED:
                 bucket.gather()
@@ -114,13 +117,13 @@ class Gatherer:
                 bucket.check_unedited()
                 bucket.show_fragments()
 
-    def keep(self, bucket: Bucket, view: Tensor) -> None:
-        """`view` of `bucket` may be read outside its modules until the forward ends.
+    def keep(self, bucket: Bucket) -> None:
+        """A view of `bucket` may be read outside its modules until the forward ends.
 
-        And after it as long as `view` lives: a closure that is computed again in the backward may hold it.
+        With autograd until the backward ends: a closure that is computed again there may hold it.
         """
         self._idle.pop(bucket.index, None)
-        self._kept.setdefault(bucket.index, []).append(weakref.ref(view))
+        (self._kept if torch.is_grad_enabled() else self._held).add(bucket.index)
 
     def use(self, bucket: Bucket, during: Pass, *, module: str) -> None:
         """Make `bucket` AVAILABLE now."""
@@ -194,6 +197,8 @@ class Gatherer:
         bucket.is_pinned = self._pinned[bucket.index] > 0
         if not self._is_in_use(bucket) and bucket.state is ParamState.AVAILABLE:
             self._reshard(bucket)
+        elif bucket.index not in self._depth and not bucket.is_pinned:
+            bucket.show_fragments()
 
     def take_digest(self) -> int:
         """The digest of the gathers since this was last asked."""
@@ -210,20 +215,16 @@ class Gatherer:
                 bucket.wait()  # no module used it; what follows may edit the fragments, which lie in the same memory
             if not bucket.is_pinned:
                 bucket.show_fragments()
-        left = [*self._depth, *self._end_forward(returned)]  # the former by an exception
-        self._depth.clear()
-        self._idle.update((index, None) for index in left if index in self._live and not self._is_kept(index))
-
-    def _end_forward(self, returned: Set[int]) -> list[int]:
-        """Buckets that need not be kept any longer."""
         self._returned |= returned
-        dead = [index for index, views in self._kept.items() if all(view() is None for view in views)]
-        for index in dead:
-            del self._kept[index]
-        return dead
+        left = [*self._depth, *self._held]  # by an exception; or read while autograd was switched off for a moment
+        self._depth.clear()
+        self._held.clear()
+        self._idle.update((index, None) for index in left if index in self._live and not self._is_kept(index))
 
     def go_on_forward(self) -> None:
         """A backward inside the forward is over: what only it has used may go."""
+        self._backwards.clear()
+        self._used_in.clear()
         for bucket in self._live.values():
             if self._is_in_hand(bucket) and not self._is_in_use(bucket):
                 self._idle[bucket.index] = None
@@ -233,10 +234,12 @@ class Gatherer:
 
         At the end of a forward, whose result has views of the buckets `returned`, but for what may still be read.
         """
+        self._held.clear()
         if returned is None:
-            self._forget_kept()
+            self._kept.clear()
+            self._returned.clear()
         else:
-            self._end_forward(returned)
+            self._returned |= returned
         self._depth.clear()
         self._ahead.clear()
         self._backwards.clear()
@@ -250,12 +253,8 @@ class Gatherer:
             elif bucket.state is ParamState.AVAILABLE and not self._pinned[bucket.index]:
                 self._reshard(bucket)
 
-    def _forget_kept(self) -> None:
-        self._kept.clear()
-        self._returned.clear()
-
     def _is_kept(self, index: int) -> bool:
-        return index in self._kept or index in self._returned
+        return index in self._kept or index in self._held or index in self._returned
 
     def forget_order(self) -> None:
         """Expect nothing of the next step: ranks took other ways in this one."""

@@ -120,7 +120,7 @@ class Conductor:
         """See BucketHost."""
         for each in result if isinstance(result, list | tuple) else (result,):
             if self._pass is Pass.FORWARD and isinstance(each, Tensor) and bucket_of(each) is bucket:
-                self.gatherer.keep(bucket, each)
+                self.gatherer.keep(bucket)
 
     @property
     def _pass(self) -> Pass:
@@ -211,7 +211,7 @@ class Conductor:
                 tensor.register_hook(before_backward)
             escaped = bucket_of(tensor)
             if escaped is not None and escaped in buckets:  # a module that returns its weight, or a view of it
-                self.gatherer.keep(escaped, tensor)
+                self.gatherer.keep(escaped)
 
     def read_in_backward(self, bucket: Bucket) -> None:
         """See BucketHost."""

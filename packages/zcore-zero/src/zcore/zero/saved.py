@@ -43,6 +43,7 @@ class SavedTensors:
         BUCKETS.update(transient)
         self._has_any = bool(transient)
         self._hooks: saved_tensors_hooks | None = None
+        self._node: object | None = None  # of autograd, inside which they were opened
 
     @property
     def is_open(self) -> bool:
@@ -53,6 +54,7 @@ class SavedTensors:
         """Watch what is saved from now on; False where nothing is ever freed, or somebody does it already."""
         if not self._has_any or compat.packs_saved_tensors() is not None:
             return False
+        self._node = compat.current_node()
         self._hooks = saved_tensors_hooks(_pack, _unpack)
         self._hooks.__enter__()
         return True
@@ -60,7 +62,8 @@ class SavedTensors:
     def close(self) -> None:
         """Stop watching."""
         hooks, self._hooks = self._hooks, None
-        if hooks is not None and compat.packs_saved_tensors() is _pack:
+        node, self._node = self._node, None
+        if hooks is not None and compat.packs_saved_tensors() is not None and compat.current_node() is node:
             hooks.__exit__()
 
 

@@ -98,6 +98,7 @@ def _run(job: Job) -> bytes:
     if job.backend is not None:
         timeout = None if job.group_timeout_s is None else timedelta(seconds=job.group_timeout_s)
         dist.init_process_group(job.backend, timeout=timeout)
+        dist.barrier()  # a rank that fails at once would else break the connecting of slower ones, and hide its error
     return pickle.dumps(body(*args, **kwargs))
 
 

@@ -50,8 +50,7 @@ class Gatherer:
         self._pinned: Counter[int] = Counter()  # open GatheredParameters
         # Of these somebody holds a view. When Python drops it differs from rank to rank, so nothing here depends on it.
         self._kept: set[int] = set()  # a forward with autograd: until its backward is over, or the next such forward
-        self._held: set[int] = set()  # one without: until it ends
-        self._returned: set[int] = set()  # and what is part of its result: until the next forward, or end of a backward
+        self._returned: set[int] = set()  # one without, or part of a result: until the next one, or end of a backward
         self._idle: dict[int, None] = {}  # left in a forward, not yet released; in order of leaving
         self._backwards: list[Place] = []  # of autograd, each nested in the node of the one before
         self._used_in: dict[int, Place] = {}  # where a bucket was used last
@@ -68,7 +67,6 @@ class Gatherer:
         """
         self._begin_trace(training=training)
         self._depth.clear()  # an exception may have left modules without their post-forward hook
-        self._held.clear()
         self._returned.clear()
         if training:
             self._kept.clear()
@@ -118,12 +116,9 @@ class Gatherer:
                 bucket.show_fragments()
 
     def keep(self, bucket: Bucket) -> None:
-        """A view of `bucket` may be read outside its modules until the forward ends.
-
-        With autograd until the backward ends: a closure that is computed again there may hold it.
-        """
+        """A view of `bucket` may be read outside its modules, and after the forward: by a backward, or the caller."""
         self._idle.pop(bucket.index, None)
-        (self._kept if torch.is_grad_enabled() else self._held).add(bucket.index)
+        (self._kept if self._trace is self._training else self._returned).add(bucket.index)
 
     def use(self, bucket: Bucket, during: Pass, *, module: str) -> None:
         """Make `bucket` AVAILABLE now."""
@@ -216,9 +211,8 @@ class Gatherer:
             if not bucket.is_pinned:
                 bucket.show_fragments()
         self._returned |= returned
-        left = [*self._depth, *self._held]  # by an exception; or read while autograd was switched off for a moment
+        left = list(self._depth)  # by an exception
         self._depth.clear()
-        self._held.clear()
         self._idle.update((index, None) for index in left if index in self._live and not self._is_kept(index))
 
     def go_on_forward(self) -> None:
@@ -234,7 +228,6 @@ class Gatherer:
 
         At the end of a forward, whose result has views of the buckets `returned`, but for what may still be read.
         """
-        self._held.clear()
         if returned is None:
             self._kept.clear()
             self._returned.clear()
@@ -254,7 +247,7 @@ class Gatherer:
                 self._reshard(bucket)
 
     def _is_kept(self, index: int) -> bool:
-        return index in self._kept or index in self._held or index in self._returned
+        return index in self._kept or index in self._returned
 
     def forget_order(self) -> None:
         """Expect nothing of the next step: ranks took other ways in this one."""

@@ -12,7 +12,6 @@ import select
 import struct
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -40,7 +39,9 @@ CHECK_EVERY_S = 0.05
 class Neighbours:
     """See the header. Every list is by rank in the group."""
 
-    def __init__(self, boards: list[Board], mappings: list[mmap.mmap], lives: list[int | None], *, rank: int) -> None:
+    def __init__(
+        self, boards: list[Board], mappings: list[mmap.mmap], lives: list[int | None], *, rank: int, deadline_s: float
+    ) -> None:
         self.rank = rank
         self.size = len(boards)
         self.board = boards[rank]
@@ -49,7 +50,7 @@ class Neighbours:
         self._mappings = mappings
         self._lives = lives  # descriptors of processes, readable once they end
         self._looks = LOOKS if len(os.sched_getaffinity(0)) >= self.size else LOOKS_WHEN_CROWDED
-        self.deadline_s = timedelta(minutes=5).total_seconds()
+        self._deadline_s = deadline_s
 
     def data_of(self, rank: int, index: int, *, skip: int, numel: int, dtype: torch.dtype) -> Tensor:
         """`numel` elements of what `rank` shows in call `index`, from its element `skip` on; no copy."""
@@ -88,8 +89,8 @@ class Neighbours:
             ended = [rank for rank, _ in missing if self._has_ended(rank)]
             if ended and not is_reached():
                 raise CollectiveError(self._describe(what, missing, f"rank {ended[0]} has raised, was killed, or left"))
-            if now - began > self.deadline_s:
-                reason = f"the timeout of {self.deadline_s:.3g} s has passed"
+            if now - began > self._deadline_s:
+                reason = f"the timeout of {self._deadline_s:.3g} s has passed"
                 raise CollectiveError(self._describe(what, missing, reason))
 
     def check_same(self, index: int, entry: Entry) -> None:
@@ -150,19 +151,18 @@ def meet(group: dist.ProcessGroup, *, name: str) -> Neighbours | None:
         if problem:
             break
         try:
-            theirs = own_pages().mapping if rank == first.rank else _mapping_of(process, file, file_bytes)
-            lives.append(None if rank == first.rank else _descriptor_of(process))
+            own = own_pages().mapping, None
+            theirs, life = own if rank == first.rank else _open(process, file, file_bytes)
         except OSError as error:
             problem = f"memory of process {process} cannot be opened: {error}"
             continue
+        lives.append(life)
         mappings.append(theirs)
         boards.append(Board(theirs, board))
     if any(answer != b"\1" for answer in _exchange(first, b"\0" if problem else b"\1")):
         logger.info("Ranks of %s share no memory (%s).", name, problem or "another rank cannot")
         return None
-    met = Neighbours(boards, mappings, lives, rank=first.rank)
-    met.deadline_s = compat.timeout_of(group).total_seconds()
-    return met
+    return Neighbours(boards, mappings, lives, rank=first.rank, deadline_s=compat.timeout_of(group).total_seconds())
 
 
 def _exchange(group: TorchCollectives, message: bytes) -> list[bytes]:
@@ -178,16 +178,13 @@ def _host() -> bytes:
     return hashlib.sha256(f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}".encode()).digest()
 
 
-_mappings: dict[tuple[int, int, int], mmap.mmap] = {}  # several groups of the same processes need one each
+_opened: dict[tuple[int, int, int], tuple[mmap.mmap, int | None]] = {}  # several groups of the same processes need one
 
 
-def _mapping_of(process: int, file: int, file_bytes: int) -> mmap.mmap:
+def _open(process: int, file: int, file_bytes: int) -> tuple[mmap.mmap, int | None]:
+    """The mapped file of another process, and a descriptor of it that is readable once it ends."""
     inode = Path(f"/proc/{process}/fd/{file}").stat().st_ino
     key = os.getpid(), process, inode
-    if key not in _mappings:
-        _mappings[key] = map_file(process, file, file_bytes=file_bytes)
-    return _mappings[key]
-
-
-def _descriptor_of(process: int) -> int | None:
-    return os.pidfd_open(process) if hasattr(os, "pidfd_open") else None
+    if key not in _opened:
+        _opened[key] = map_file(process, file, file_bytes=file_bytes), os.pidfd_open(process)
+    return _opened[key]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 __all__ = [
+    "CAN_SWAP_MEMORY",
     "all_gather_flat",
     "all_to_all_flat",
     "current_backward",
@@ -72,6 +73,9 @@ def tree_leaves(value: object) -> list[object]:
 def storage_key(tensor: torch.Tensor) -> int:
     """What identifies the memory that `tensor` is a view of as long as that lives, freed in between or not; else 0."""
     return int(tensor.untyped_storage()._cdata) if torch._C._has_storage(tensor) else 0
+
+
+CAN_SWAP_MEMORY = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # torch 2.13
 
 
 def swap_memory(one: torch.UntypedStorage, other: torch.UntypedStorage) -> None:

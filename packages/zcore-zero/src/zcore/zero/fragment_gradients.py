@@ -99,10 +99,10 @@ class FragmentGradients:
         self._set(index, own)
         self._states[index] = GradState.DELIVERED
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` shares memory with reduced gradients of this bucket."""
-        reduced = self._gradients.reduced
-        return reduced is not None and compat.storage_key(reduced) == compat.storage_key(tensor)
+    @property
+    def memory(self) -> int:
+        """What identifies the memory of the reduced gradients; 0 where there are none."""
+        return 0 if self._gradients.reduced is None else compat.storage_key(self._gradients.reduced)
 
     def drop(self, index: int) -> None:
         """The gradient of a parameter is zero again."""

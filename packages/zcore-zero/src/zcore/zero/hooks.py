@@ -191,6 +191,10 @@ class Conductor:
             self._saver = None
             self._saved.close()
 
+    def _end_recomputing(self) -> None:
+        if isinstance(self._saver, int):
+            self._end_saving(self._saver)
+
     def _watch(self, buckets: Sequence[Bucket], result: object, *, since: int) -> None:
         """Have `buckets` AVAILABLE before gradients flow into `result`, and what only later modules read released.
 
@@ -245,8 +249,8 @@ class Conductor:
 
     def _begin_backward(self) -> None:
         if self._phase is Phase.BACKWARD:
-            if isinstance(self._saver, int) and self._saver != compat.current_backward():
-                self._end_saving(self._saver)  # what was computed again is being differentiated: it saves no more
+            if self._saver != compat.current_backward():
+                self._end_recomputing()  # what was computed again is being differentiated: it saves no more
             return
         self._interrupted, self._phase = self._phase, Phase.BACKWARD
         self._backward = compat.current_backward()
@@ -256,8 +260,7 @@ class Conductor:
 
     def _end_backward(self) -> None:
         self._phase = self._interrupted
-        if isinstance(self._saver, int):
-            self._end_saving(self._saver)
+        self._end_recomputing()
         with torch.no_grad():
             if self._phase is Phase.FORWARD:  # a derivative that the forward itself takes, such as forces of an energy
                 self.gatherer.go_on_forward()
@@ -276,8 +279,7 @@ class Conductor:
         self._phase = Phase.REST
         self._reducer.abandon()
         self.gatherer.rest()
-        if isinstance(self._saver, int):
-            self._end_saving(self._saver)
+        self._end_recomputing()
 
     def recover(self) -> None:
         """Clear away what an exception in a backward, which the caller caught, has left behind."""

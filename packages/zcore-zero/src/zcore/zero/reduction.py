@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from zcore.core import compat
 from zcore.core.errors import MismatchError, StateError
 from zcore.core.mesh import DataParallel
 from zcore.zero.bucket import Bucket
@@ -142,8 +143,9 @@ class Reducer:
         """
         assigned = [(grads, index, grad) for grads in self._grads.values() for index, grad in grads.assigned()]
         # Gradients may have been exchanged between parameters: none is written before all are read.
+        ours = {grads.memory for grads in self._grads.values()} if assigned else set()
         assigned = [
-            (grads, index, grad.clone() if any(each.holds(grad) for each in self._grads.values()) else grad)
+            (grads, index, grad.clone() if compat.storage_key(grad) in ours else grad)
             for grads, index, grad in assigned
         ]
         for grads, index, grad in assigned:

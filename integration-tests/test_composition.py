@@ -36,7 +36,9 @@ def test_zcore_is_a_namespace_that_no_wheel_closes() -> None:
     assert getattr(zcore, "__file__", None) is None
 
 
-@pytest.mark.parametrize("group", ["zcore.collectives", "zcore.stores", "zcore.ops", "zcore.commands", "zcore.sinks"])
+@pytest.mark.parametrize(
+    "group", [f"zcore.{name}" for name in ("collectives", "recorders", "stores", "ops", "commands", "sinks")]
+)
 def test_what_the_wheels_offer_each_other_loads(group: str) -> None:
     for entry_point in entry_points(group=group):
         assert entry_point.load() is not None

@@ -262,7 +262,7 @@ def test_a_collective_whose_peer_is_gone_says_which_one_and_what_to_do(ranks, op
     ],
 )
 def test_the_backends_words_end_before_its_good_wishes(words):
-    call = Call("all_gather", "blocks.3", 4, 16, "dp", 0)
+    call = Call("all_gather", "blocks.3", 4, torch.float32, 16, "dp", 0)
     message = str(failed_collective(call, RuntimeError(words)))
     assert message.endswith("words: Read error [127.0.0.1]:1: Connection reset by peer. Check its logs.)")
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from zcore import zero
 from zcore.core.errors import ConfigError, ZcoreError
-from zcore.zero.config import BatchSizes, TrainingConfig, plan_batch
+from zcore.core.recording import OPS
+from zcore.zero.config import BatchSizes, CommsLogger, TrainingConfig, plan_batch
 
 # Every key that is served, with the value that the field's documentation gives as its default or its usual value.
 SERVED = {
@@ -20,6 +21,13 @@ SERVED = {
     "bf16": {"enabled": True},
     "gradient_clipping": 1.0,
     "steps_per_print": 10,
+    "comms_logger": {
+        "enabled": False,
+        "verbose": False,
+        "prof_all": False,
+        "prof_ops": ["all_reduce", "all_gather_into_tensor"],
+        "debug": False,
+    },
     "zero_optimization": {
         "stage": 3,
         "mics_shard_size": -1,
@@ -155,6 +163,23 @@ def test_a_completed_triple_multiplies_and_keeps_what_was_given(train, micro, st
 
 
 @pytest.mark.parametrize(
+    ("raw", "ops"),
+    [
+        ({}, OPS),
+        ({"prof_all": True}, OPS),
+        ({"prof_all": True, "prof_ops": ["all_reduce"]}, OPS),  # as DeepSpeed has it
+        ({"prof_ops": ["all_reduce"]}, ["all_reduce"]),
+        ({"prof_all": False, "prof_ops": ["all_gather", "all_gather_into_tensor"]}, ["all_gather"]),
+        ({"prof_ops": ["reduce_scatter_tensor", "all_to_all_single"]}, ["reduce_scatter", "all_to_all"]),
+        ({"prof_ops": ["isend", "irecv", "inference_all_reduce"]}, ["send", "recv", "all_reduce"]),
+    ],
+    ids=str,
+)
+def test_prof_ops_are_recorded_under_their_names_here(raw, ops):
+    assert CommsLogger.read({"enabled": True, **raw}).ops == set(ops)
+
+
+@pytest.mark.parametrize(
     ("raw", "words"),
     [
         ({"train_batch_sise": 4}, ["train_batch_sise", "did you mean `train_batch_size`"]),
@@ -173,6 +198,12 @@ def test_a_completed_triple_multiplies_and_keeps_what_was_given(train, micro, st
         ({"optimizer": {"params": {"lr": 1}}}, ["optimizer.type is missing"]),
         ({"optimizer": {"type": "AdamW", "lr": 0.1}}, ["optimizer.lr", "params"]),
         ({"zero_optimization": {"mics_shard_size": 0}}, ["mics_shard_size is 0"]),
+        ({"comms_logger": True}, ["comms_logger is true", "section"]),
+        ({"comms_logger": {"enable": True}}, ["comms_logger.enable", "did you mean `enabled`"]),
+        ({"comms_logger": {"prof_ops": "all_reduce"}}, ["comms_logger.prof_ops"]),
+        ({"comms_logger": {"prof_ops": ["barrier"]}}, ['"barrier"', "expected some of all_gather, reduce_scatter, "]),
+        ({"comms_logger": {"prof_ops": ["allreduce"]}}, ['"allreduce"', "Did you mean `all_reduce`"]),
+        ({"comms_logger": {"enabled": True, "prof_all": False}}, ["comms_logger", "nothing would be recorded"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "not serve"]),
     ],
     ids=str,

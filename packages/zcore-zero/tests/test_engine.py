@@ -12,6 +12,8 @@ from tiny_models import TinyModel, batch, digest, settings, train_step, train_st
 from torch import nn
 
 from zcore import zero
+from zcore.core.errors import NotInstalledError, StateError
+from zcore.core.extensions import installed
 from zcore.core.mesh import build_mesh
 
 STAGES = [(0,), (1,), (2,), (3,)]
@@ -438,3 +440,25 @@ def loop_by_hand(zero_stage):
 
 def test_a_loop_by_hand_trains_the_same_bits_as_the_engine(ranks):
     ranks(2, for_each, STAGES, loop_by_hand)
+
+
+def report_without_a_recording():
+    engine = zero.initialize(TinyModel(), settings())
+    assert engine.recording is None
+    with pytest.raises(StateError, match=r'"comms_logger": \{"enabled": true\}'):
+        engine.comm_report()
+
+
+def test_a_report_on_what_was_not_recorded_names_the_key_to_set(ranks):
+    ranks(1, report_without_a_recording)
+
+
+def record_without_a_recorder():
+    with pytest.raises(NotInstalledError, match="pip install zcore-comm"):
+        zero.initialize(TinyModel(), settings(comms_logger={"enabled": True}))
+    return dist.is_initialized()
+
+
+@pytest.mark.skipif(installed("zcore-comm") is not None, reason="zcore-comm is installed: integration-tests/ has this")
+def test_recording_without_a_wheel_that_records_names_the_wheel(ranks):
+    assert ranks(1, record_without_a_recorder, init_process_group=False) == [False]  # before ranks meet

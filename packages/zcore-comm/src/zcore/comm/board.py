@@ -18,7 +18,7 @@ import torch
 
 __all__ = ["BOARD_BYTES", "NUM_SLOTS", "OPS", "RING_CALLS", "Board", "Entry", "is_store_order_kept"]
 
-OPS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast")
+OPS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "barrier")
 DTYPES = tuple(sorted(str(each) for each in vars(torch).values() if isinstance(each, torch.dtype)))
 DTYPE_CODES = {getattr(torch, name.removeprefix("torch.")): code for code, name in enumerate(DTYPES)}
 
@@ -41,7 +41,7 @@ def is_store_order_kept() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One call as every rank has to make it; equal on all, but for the label."""
+    """One call as every rank has to make it."""
 
     op: str
     dtype: torch.dtype
@@ -122,7 +122,9 @@ class Board:
         at = HEAD_WORDS + index % RING_CALLS * ENTRY_WORDS
         words = self._words
         code = OPS.index(entry.op) << 8 | DTYPE_CODES[entry.dtype]
-        return words[at + OP] == code and words[at + NUMEL] == entry.numel and words[at + VARIANT] == entry.variant
+        if words[at + OP] != code or words[at + NUMEL] != entry.numel or words[at + VARIANT] != entry.variant:
+            return False
+        return self._bytes[(at + LABEL) * 8 : (at + ENTRY_WORDS) * 8] == _label_bytes(entry.label)
 
     def entry(self, index: int) -> Entry:
         """What the rank's call `index` is; of the last `RING_CALLS` calls."""

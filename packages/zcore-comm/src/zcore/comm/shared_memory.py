@@ -13,10 +13,9 @@ reading is done in `wait`, by whoever wants the data.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -25,9 +24,11 @@ from torch import Tensor
 from zcore.comm.board import NUM_SLOTS, RING_CALLS, Board, Entry
 from zcore.comm.neighbours import Neighbours
 from zcore.comm.pages import Region, own_pages
+from zcore.comm.progress import Polled, join
+from zcore.comm.sizes import check_exchange, check_slots
 from zcore.core import compat
 from zcore.core.collectives import Call, CallLog, Pending, Traffic, tree_sum
-from zcore.core.errors import LayoutError, StateError
+from zcore.core.errors import StateError
 from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["SharedMemoryCollectives"]
@@ -36,9 +37,6 @@ SMALL_BYTES = 32 * 1024  # up to here everybody sums everything, and what lies i
 TOGETHER = 1  # variant of an all_gather: into one memory that every rank holds
 LEADER = 0  # the rank in whose file memory lies that ranks hold together
 STARTED, HALF, READ = range(3)  # stages of a call: announced; own part of the result is there; no more is to be read
-
-
-GROUPS: "WeakSet[SharedMemoryCollectives]" = WeakSet()  # of this process
 
 
 @dataclass(slots=True)
@@ -56,10 +54,11 @@ class _Open:
 
 
 class SharedMemoryCollectives:
-    """The contract between CPU ranks of one host. `name` is what reports call the group."""
+    """The contract between CPU ranks of one host: `members` of `group`. `name` is what reports call them."""
 
-    def __init__(self, group: dist.ProcessGroup, neighbours: Neighbours, *, name: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, neighbours: Neighbours, *, members: Sequence[int], name: str) -> None:
         self._neighbours = neighbours
+        self._members = members
         self._log = CallLog(name)
         self._over_gloo = TorchCollectives(group, name=name)  # send and receive
         self._pages = own_pages()
@@ -67,7 +66,7 @@ class SharedMemoryCollectives:
         self._name = name
         self._next = 0
         self._open: dict[int, _Open] = {}  # in the order of starting
-        GROUPS.add(self)
+        join(self)
         self._together: dict[int, tuple[Region, int]] = {}  # of the leader: by slot, with the count of the call
 
     @property
@@ -84,6 +83,10 @@ class SharedMemoryCollectives:
     def traffic(self) -> Traffic:
         """What went through the group so far."""
         return self._log.traffic
+
+    def algorithm_for(self, op: str, payload_bytes: int) -> str:
+        """How a call is served, in a word or two."""
+        return "torch gloo" if op in ("send", "recv") else "shared memory"
 
     def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A flat buffer in pages that the other ranks can read."""
@@ -106,12 +109,12 @@ class SharedMemoryCollectives:
             _flat(own, buffer.numel(), buffer.dtype).copy_(buffer)
             compat.swap_memory(buffer.untyped_storage(), own)
 
-    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_gather`; into memory that all ranks hold together if `output` has none."""
-        self._check_slots("all_gather", label, whole=output, slot=input)
+        check_slots("all_gather", label, whole=output, slot=input, size=self.size)
         numel = input.numel()
         if numel and not output.untyped_storage().nbytes():
-            return self._gather_together(output, input, label=label)
+            return self.hold_together(output, lambda: self._own_slot(output).copy_(input), label=label)
         own_slot = self._own_slot(output)
         if own_slot.data_ptr() != input.data_ptr():
             own_slot.copy_(input)
@@ -124,15 +127,18 @@ class SharedMemoryCollectives:
         index = self._begin("all_gather", label, output)
         return self._show(index, own_slot, read)
 
-    def _gather_together(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
-        """Every rank writes its slot of one memory. The leader says where; who is ahead of it writes in `wait`."""
+    def hold_together(self, output: Tensor, fill: Callable[[], object], *, label: str) -> Polled:
+        """Give `output`, which has no memory, some that all ranks hold, and `fill` one's part of it.
+
+        The leader says where; who is ahead of it fills in `wait`. Done when all have filled.
+        """
         leader = self._neighbours.boards[LEADER]
 
         def write() -> None:
             freed = partial(self._neighbours.board.set_freed, leader.slot_of(index), index + 1)
             memory = self._neighbours.storage_of(LEADER, index, _num_bytes(output), when_gone=freed)
             compat.swap_memory(output.untyped_storage(), memory)
-            self._own_slot(output).copy_(input)
+            fill()
 
         index = self._begin("all_gather", label, output, variant=TOGETHER)
         place, slot = None, 0
@@ -145,14 +151,19 @@ class SharedMemoryCollectives:
             self._read(this)
         return pending
 
-    def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+    def barrier(self, *, label: str) -> Polled:
+        """Done when all ranks have called it."""
+        index = self._begin("barrier", label, torch.empty(0))
+        return self._announce(index, _nothing)
+
+    def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.reduce_scatter`."""
-        self._check_slots("reduce_scatter", label, whole=input, slot=output)
+        check_slots("reduce_scatter", label, whole=input, slot=output, size=self.size)
         low, high = self.rank * output.numel(), (self.rank + 1) * output.numel()
         index = self._begin("reduce_scatter", label, input)
         return self._show(index, input, lambda: tree_sum(self._parts(index, input, low, high), out=output))
 
-    def all_reduce(self, tensor: Tensor, *, label: str) -> Pending:
+    def all_reduce(self, tensor: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_reduce`."""
         numel = tensor.numel()
         index = self._begin("all_reduce", label, tensor)
@@ -175,13 +186,9 @@ class SharedMemoryCollectives:
 
         return self._show(index, tensor, sum_own_part, read_sums)
 
-    def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+    def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_to_all`."""
-        if output.numel() != input.numel() or input.numel() % self.size or output.dtype != input.dtype:
-            raise LayoutError(
-                f"all_to_all {label}: {input.numel()} x {input.dtype} in and {output.numel()} x {output.dtype} out; "
-                f"both have to be the same multiple of the group's {self.size} ranks. Pad them."
-            )
+        check_exchange(label, output, input, size=self.size)
         numel = input.numel() // self.size
 
         def read() -> None:
@@ -192,7 +199,7 @@ class SharedMemoryCollectives:
         index = self._begin("all_to_all", label, input)
         return self._show(index, input, read)
 
-    def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Pending:
+    def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Polled:
         """See `Collectives.broadcast`."""
         index = self._begin("broadcast", label, tensor, variant=src)
         if self.rank == src:
@@ -205,18 +212,22 @@ class SharedMemoryCollectives:
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`; over gloo."""
-        return self._over_gloo.send(tensor, dst=dst, label=label)
+        return self._over_gloo.send(tensor, dst=self._members[dst], label=label)
 
     def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.recv`; over gloo."""
-        return self._over_gloo.recv(tensor, src=src, label=label)
+        return self._over_gloo.recv(tensor, src=self._members[src], label=label)
 
-    def _check_slots(self, op: str, label: str, *, whole: Tensor, slot: Tensor) -> None:
-        if whole.numel() != self.size * slot.numel():
-            raise LayoutError(
-                f"{op} {label}: a whole of {whole.numel()} elements and a part of {slot.numel()} over {self.size} "
-                "ranks; the whole has to be as many equal parts as there are ranks. Pad it."
-            )
+    @property
+    def has_open_calls(self) -> bool:
+        """Whether this rank has started a call that is not done."""
+        return bool(self._open)
+
+    def advance(self) -> None:
+        """Do what open calls need, as far as the others have come."""
+        for each in list(self._open.values()):
+            if not self._advance(each):
+                break  # not started everywhere, so later ones are not either
 
     def _own_slot(self, whole: Tensor) -> Tensor:
         numel = whole.numel() // self.size
@@ -256,7 +267,7 @@ class SharedMemoryCollectives:
 
     def _show(
         self, index: int, shown: Tensor, read: Callable[[], None], read_halves: Callable[[], None] | None = None
-    ) -> Pending:
+    ) -> Polled:
         """Announce call `index` with this rank's data: where they are if that is in shared pages, else as a copy."""
         this = self._open[index]
         found = self._pages.find(shown) if _num_bytes(shown) > SMALL_BYTES else None
@@ -279,7 +290,7 @@ class SharedMemoryCollectives:
         *,
         place: int | None = None,
         slot: int = 0,
-    ) -> Pending:
+    ) -> Polled:
         """Tell the others that call `index` has started, and remember what is to be done for it."""
         this = self._open[index]
         this.read, this.read_halves = read, read_halves
@@ -305,18 +316,16 @@ class SharedMemoryCollectives:
             )
             this.shows_own = False
 
+    def is_done(self, this: _Open) -> bool:
+        """Whether the call is done, after doing what can be done for it now."""
+        if this.index in self._open:
+            self.advance()
+        if this.index in self._open:
+            return False
+        return not this.shows_own or all(_has_come(board, this.index, READ) for _, board in self._neighbours.others)
+
     def _wait(self, is_reached: Callable[[], bool], lacks: Callable[[Board], bool], *, what: str) -> None:
-        """Return once `is_reached()`, doing meanwhile what open calls of any group need: ranks wait in any order."""
-
-        def try_again() -> bool:
-            for group in tuple(GROUPS):
-                for each in list(group._open.values()):
-                    if not group._advance(each):
-                        break  # not started everywhere, so later ones are not either
-            return is_reached()
-
-        if not is_reached():
-            self._neighbours.wait_until(try_again, lacks, what=what)
+        self._neighbours.wait_until(is_reached, lacks, what=what)
 
     def _advance(self, this: _Open) -> bool:
         """Do what can be done for the call without waiting; whether every rank has started it.
@@ -374,6 +383,10 @@ class _Pending:
 
     def __init__(self, group: SharedMemoryCollectives, this: _Open) -> None:
         self._group, self._this = group, this
+
+    def poll(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._group.is_done(self._this)
 
     def wait(self) -> None:
         """See `Pending.wait`."""

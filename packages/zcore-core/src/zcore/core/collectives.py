@@ -15,6 +15,7 @@ Sums have ONE order, whoever serves: a balanced binary tree over the ranks, a fu
 """
 
 import re
+import zlib
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ __all__ = [
     "Traffic",
     "failed_collective",
     "last_collective",
+    "tag_of",
     "tree_sum",
 ]
 
@@ -46,12 +48,20 @@ class Call:
     op: str
     label: str  # whose data: a bucket's name, or what the step needs it for
     numel: int
+    dtype: torch.dtype
     payload_bytes: int  # of the larger side: the gathered output, the scattered input
     group: str
     index: int  # position among this group's calls, equal on every rank
 
     def __str__(self) -> str:
-        return f"{self.op} {self.label} (#{self.index} of {self.group}, {self.payload_bytes / 2**20:.3g} MiB)"
+        data = f"{self.numel} x {str(self.dtype).removeprefix('torch.')}, {self.payload_bytes / 2**20:.3g} MiB"
+        return f"{self.op} {self.label} (#{self.index} of {self.group}: {data})"
+
+
+def tag_of(call: Call) -> int:
+    """A number for messages of `call`, equal on ranks that make the same one: others' are never taken for them."""
+    told_apart = call.group, call.index, call.op, call.label, call.numel, call.dtype
+    return zlib.crc32(repr(told_apart).encode()) >> 1  # gloo has 31 bits
 
 
 _recent: deque[Call] = deque(maxlen=1)  # for the report on a hung process, which must not need its cooperation
@@ -194,7 +204,7 @@ class CallLog:
     def note(self, op: str, label: str, tensor: Tensor) -> Call:
         """A call of `op` starts; `tensor` is the larger side."""
         payload_bytes = tensor.numel() * tensor.element_size()
-        call = Call(op, label, tensor.numel(), payload_bytes, self._group, self._index)
+        call = Call(op, label, tensor.numel(), tensor.dtype, payload_bytes, self._group, self._index)
         self._index += 1
         self.traffic.calls[op] += 1
         self.traffic.payload_bytes[op] += payload_bytes

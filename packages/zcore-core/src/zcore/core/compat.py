@@ -10,15 +10,20 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 __all__ = [
     "CAN_SWAP_MEMORY",
+    "Store",
     "all_gather_flat",
     "all_to_all_flat",
+    "another_client_of",
     "current_backward",
     "current_node",
+    "default_store",
     "in_backward",
     "is_held_elsewhere",
+    "name_of",
     "packs_saved_tensors",
     "queue_backward_callback",
     "reduce_scatter_flat",
@@ -51,11 +56,29 @@ def all_to_all_flat(output: torch.Tensor, input: torch.Tensor, *, group: dist.Pr
     return cast("dist.Work | None", dist.all_to_all_single(output, input, group=group, async_op=True))
 
 
+def name_of(group: dist.ProcessGroup) -> str:
+    """What torch calls a group, the same on all its ranks."""
+    name: str = group.group_name
+    return name
+
+
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """How long a collective of `group` waits for the other ranks."""
     backend = group._get_backend(torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda"))
     timeout: timedelta = backend.options._timeout
     return timeout
+
+
+def default_store() -> Store:
+    """Where the ranks of this run met, and may leave each other words."""
+    store: Store = dist.distributed_c10d._get_default_store()
+    return store
+
+
+def another_client_of(store: Store) -> Store:
+    """A connection of its own to the same store, so that a thread does not wait for another's request."""
+    client: Store = store.clone()  # type: ignore[attr-defined]  # not in torch's stubs
+    return client
 
 
 def queue_backward_callback(callback: Callable[[], None]) -> None:

@@ -43,7 +43,7 @@ WHEELS = {
     for wheel in (
         Wheel("zcore-core", "contracts and plumbing every wheel stands on", holds_work=True),
         Wheel("zcore-zero", "ZeRO 0-3 training: states sharded over ranks", holds_work=True),
-        Wheel("zcore-comm", "compressed and hierarchical collectives", holds_work=False),
+        Wheel("zcore-comm", "faster collectives on CPU ranks, their diagnosis and recording", holds_work=True),
         Wheel("zcore-pipe", "pipeline parallelism", holds_work=False),
         Wheel("zcore-offload", "CPU and NVMe tiers", holds_work=False),
         Wheel("zcore-infer", "inference engine and server", holds_work=False),
@@ -55,6 +55,7 @@ CONTRACTS = {
     contract.group: contract
     for contract in (
         Contract("zcore.collectives", "moves flat tensors between ranks", "torch.distributed", "zcore-comm"),
+        Contract("zcore.recorders", "tells what collectives took", "counts and bytes", "zcore-comm"),
         Contract("zcore.stores", "where a shard rests", "the device it is on", "zcore-offload"),
         Contract("zcore.ops", "numeric ops by device and dtype", "torch references", "zcore-kernels"),
         Contract("zcore.sinks", "where metrics go", "log, jsonl, memory"),

@@ -4,16 +4,20 @@ import atexit
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from zcore.core import compat, extensions
-from zcore.core.collectives import Call, CallLog, Collectives, Pending, Traffic, failed_collective, tree_sum
+from zcore.core.collectives import Call, CallLog, Collectives, Pending, Traffic, failed_collective, tag_of, tree_sum
+from zcore.core.errors import CollectiveError
+from zcore.core.exchange import raw, start_slot_sum
 
 __all__ = ["TorchCollectives", "choose_collectives"]
+
+_T = TypeVar("_T")
 
 SMALL_BYTES = 64 * 1024  # an all_reduce up to here is one all_gather and a local sum: one latency instead of two
 
@@ -36,13 +40,15 @@ class _Pending:
             after.wait()
         works, self._works = self._works, []
         finish, self._finish = self._finish, None
-        for work in works:
-            try:
+        try:
+            for work in works:
                 work.wait()
-            except RuntimeError as error:
-                raise failed_collective(self._call, error) from error
-        if finish is not None:
-            finish()
+            if finish is not None:
+                finish()
+        except CollectiveError:
+            raise  # of a second half
+        except RuntimeError as error:
+            raise failed_collective(self._call, error) from error
 
 
 @cache
@@ -127,13 +133,14 @@ class TorchCollectives:
             return _Pending(call, [])
         if not self._ordered:
             return self._start(call, lambda: compat.reduce_scatter_flat(output, input, group=self._group))
-        received = torch.empty_like(input)
-        parts = list(received.view(self._size, -1).unbind())
-        return self._start(
+        slots, members = input.tensor_split(self._size), range(self._size)
+        finish = self._try(
             call,
-            lambda: compat.all_to_all_flat(self._raw(received), self._raw(input), group=self._group),
-            finish=lambda: tree_sum(parts, out=output),
+            lambda: start_slot_sum(
+                output, slots, group=self._group, members=members, rank=self._rank, tag=tag_of(call)
+            ),
         )
+        return _Pending(call, [], finish)
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> Pending:
         """See `Collectives.all_reduce`."""
@@ -205,17 +212,19 @@ class TorchCollectives:
 
     def _raw(self, tensor: Tensor) -> Tensor:
         """The same bytes in a type every backend moves: gloo knows no int16 and no float8."""
-        return tensor.view(torch.uint8) if self._ordered else tensor
+        return raw(tensor) if self._ordered else tensor
 
     def _start(
         self, call: Call, start: Callable[[], dist.Work | None], *, finish: Callable[[], None] | None = None
     ) -> _Pending:
+        return _Pending(call, [self._try(call, start)], finish)
+
+    def _try(self, call: Call, start: Callable[[], _T]) -> _T:
         try:
             with torch.profiler.record_function(f"zcore::{call.op} {call.label}"):
-                work = start()
+                return start()
         except RuntimeError as error:
             raise failed_collective(call, error) from error
-        return _Pending(call, [work], finish)
 
 
 def choose_collectives(group: dist.ProcessGroup, *, name: str) -> Collectives:

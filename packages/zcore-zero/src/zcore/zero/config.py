@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import AliasChoices, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AliasChoices, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from zcore.core.config import Auto, Config
-from zcore.core.errors import ConfigError
+from zcore.core.errors import ConfigError, nearest
+from zcore.core.recording import OPS
 
-__all__ = ["BatchSizes", "Bf16", "Choice", "TrainingConfig", "ZeroOptimization", "plan_batch"]
+__all__ = ["BatchSizes", "Bf16", "Choice", "CommsLogger", "TrainingConfig", "ZeroOptimization", "plan_batch"]
 
 
 class Choice(Config):
@@ -86,6 +87,51 @@ class ZeroOptimization(Config):
     }
 
 
+# Several names of DeepSpeed's are one op here.
+LOGGED_OPS = {
+    **{op: op for op in OPS},
+    "all_gather_base": "all_gather",
+    "all_gather_coalesced": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_base": "reduce_scatter",
+    "reduce_scatter_fn": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_reduce_coalesced": "all_reduce",
+    "inference_all_reduce": "all_reduce",
+    "all_to_all_single": "all_to_all",
+    "isend": "send",
+    "irecv": "recv",
+}
+
+
+class CommsLogger(Config):
+    """Time every collective, for `engine.comm_report()`; needs zcore-comm. Off it costs nothing worth measuring."""
+
+    enabled: bool = False
+    verbose: bool = False  # log each call at INFO on rank 0 when it is done
+    # null: all, unless `prof_ops` names some; DeepSpeed has true, under which `prof_ops` alone has no effect.
+    prof_all: bool | None = None
+    prof_ops: tuple[str, ...] = ()  # only these, by DeepSpeed's names, while `prof_all` is not true
+    debug: bool = False  # name the calling function beside each label
+
+    @model_validator(mode="after")
+    def _name_what_there_is(self) -> "CommsLogger":
+        for op in self.prof_ops:
+            if op not in LOGGED_OPS:
+                near = nearest(op, LOGGED_OPS)
+                advice = f" Did you mean `{near}`?" if near else ""
+                raise ValueError(f'prof_ops holds "{op}"; expected some of {", ".join(OPS)}.{advice}')
+        if self.enabled and self.prof_all is False and not self.prof_ops:
+            raise ValueError("prof_all is false and prof_ops names no collective: nothing would be recorded.")
+        return self
+
+    @property
+    def ops(self) -> frozenset[str]:
+        """Which collectives are recorded, by their names here."""
+        recorded = OPS if self.prof_all or not self.prof_ops else map(LOGGED_OPS.__getitem__, self.prof_ops)
+        return frozenset(recorded)
+
+
 WITHOUT_EFFECT = (
     "contiguous_gradients",
     "reduce_scatter",
@@ -114,6 +160,7 @@ class TrainingConfig(Config):
     zero_optimization: ZeroOptimization = ZeroOptimization()
     zero_allow_untested_optimizer: bool = True  # any element-wise optimizer is allowed, asked for or not
     steps_per_print: PositiveInt | None = None  # log loss, norm and learning rate every so many
+    comms_logger: CommsLogger = CommsLogger()
 
     known_unserved: ClassVar[Mapping[str, str]] = {
         "fp16": "Use bf16, which needs no loss scaling.",
@@ -123,7 +170,6 @@ class TrainingConfig(Config):
         "data_types": "Gradients accumulate in the master dtype.",
         "prescale_gradients": "Gradients are summed, then divided.",
         "wall_clock_breakdown": "Use torch.profiler; collectives are named in it.",
-        "comms_logger": "Count with `engine.traffic()`.",
         "flops_profiler": "Use torch.utils.flop_counter.",
         "tensorboard": "Log from the training loop.",
         "wandb": "Log from the training loop.",

@@ -1,6 +1,7 @@
 """The engine: a config, a sharded model, an optimizer and a schedule, stepped together; a thin layer on `Sharding`."""
 
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isfinite
@@ -8,11 +9,14 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from zcore.core.collectives import Traffic
 from zcore.core.errors import CollectiveError, NonFiniteError, StateError
 from zcore.core.events import Events, log_visibly
+from zcore.core.recording import Recording, Report
+from zcore.core.torch_collectives import TorchCollectives
 from zcore.zero import checkpoint
 from zcore.zero.clipping import clip_factor
 from zcore.zero.config import TrainingConfig
@@ -43,12 +47,16 @@ class Engine:
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
         config: TrainingConfig,
         events: Events | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self.module = module
         self.sharding = sharding
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.config = config
+        self.recording = recording  # of all collectives since `initialize` began; None unless `comms_logger` is enabled
+        if recording is not None:
+            weakref.finalize(self, recording.stop)
         self._events = events
         self._losses: list[Tensor] = []  # of this step's backwards; kept only if they are told
         self.global_steps = 0  # optimizer steps taken
@@ -258,7 +266,7 @@ class Engine:
     @property
     def global_rank(self) -> int:
         """This process's rank among all."""
-        return torch.distributed.get_rank()
+        return dist.get_rank()
 
     @property
     def dp_size(self) -> int:
@@ -284,6 +292,20 @@ class Engine:
         groups = self.sharding.groups
         traffic = {"gather": groups.gather.traffic, "reduce": groups.reduce.traffic}
         return traffic if groups.replicate is None else {**traffic, "replicate": groups.replicate.traffic}
+
+    def comm_report(self) -> Report:
+        """What every collective since `initialize` began has taken, over all ranks; every rank of the run calls it.
+
+        Print it, give it to Rich, or take `to_dict()`. Raises StateError unless `comms_logger.enabled` is true.
+        """
+        if self.recording is None:
+            raise StateError(
+                "No collective was recorded, so there is nothing to report. Install zcore-comm, and give the config "
+                '{"comms_logger": {"enabled": true}}; counts and bytes are in `engine.traffic()` without it.'
+            )
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        return self.recording.report(TorchCollectives(everyone, name="world"), device=self.device)
 
     def consolidated_state_dict(self, *, rank: int | None = 0) -> dict[str, Tensor]:
         """See `zero.consolidated_state_dict`."""
@@ -319,5 +341,7 @@ class Engine:
         return RunState(self.module, self.sharding, self.optimizer, self.lr_scheduler)
 
     def close(self) -> None:
-        """Remove every hook from the model, and leave the process groups that were made for it."""
+        """Remove every hook from the model, leave the process groups that were made for it, and record no more."""
         self.sharding.close()
+        if self.recording is not None:
+            self.recording.stop()

@@ -19,10 +19,11 @@ from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import ConfigError
 from zcore.core.events import Events
 from zcore.core.mesh import build_mesh, data_parallel
+from zcore.core.recording import Recording, start_recording
 from zcore.core.torch_collectives import choose_collectives
 from zcore.zero.agreement import Plain, check_agreement
 from zcore.zero.buffer import DataParallelGroups
-from zcore.zero.config import WITHOUT_EFFECT, TrainingConfig, ZeroOptimization
+from zcore.zero.config import WITHOUT_EFFECT, CommsLogger, TrainingConfig, ZeroOptimization
 from zcore.zero.deferred import deferred_init
 from zcore.zero.engine import Engine
 from zcore.zero.optimizer import (
@@ -100,44 +101,68 @@ def initialize(
     trainable. mesh: with axis `dp`, or `dp_replicate` and `dp_shard` for hybrid sharding; by default all ranks. events:
     where this rank's loss, the gradient norm and the learning rates of each step go.
 
-    Raises ConfigError, MeshError, and MismatchError on every rank where ranks differ.
+    Raises ConfigError, MeshError, MismatchError on every rank where ranks differ, and NotInstalledError if the config
+    asks for what another wheel brings.
     """
     raw = TrainingConfig.read(config if config is not None else {})
     if optimizer is not None and raw.optimizer is not None:
         raise ConfigError("An optimizer was passed and the config has one, too. Leave one of them out.")
     if lr_scheduler is not None and raw.scheduler is not None:
         raise ConfigError("A learning-rate schedule was passed and the config has one, too. Leave one of them out.")
-    init_distributed()
-    _agree_on_config(raw)  # before the mesh: groups cut in different ways would wait for each other
-    mesh = _mesh_for(raw.zero_optimization, mesh)
-    settings = raw.settle(dp_size=data_parallel(mesh).size)
-    _warn_of_no_effect(raw.zero_optimization)
-    source = optimizer or settings.optimizer
-    if lr_scheduler is not None or settings.scheduler is not None:
-        _need_optimizer(source)
-    # What can be refused is refused before anything is changed, so that the user may mend it and call again.
-    find_shardable(model)
-    groups: GroupsByName
-    states: StatesByName = {}
-    if isinstance(optimizer, torch.optim.Optimizer):
-        groups, states = release_params(optimizer, model)
-    else:
-        groups = name_groups(model_parameters, model)
-        _rehearse(settings, groups)
-    sharding = Sharding(model, mesh, zero_stage=settings.zero_optimization.stage, options=_options(settings))
-    built = None
-    if source is not None:
-        built = build_optimizer(source, groups, sharding.fragments, device=sharding.device)
-        cut_states(built, states, sharding.fragments)
-    schedule = lr_scheduler
-    if schedule is not None and not isinstance(schedule, LRScheduler):
-        assert built is not None
-        schedule = schedule(built)
-    elif schedule is None and settings.scheduler is not None:
-        assert built is not None
-        schedule = build_scheduler(settings.scheduler.type, settings.scheduler.params, built)
-    _agree_on_objects(sharding, built, schedule, groups)
-    return Engine(model, sharding, optimizer=built, lr_scheduler=schedule, config=settings, events=events)
+    with _recording(raw.comms_logger) as recording:
+        init_distributed()
+        _agree_on_config(raw)  # before the mesh: groups cut in different ways would wait for each other
+        mesh = _mesh_for(raw.zero_optimization, mesh)
+        settings = raw.settle(dp_size=data_parallel(mesh).size)
+        _warn_of_no_effect(raw.zero_optimization)
+        source = optimizer or settings.optimizer
+        if lr_scheduler is not None or settings.scheduler is not None:
+            _need_optimizer(source)
+        # What can be refused is refused before anything is changed, so that the user may mend it and call again.
+        find_shardable(model)
+        groups: GroupsByName
+        states: StatesByName = {}
+        if isinstance(optimizer, torch.optim.Optimizer):
+            groups, states = release_params(optimizer, model)
+        else:
+            groups = name_groups(model_parameters, model)
+            _rehearse(settings, groups)
+        sharding = Sharding(model, mesh, zero_stage=settings.zero_optimization.stage, options=_options(settings))
+        built = None
+        if source is not None:
+            built = build_optimizer(source, groups, sharding.fragments, device=sharding.device)
+            cut_states(built, states, sharding.fragments)
+        schedule = lr_scheduler
+        if schedule is not None and not isinstance(schedule, LRScheduler):
+            assert built is not None
+            schedule = schedule(built)
+        elif schedule is None and settings.scheduler is not None:
+            assert built is not None
+            schedule = build_scheduler(settings.scheduler.type, settings.scheduler.params, built)
+        _agree_on_objects(sharding, built, schedule, groups)
+        return Engine(
+            model,
+            sharding,
+            optimizer=built,
+            lr_scheduler=schedule,
+            config=settings,
+            events=events,
+            recording=recording,
+        )
+
+
+@contextmanager
+def _recording(settings: CommsLogger) -> Generator[Recording | None]:
+    """Record every collective from here on, if `settings` ask for it; not beyond an error."""
+    if not settings.enabled:
+        yield None
+        return
+    recording = start_recording(ops=settings.ops, verbose=settings.verbose, names_callers=settings.debug)
+    try:
+        yield recording
+    except BaseException:
+        recording.stop()
+        raise
 
 
 def _rehearse(settings: TrainingConfig, groups: GroupsByName) -> None:

@@ -1,4 +1,7 @@
-"""Collectives through shared pages give, bit for bit, what the core's give over gloo."""
+"""Every implementation gives, bit for bit, what the core's collectives give over gloo.
+
+Ranks with different ZCORE_COMM_HOST count as ranks of different hosts, so one machine has all of them.
+"""
 
 import gc
 import os
@@ -10,7 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from zcore.comm.choice import offer
+from zcore.comm.choice import serve
+from zcore.comm.hierarchical import HierarchicalCollectives
+from zcore.comm.pages import own_pages
+from zcore.comm.pairwise import PairwiseCollectives
 from zcore.comm.shared_memory import SMALL_BYTES, SharedMemoryCollectives
 from zcore.core.errors import LayoutError, MismatchError, StateError, ZcoreError
 from zcore.core.torch_collectives import TorchCollectives
@@ -21,10 +27,19 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64]
 MOVED = [*DTYPES, torch.int16, torch.bool, torch.float8_e4m3fn]
 
 
-def both():
-    shared = offer(dist.group.WORLD, name="shared")
-    assert isinstance(shared, SharedMemoryCollectives)
-    return TorchCollectives(dist.group.WORLD, name="gloo"), shared
+HOSTS = {"shared memory": lambda rank: 0, "pairwise": lambda rank: rank, "two levels": lambda rank: rank // 2}
+KINDS = {
+    "shared memory": SharedMemoryCollectives,
+    "pairwise": PairwiseCollectives,
+    "two levels": HierarchicalCollectives,
+}
+
+
+def both(kind="shared memory"):
+    os.environ["ZCORE_COMM_HOST"] = str(HOSTS[kind](dist.get_rank()))
+    served = serve(dist.group.WORLD, name="served")
+    assert isinstance(served, KINDS[kind])
+    return TorchCollectives(dist.group.WORLD, name="gloo"), served
 
 
 def values(numel, dtype, seed):
@@ -43,9 +58,9 @@ def bits(tensor):
     return tensor.view(torch.uint8) if tensor.numel() else tensor
 
 
-def differences():
+def differences(kind):
     """What is not equal to the bit: op, numel, dtype, whether tensors lie in shared pages."""
-    gloo, shared = both()
+    gloo, shared = both(kind)
     rank, size = gloo.rank, gloo.size
     wrong = []
     for numel in NUMELS:
@@ -74,13 +89,21 @@ def differences():
     return wrong
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
-def test_every_collective_is_equal_to_gloos_to_the_bit(ranks, world_size):
-    assert ranks(world_size, differences) == [[]] * world_size
+each_kind = pytest.mark.parametrize("kind", list(KINDS))
+SIZES = [
+    *((kind, world_size) for kind in ("shared memory", "pairwise") for world_size in (2, 3, 4, 8)),
+    ("two levels", 4),
+    ("two levels", 8),
+]
 
 
-def in_place_and_cast():
-    gloo, shared = both()
+@pytest.mark.parametrize(("kind", "world_size"), SIZES)
+def test_every_collective_is_equal_to_gloos_to_the_bit(ranks, kind, world_size):
+    assert ranks(world_size, differences, kind) == [[]] * world_size
+
+
+def in_place_and_cast(kind):
+    gloo, shared = both(kind)
     rank, numel = shared.rank, 10_000
     own = values(numel, torch.float32, seed=rank)
     expected = torch.empty(numel * shared.size)
@@ -100,8 +123,9 @@ def in_place_and_cast():
     )
 
 
-def test_slots_of_the_whole_may_be_the_part_and_a_gather_casts(ranks):
-    assert ranks(2, in_place_and_cast) == [(True, True, True)] * 2
+@each_kind
+def test_slots_of_the_whole_may_be_the_part_and_a_gather_casts(ranks, kind):
+    assert ranks(4, in_place_and_cast, kind) == [(True, True, True)] * 4
 
 
 def hold_together():
@@ -142,9 +166,9 @@ def test_ranks_hold_a_gathered_buffer_together_until_one_wants_its_own(ranks):
     assert max(first[4], second[4]) <= 2 * 2 * 50_000 * 4  # a fresh one at most, not twenty
 
 
-def many_calls(count, seed):
+def many_calls(kind, count, seed):
     """Random calls, several under way, waited for in an order of each rank's own: wrong ones, and what is left."""
-    _, shared = both()
+    _, shared = both(kind)
     rank, size = shared.rank, shared.size
     common, own = random.Random(seed), random.Random(1000 * seed + rank)
     wrong, under_way, before = [], [], None
@@ -193,24 +217,35 @@ def many_calls(count, seed):
 def left_over(shared):
     gc.collect()
     return (
-        shared._pages.held_bytes,
+        own_pages().held_bytes,
         len(list(Path("/proc/self/fd").iterdir())),
         threading.active_count(),
         len(gc.get_objects()),
     )
 
 
-@pytest.mark.parametrize(("world_size", "count", "seed"), [(2, 5_000, 0), (3, 300, 1), (4, 300, 2)])
-def test_thousands_of_mixed_calls_are_right_and_leave_nothing_behind(ranks, world_size, count, seed):
-    for wrong, (more_bytes, more_files, more_threads, more_objects) in ranks(world_size, many_calls, count, seed):
+@pytest.mark.parametrize(
+    ("kind", "world_size", "count"),
+    [
+        ("shared memory", 2, 10_000),
+        ("shared memory", 3, 300),
+        ("shared memory", 4, 300),
+        ("pairwise", 2, 10_000),
+        ("pairwise", 3, 300),
+        ("two levels", 4, 300),
+    ],
+)
+def test_thousands_of_mixed_calls_are_right_and_leave_nothing_behind(ranks, kind, world_size, count):
+    found = ranks(world_size, many_calls, kind, count, world_size)
+    for wrong, (more_bytes, more_files, more_threads, more_objects) in found:
         assert wrong == []
         assert (more_files, more_threads) == (0, 0)
         assert more_bytes <= 4 << 20
         assert more_objects < 300
 
 
-def forget_to_wait():
-    _, shared = both()
+def forget_to_wait(kind):
+    _, shared = both(kind)
     for number in range(500):
         shared.all_reduce(torch.full((9_000,), float(number)), label="forgotten")
     total = torch.full((9_000,), 1.0)
@@ -218,8 +253,9 @@ def forget_to_wait():
     return total[0].item()
 
 
-def test_calls_that_nobody_waits_for_do_not_block_later_ones(ranks):
-    assert ranks(2, forget_to_wait) == [2.0, 2.0]
+@each_kind
+def test_calls_that_nobody_waits_for_do_not_block_later_ones(ranks, kind):
+    assert ranks(4, forget_to_wait, kind) == [4.0] * 4
 
 
 def message_of(act):
@@ -230,8 +266,8 @@ def message_of(act):
     return "nothing was refused"
 
 
-def make_different_calls(kind):
-    _, shared = both()
+def make_different_calls(kind, how):
+    _, shared = both(kind)
     first = shared.rank == 0
     tensor = torch.zeros(100)
 
@@ -247,26 +283,31 @@ def make_different_calls(kind):
         "op": call_other_op,
         "source": lambda: shared.broadcast(tensor, src=0 if first else 1, label="start").wait(),
     }
-    return message_of(acts[kind])
+    def act():
+        acts[how]()
+        shared.all_reduce(tensor, label="next").wait()  # a rank that only sends is through with its call
+
+    return message_of(act)
 
 
+@each_kind
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("how", "words"),
     [
-        ("size", ["all_reduce grads (50 x float32) on rank", "all_reduce grads (100 x float32) on rank"]),
-        ("dtype", ["(100 x float32) on rank", "(100 x float64) on rank"]),
-        ("op", ["all_reduce grads (100 x float32) on rank", "broadcast start from rank 0"]),
+        ("size", ["all_reduce grads", "50 x float32", "100 x float32", "on rank 0", "on rank "]),
+        ("dtype", ["all_reduce grads", "100 x float32", "100 x float64", "on rank 0", "on rank "]),
+        ("op", ["all_reduce grads", "broadcast start from rank 0", "on rank 0", "on rank "]),
         ("source", ["from rank 0", "from rank 1"]),
     ],
 )
-def test_calls_that_do_not_match_are_told_with_both_sides_on_every_rank(ranks, kind, words):
-    for message in ranks(2, make_different_calls, kind):
+def test_calls_that_do_not_match_are_told_with_both_sides_on_every_rank(ranks, kind, how, words):
+    for message in ranks(4, make_different_calls, kind, how):
         assert message.startswith(MismatchError.__name__)
         assert [word for word in words if word not in message] == [], message
 
 
-def give_wrong_sizes():
-    _, shared = both()
+def give_wrong_sizes(kind):
+    _, shared = both(kind)
     return [
         message_of(lambda: shared.all_gather(torch.zeros(7), torch.zeros(3), label="x")),
         message_of(lambda: shared.reduce_scatter(torch.zeros(3), torch.zeros(7), label="x")),
@@ -274,12 +315,13 @@ def give_wrong_sizes():
     ]
 
 
-def test_sizes_that_do_not_divide_are_refused_before_anything_is_sent(ranks):
-    for messages in ranks(2, give_wrong_sizes):
+@each_kind
+def test_sizes_that_do_not_divide_are_refused_before_anything_is_sent(ranks, kind):
+    for messages in ranks(4, give_wrong_sizes, kind):
         for message in messages:
             assert message.startswith(LayoutError.__name__)
             assert "x: " in message
-            assert "2 ranks" in message or "7 elements" in message
+            assert "4 ranks" in message or "7 elements" in message
 
 
 def call_in_a_child():

@@ -1,0 +1,162 @@
+"""A limit on the bytes in flight, over several groups: calls beyond it are held back, and start by priority.
+
+    limit 100 MiB        in flight                held back                                    order of starts
+    reduce_scatter 80    rs 80
+    reduce_scatter 60    rs 80                    dp: rs 60
+    reduce_scatter 40    rs 80                    dp: rs 60, rs 40
+    all_gather 30        rs 80                    dp: rs 60, rs 40    twin: ag 30
+    wait for any         rs 80, ag 30, rs 60, rs 40                                            ag 30, rs 60, rs 40
+
+A call is in flight from its start until somebody has waited for it. Within a group the order of starts stays that of
+the calls, or ranks would no longer match; what is urgent takes along what stands before it.
+
+Any `wait` first starts everything that is held back, limit or not. Were it to start only its own call, a rank that
+waits for A while it holds B back, and another that waits for B while it holds A, would wait for each other for ever,
+though each had called both. So the limit is one on what runs ahead of the waits: it bounds what a backward pass may
+start before the step begins to collect, and lets gathers overtake sums.
+"""
+
+from collections.abc import Hashable, Sequence
+from functools import partial
+
+from zcore.comm.requests import DeferrableCollectives, Request, Start, starter_of
+from zcore.core.collectives import Collectives, Pending
+from zcore.core.errors import ConfigError
+
+__all__ = ["FLOW", "Flow", "choose_next", "limit_in_flight"]
+
+
+def choose_next(held: Sequence[tuple[Hashable, int]]) -> int:
+    """Which of `held`, (group, priority) each and in the order of the calls, starts first.
+
+    The first call of the group that holds the most urgent one; of equals the call that was made first.
+
+    >>> choose_next([("dp", 1), ("dp", 1), ("twin", 0)])
+    2
+    >>> choose_next([("dp", 1), ("twin", 1), ("twin", 0)])  # starts in a group keep their order: 1 goes before 2
+    1
+    """
+    first: dict[Hashable, int] = {}
+    most_urgent: dict[Hashable, int] = {}
+    for index, (group, priority) in enumerate(held):
+        first.setdefault(group, index)
+        most_urgent[group] = min(priority, most_urgent.get(group, priority))
+    return min(first.values(), key=lambda index: (most_urgent[held[index][0]], index))
+
+
+class _Call:
+    """A call under a limit: held back (with `_request`), then in flight (with `_pending`), then done (with neither)."""
+
+    __slots__ = ("_flow", "_pending", "_request", "num_bytes", "priority", "start")
+
+    def __init__(self, flow: "Flow", start: Start, request: Request) -> None:
+        self._flow = flow
+        self.start = start  # one for each group
+        self.num_bytes = request.payload_bytes
+        self.priority = request.priority
+        self._request: Request | None = request
+        self._pending: Pending | None = None
+
+    def begin(self) -> None:
+        """Start what is held back."""
+        request, self._request = self._request, None
+        assert request is not None
+        self._pending = self.start(request)
+
+    def wait(self) -> None:
+        """See `Pending.wait`; starts everything that the limit holds back."""
+        self._flow.start_all()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._flow.count(-self.num_bytes)
+            pending.wait()
+
+
+class Flow:
+    """Calls of several groups under one limit; `limit_bytes` None is no limit."""
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self._limit_bytes = _checked(limit_bytes)
+        self._held: list[_Call] = []  # in the order of the calls
+        self._in_flight_bytes = 0
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """How many bytes may be in flight before calls are held back; None is no limit."""
+        return self._limit_bytes
+
+    @limit_bytes.setter
+    def limit_bytes(self, limit_bytes: int | None) -> None:
+        self._limit_bytes = _checked(limit_bytes)
+        self._start_what_fits()
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Payload of the calls that have been started and not been waited for."""
+        return self._in_flight_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Payload of the calls that are held back."""
+        return sum(call.num_bytes for call in self._held)
+
+    def around(self, group: Collectives) -> DeferrableCollectives:
+        """The contract over `group`, with its calls under this limit. Once for each group."""
+        start = starter_of(group)
+        return DeferrableCollectives(group, start=partial(self._take, start), flush=self.start_all)
+
+    def start_all(self) -> None:
+        """Start everything that is held back. To be called before ranks wait for each other by other means."""
+        while self._held:
+            self._start(self._next())
+
+    def count(self, more_bytes: int) -> None:
+        """So many bytes more, or fewer, are in flight."""
+        self._in_flight_bytes += more_bytes
+
+    def _take(self, start: Start, request: Request) -> _Call:
+        call = _Call(self, start, request)
+        self._held.append(call)
+        self._start_what_fits()
+        return call
+
+    def _start_what_fits(self) -> None:
+        """A call that is larger than the limit starts when nothing is in flight."""
+        while self._held:
+            call = self._next()
+            total_bytes = self._in_flight_bytes + call.num_bytes
+            if self._limit_bytes is not None and self._in_flight_bytes and total_bytes > self._limit_bytes:
+                return
+            self._start(call)
+
+    def _next(self) -> _Call:
+        return self._held[choose_next([(call.start, call.priority) for call in self._held])]
+
+    def _start(self, call: _Call) -> None:
+        self._held.remove(call)
+        call.begin()
+        self.count(call.num_bytes)
+
+
+def _checked(limit_bytes: int | None) -> int | None:
+    if limit_bytes is not None and limit_bytes < 1:
+        raise ConfigError(
+            f"The limit on bytes in flight is {limit_bytes}; expected 1 or more. None lifts it. A call that is larger "
+            "than the limit still goes, alone."
+        )
+    return limit_bytes
+
+
+FLOW = Flow()  # of the functions of zcore.comm in this process
+
+
+def limit_in_flight(limit_bytes: int | None) -> None:
+    """Hold back calls of `zcore.comm` beyond `limit_bytes` in flight, over all groups; None, the default, lifts it.
+
+    Every rank sets the same limit, at the same place among its calls. What is held back starts by its `priority`
+    (unless given, all_gather, broadcast and all_to_all before reductions) with the first `wait` of any call, or when
+    the limit is lifted: lift it before ranks wait for each other by other means than `zcore.comm`.
+
+    Raises ConfigError for a limit below 1.
+    """
+    FLOW.limit_bytes = limit_bytes

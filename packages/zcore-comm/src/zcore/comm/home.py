@@ -1,0 +1,83 @@
+"""Where a rank lives: its host and process, told once when a group meets; and whether that process still lives."""
+
+import hashlib
+import os
+import socket
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch.distributed as dist
+
+__all__ = ["Home", "own_home"]
+
+ALIVE, STOPPED, ENDED = "S", "Tt", "ZX"  # letters of the system for what a process is up to
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The process of one rank. `host` is equal for processes that can see each other's files in /proc."""
+
+    host: bytes  # 16 bytes
+    name: str  # of the host, as people call it
+    process: int
+    began: int  # in ticks since the host started: a number of a process may be given again
+    global_rank: int
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this rank's process is on the host of the caller."""
+        return self.host == _host()
+
+    def has_ended(self) -> bool:
+        """Whether the process is gone; False where that cannot be seen from this host."""
+        state = _stat_of(self.process) if self.is_here else (ALIVE, self.began)
+        return state is None or state[1] != self.began or state[0] in ENDED
+
+    def is_stopped(self) -> bool:
+        """Whether the process is on this host and halted by a signal, as by Ctrl-Z or a debugger."""
+        state = _stat_of(self.process) if self.is_here else None
+        return state is not None and state[0] in STOPPED
+
+    def state(self, *, silent: bool = False) -> str:
+        """In words, what is known of the process; `silent` if it has given no sign of life for long."""
+        if self.has_ended():
+            known = "has ended"
+        elif self.is_stopped():
+            known = "is stopped"
+        else:
+            known = "gives no sign of life" if silent else "is alive"
+        return f"process {self.process} on {self.name} {known}"
+
+
+def own_home() -> Home:
+    """Where this rank lives. Raises OSError without /proc."""
+    process = os.getpid()
+    state = _stat_of(process)
+    return Home(_host(), socket.gethostname(), process, state[1] if state else 0, dist.get_rank())
+
+
+def _host() -> bytes:
+    """What processes have in common that can share memory: the kernel, and the namespaces of processes and network.
+
+    The latter, too: whoever has a network of its own on the same machine is meant to be another host. $ZCORE_COMM_HOST
+    sets ranks apart in the same way.
+    """
+    return _host_named(os.environ.get("ZCORE_COMM_HOST", ""))
+
+
+@cache
+def _host_named(name: str) -> bytes:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    spaces = [Path("/proc/self/ns", kind).stat().st_ino for kind in ("pid", "net")]
+    return hashlib.sha256(f"{boot} {spaces} {name}".encode()).digest()[:16]
+
+
+def _stat_of(process: int) -> tuple[str, int] | None:
+    """State and start of a process; None if there is none."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text[text.rindex(")") + 2 :].split()  # the name before may hold anything
+    return fields[0], int(fields[19])

@@ -1,0 +1,95 @@
+"""Which rank failed first, and how that is told: one block, its traceback last. Pure.
+
+--- rank 1 on worker-2 failed first: exit code 1 ---------------
+Traceback (most recent call last):
+  ...
+ValueError: shard 3 is empty
+----------------------------------------------------------------
+"""
+
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Failure", "choose_first", "describe_exit", "draw", "find_traceback"]
+
+_TRACEBACK = re.compile(r"Traceback \(most recent call last\):")
+_TORCH_PREFIX = re.compile(r"\[rank\d+\]: ?")  # torch's, on each line of a traceback once a process group stands
+_CHAIN = re.compile(
+    r"During handling of the above exception|The above exception was the direct cause of the following exception"
+)
+# How a rank notices that another one has left: words of gloo, the store, NCCL, and zcore's error for them.
+_CONSEQUENCE = re.compile(
+    r"(closed|reset) by peer|Broken pipe|Connection (refused|was likely closed)|remote process exited|CollectiveError"
+)
+_TAIL_LINES = 20  # of one that left no traceback
+_WIDTH = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One rank that failed, or a launcher, if `rank` is None."""
+
+    rank: int | None
+    host: str
+    exitcode: int  # minus the number of the signal that killed it
+    stderr: tuple[str, ...]  # its last lines
+    seen_s: float  # when its traceback began to arrive, or else the news of its end
+
+    @property
+    def was_ended(self) -> bool:
+        """Whether it ended because it was told to."""
+        return self.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+
+    @property
+    def last_words(self) -> list[str]:
+        """Its traceback; of one that a signal killed, which did not raise, the last lines."""
+        return find_traceback(self.stderr) if self.exitcode > 0 else list(self.stderr[-_TAIL_LINES:])
+
+    @property
+    def is_consequence(self) -> bool:
+        """Whether all it tells is that another one is gone."""
+        return any(_CONSEQUENCE.search(line) for line in self.last_words[-3:])
+
+
+def choose_first(failures: Sequence[Failure]) -> Failure:
+    """The failure that the others follow from: first by time, among those that are no consequence."""
+    return min(failures, key=lambda each: (each.was_ended, each.rank is None, each.is_consequence, each.seen_s))
+
+
+def find_traceback(lines: Sequence[str]) -> list[str]:
+    """The last traceback with those it came from, up to the end; the last lines where there is none."""
+    plain = [_TORCH_PREFIX.sub("", line, count=1) for line in lines]
+    starts = [index for index, line in enumerate(plain) if _TRACEBACK.search(line)]
+    if not starts:
+        return plain[-_TAIL_LINES:]
+    for start in starts:  # a progress bar may stand before it
+        plain[start] = plain[start][plain[start].index("Traceback") :]
+    start = starts.pop()
+    while starts and any(_CHAIN.match(line) for line in plain[max(0, start - 2) : start]):
+        start = starts.pop()
+    return plain[start:]
+
+
+def describe_exit(exitcode: int) -> str:
+    """What an exit code says.
+
+    >>> describe_exit(3), describe_exit(-11)
+    ('exit code 3', 'killed by SIGSEGV')
+    """
+    if exitcode >= 0:
+        return f"exit code {exitcode}"
+    if exitcode == -signal.SIGKILL:
+        return "killed by SIGKILL; the kernel does that when memory runs out (see dmesg)"
+    name = signal.Signals(-exitcode).name if -exitcode in list(signal.Signals) else f"signal {-exitcode}"
+    return f"killed by {name}"
+
+
+def draw(failure: Failure) -> str:
+    """The failure for people."""
+    where = f" on {failure.host}" if failure.host else ""
+    who = f"launcher{where} failed" if failure.rank is None else f"rank {failure.rank}{where} failed first"
+    head = f"--- {who}: {describe_exit(failure.exitcode)} "
+    body = failure.last_words or ["It wrote nothing to stderr."]
+    return "\n".join([head.ljust(_WIDTH, "-"), *body, "-" * _WIDTH])

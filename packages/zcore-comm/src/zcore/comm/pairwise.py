@@ -1,0 +1,198 @@
+"""Collectives over gloo from messages between pairs of ranks, brought to their end by a thread, and watched.
+
+A call posts its messages at once; the bytes then travel by themselves, a worker adds what has come and starts second
+steps, and `wait()` waits for the worker. While it does, it looks who is missing (see watch.py). Messages carry a tag
+made of all calls so far, so that after a call which ranks made differently none completes: they wait, and it is found.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zcore.comm.algorithms import Table
+from zcore.comm.moves import STEP_TAGS, Finish, Peers
+from zcore.comm.progress import Polled, advance_all, has_steps
+from zcore.comm.sizes import check_exchange, check_slots
+from zcore.comm.watch import Journal
+from zcore.comm.worker import Task, Worker
+from zcore.core.collectives import Call, CallLog, Pending, Traffic, tree_sum
+from zcore.core.torch_collectives import TorchCollectives
+
+__all__ = ["PairwiseCollectives"]
+
+STEP_S = 0.5e-3  # between looks at what other groups need meanwhile
+CLOSING_S = 1.0  # within which the process that ended a connection is seen to have ended
+
+
+class PairwiseCollectives:
+    """The contract between ranks that gloo connects; `members` are those of `group` that take part."""
+
+    def __init__(self, peers: Peers, journal: Journal, table: Table, *, name: str) -> None:
+        self._peers = peers
+        self._journal = journal
+        self._table = table
+        self._log = CallLog(name)
+        self._plain = TorchCollectives(peers.group, name=name)  # memory, and single messages
+        self._worker = Worker(f"zcore {name}")
+
+    @property
+    def rank(self) -> int:
+        """This process's rank among the peers."""
+        return self._peers.rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self._peers.size
+
+    @property
+    def traffic(self) -> Traffic:
+        """What went through the group so far."""
+        return self._log.traffic
+
+    def algorithm_for(self, op: str, payload_bytes: int) -> str:
+        """How a call is served, in words."""
+        return f"pairwise {self._table.choose(op, size=self.size, num_bytes=payload_bytes)}"
+
+    def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A plain tensor of torch."""
+        return self._plain.empty(numel, dtype=dtype, device=device)
+
+    def free_storage(self, buffer: Tensor) -> None:
+        """See `Collectives.free_storage`."""
+        self._plain.free_storage(buffer)
+
+    def alloc_storage(self, buffer: Tensor) -> None:
+        """See `Collectives.alloc_storage`."""
+        self._plain.alloc_storage(buffer)
+
+    def own_storage(self, buffer: Tensor) -> None:
+        """Every buffer has memory of its own here."""
+
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
+        """See `Collectives.all_gather`."""
+        check_slots("all_gather", label, whole=output, slot=input, size=self.size)
+        self.alloc_storage(output)
+        slots = output.tensor_split(self.size)
+        if slots[self.rank].data_ptr() != input.data_ptr():
+            slots[self.rank].copy_(input)
+        return self.gather_slots(slots, label=label, whole=output)
+
+    def gather_slots(self, slots: Sequence[Tensor], *, label: str, whole: Tensor) -> Polled:
+        """An all_gather into slots that may lie apart; the own one is filled. `whole` is what they belong to."""
+        call, tag = self._begin("all_gather", label, whole)
+        if self._choice(call) == "ring":
+            return self._add(call, self._peers.gather_in_ring(slots, tag=tag))
+        return self._add(call, self._peers.gather(slots, tag=tag))
+
+    def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
+        """See `Collectives.reduce_scatter`."""
+        check_slots("reduce_scatter", label, whole=input, slot=output, size=self.size)
+        call, tag = self._begin("reduce_scatter", label, input)
+        return self._add(call, self._peers.sum_slots(output, input.tensor_split(self.size), tag=tag))
+
+    def all_reduce(self, tensor: Tensor, *, label: str) -> Polled:
+        """See `Collectives.all_reduce`."""
+        call, tag = self._begin("all_reduce", label, tensor)
+        if self._choice(call) == "gather":
+            parts = [tensor.clone() if each == self.rank else torch.empty_like(tensor) for each in range(self.size)]
+            gather = self._peers.gather(parts, tag=tag)
+
+            def finish() -> None:
+                gather()
+                tree_sum(parts, out=tensor)
+
+            return self._add(call, finish)
+        slots = tensor.tensor_split(self.size)
+        sum_slots = self._peers.sum_slots(slots[self.rank], slots, tag=tag)
+
+        def sum_and_gather() -> None:
+            sum_slots()
+            self._peers.gather(slots, tag=tag + STEP_TAGS)()
+
+        return self._add(call, sum_and_gather)
+
+    def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
+        """See `Collectives.all_to_all`."""
+        check_exchange(label, output, input, size=self.size)
+        call, tag = self._begin("all_to_all", label, input)
+        receives, sends = output.tensor_split(self.size), input.tensor_split(self.size)
+        receives[self.rank].copy_(sends[self.rank])
+        return self._add(call, self._peers.exchange(receives, sends, tag=tag))
+
+    def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Polled:
+        """See `Collectives.broadcast`."""
+        call, tag = self._begin("broadcast", f"{label} from rank {src}", tensor)
+        start = self._peers.scatter_to_all if self._choice(call) == "scatter" else self._peers.send_to_all
+        return self._add(call, start(tensor, src=src, tag=tag))
+
+    def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
+        """See `Collectives.send`."""
+        return self._plain.send(tensor, dst=self._peers.members[dst], label=label)
+
+    def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
+        """See `Collectives.recv`."""
+        return self._plain.recv(tensor, src=self._peers.members[src], label=label)
+
+    def _begin(self, op: str, label: str, tensor: Tensor) -> tuple[Call, int]:
+        """A new call, and the tag of its messages."""
+        call = self._log.note(op, label, tensor)
+        return call, self._journal.start(call)
+
+    def _choice(self, call: Call) -> str:
+        return self._table.choose(call.op, size=self.size, num_bytes=call.payload_bytes)
+
+    def _add(self, call: Call, finish: Finish) -> Polled:
+        journal = self._journal
+
+        def act() -> None:
+            finish()
+            journal.finish(call)
+
+        return _Pending(call, self._worker.add(act), journal)
+
+
+class _Pending:
+    """See `Pending`."""
+
+    __slots__ = ("_call", "_journal", "_task")
+
+    def __init__(self, call: Call, task: Task, journal: Journal) -> None:
+        self._call, self._task, self._journal = call, task, journal
+
+    def wait(self) -> None:
+        """See `Pending.wait`."""
+        if not self._task.wait(0):
+            self._journal.wait_for(self._call, self._is_done_within)
+        if self._task.error is not None:
+            raise self._lost(self._task.error) from self._task.error
+
+    def poll(self) -> bool:
+        """Whether `wait` would return at once; raises what it would raise."""
+        if not self._task.wait(0):
+            return False
+        self.wait()
+        return True
+
+    def _is_done_within(self, time_s: float) -> bool:
+        began = time.monotonic()
+        while has_steps():
+            if self._task.wait(STEP_S):
+                return True
+            advance_all()
+            if time.monotonic() - began > time_s:
+                return False
+        return self._task.wait(time_s)
+
+    def _lost(self, error: Exception) -> Exception:
+        """A connection broke: whoever ended it says why, or is seen to have ended, a moment later."""
+        began = time.monotonic()
+        while time.monotonic() - began < CLOSING_S:
+            trouble = self._journal.find_trouble(self._call)
+            if trouble is not None:
+                return trouble
+            time.sleep(0.05)
+        words = str(error).splitlines()[0].encode("ascii", "ignore").decode()
+        return self._journal.failure(self._call, f"a connection was lost or timed out ({words})")

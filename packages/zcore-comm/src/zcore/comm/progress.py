@@ -1,0 +1,87 @@
+"""What has to go on while a rank waits: calls of several steps, of any group, whose next step nobody else would take.
+
+Ranks may wait for their calls in different orders. If one waits in group A and another in group B, each for a step that
+the other has to take in its own turn, both would wait for ever, unless whoever waits takes the steps of all groups.
+
+Waiting is a matter of nanoseconds or of seconds: first look again and again, then let others have the processor, then
+sleep a little between looks.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Protocol
+from weakref import WeakSet
+
+from zcore.core.collectives import Pending
+
+__all__ = ["Polled", "advance_all", "has_steps", "is_reached_within", "join"]
+
+LOOKS = 2000  # about 0.2 ms
+LOOKS_WHEN_CROWDED = 20  # more ranks than processors: whoever looks keeps another from working
+YIELDS = 200
+NAP_S = 50e-6
+
+
+class Polled(Pending, Protocol):
+    """A call that can be asked how it stands."""
+
+    def poll(self) -> bool:
+        """Whether `wait` would return at once; raises what it would raise."""
+        ...
+
+
+class Steps(Protocol):
+    """A group with calls of several steps."""
+
+    @property
+    def has_open_calls(self) -> bool:
+        """Whether there may be something to do."""
+        ...
+
+    def advance(self) -> None:
+        """Do what can be done without waiting."""
+        ...
+
+
+_groups: "WeakSet[Steps]" = WeakSet()  # of this process
+
+
+def join(group: Steps) -> None:
+    """Have `group` advance whenever this process waits, as long as it lives."""
+    _groups.add(group)
+
+
+def has_steps() -> bool:
+    """Whether a group has open calls."""
+    return any(group.has_open_calls for group in tuple(_groups))
+
+
+def advance_all() -> None:
+    """Take what steps can be taken, in every group."""
+    for group in tuple(_groups):
+        group.advance()
+
+
+def is_reached_within(is_reached: Callable[[], bool], time_s: float, *, crowd: int) -> bool:
+    """Whether `is_reached()` becomes true in that time; meanwhile all groups advance.
+
+    crowd: how many ranks share the processors of this host.
+    """
+    looks = LOOKS if len(os.sched_getaffinity(0)) >= crowd else LOOKS_WHEN_CROWDED
+    for _ in range(looks):
+        if is_reached():
+            return True
+        advance_all()
+    for _ in range(YIELDS):
+        os.sched_yield()
+        if is_reached():
+            return True
+        advance_all()
+    end = time.monotonic() + time_s
+    while not is_reached():
+        if time.monotonic() > end:
+            return False
+        time.sleep(NAP_S)
+        advance_all()
+    return True

@@ -1,0 +1,144 @@
+"""A collective as data, before it is started, and a group whose calls are handed over as such.
+
+    caller --call--> DeferrableCollectives --Request--> start: whoever decides when, and joined with what
+                                                          `--> request.start_on(group), now or later
+
+Here nothing is decided. Sending and receiving are not deferred, as only some ranks of a group make them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from zcore.core.collectives import Collectives, Pending, Traffic
+
+__all__ = ["DEFAULT_PRIORITIES", "DeferrableCollectives", "Request", "Start", "starter_of"]
+
+# Lower goes first. A step waits for what it gathers before it can go on, and for its sums at its end.
+DEFAULT_PRIORITIES = {"all_gather": 0, "broadcast": 0, "all_to_all": 0, "reduce_scatter": 1, "all_reduce": 1}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One call of `Collectives` that has not been started."""
+
+    op: str
+    output: Tensor
+    input: Tensor  # `output` itself where the call works in place
+    label: str
+    priority: int  # lower goes first; equal on every rank
+    src: int = 0  # of a broadcast
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the larger side, as reports count them."""
+        whole = self.output if self.op == "all_gather" else self.input
+        return whole.numel() * whole.element_size()
+
+    def start_on(self, group: Collectives) -> Pending:
+        """Make the call."""
+        match self.op:
+            case "all_gather":
+                return group.all_gather(self.output, self.input, label=self.label)
+            case "reduce_scatter":
+                return group.reduce_scatter(self.output, self.input, label=self.label)
+            case "all_to_all":
+                return group.all_to_all(self.output, self.input, label=self.label)
+            case "broadcast":
+                return group.broadcast(self.output, src=self.src, label=self.label)
+        return group.all_reduce(self.output, label=self.label)
+
+
+Start = Callable[[Request], Pending]
+
+
+class DeferrableCollectives:
+    """The contract over `group`, whose five collectives go to `start`; `flush` starts what that holds back.
+
+    Each of the five takes a `priority` beyond what the contract asks for; None is the one of `DEFAULT_PRIORITIES`.
+    """
+
+    def __init__(self, group: Collectives, *, start: Start, flush: Callable[[], None]) -> None:
+        self._group = group
+        self.start = start
+        self._flush = flush
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self._group.rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks the group has."""
+        return self._group.size
+
+    @property
+    def traffic(self) -> Traffic:
+        """What went through the group so far: calls that were started, joined ones as one."""
+        return self._group.traffic
+
+    def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `Collectives.empty`."""
+        return self._group.empty(numel, dtype=dtype, device=device)
+
+    def free_storage(self, buffer: Tensor) -> None:
+        """See `Collectives.free_storage`."""
+        self._group.free_storage(buffer)
+
+    def alloc_storage(self, buffer: Tensor) -> None:
+        """See `Collectives.alloc_storage`."""
+        self._group.alloc_storage(buffer)
+
+    def own_storage(self, buffer: Tensor) -> None:
+        """See `Collectives.own_storage`."""
+        self._group.own_storage(buffer)
+
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str, priority: int | None = None) -> Pending:
+        """See `Collectives.all_gather`."""
+        return self._hand_over("all_gather", output, input, label=label, priority=priority)
+
+    def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str, priority: int | None = None) -> Pending:
+        """See `Collectives.reduce_scatter`."""
+        return self._hand_over("reduce_scatter", output, input, label=label, priority=priority)
+
+    def all_reduce(self, tensor: Tensor, *, label: str, priority: int | None = None) -> Pending:
+        """See `Collectives.all_reduce`."""
+        return self._hand_over("all_reduce", tensor, tensor, label=label, priority=priority)
+
+    def all_to_all(self, output: Tensor, input: Tensor, *, label: str, priority: int | None = None) -> Pending:
+        """See `Collectives.all_to_all`."""
+        return self._hand_over("all_to_all", output, input, label=label, priority=priority)
+
+    def broadcast(self, tensor: Tensor, *, src: int, label: str, priority: int | None = None) -> Pending:
+        """See `Collectives.broadcast`."""
+        return self._hand_over("broadcast", tensor, tensor, label=label, priority=priority, src=src)
+
+    def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
+        """See `Collectives.send`; at once, after what the group holds back."""
+        self._flush()
+        return self._group.send(tensor, dst=dst, label=label)
+
+    def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
+        """See `Collectives.recv`; at once, after what the group holds back."""
+        self._flush()
+        return self._group.recv(tensor, src=src, label=label)
+
+    def _hand_over(
+        self, op: str, output: Tensor, input: Tensor, *, label: str, priority: int | None, src: int = 0
+    ) -> Pending:
+        if priority is None:
+            priority = DEFAULT_PRIORITIES[op]
+        return self.start(Request(op, output, input, label, priority, src))
+
+
+def starter_of(group: Collectives) -> Start:
+    """What starts a request on `group`, its priority kept where the group takes one."""
+    return group.start if isinstance(group, DeferrableCollectives) else partial(_start_on, group)
+
+
+def _start_on(group: Collectives, request: Request) -> Pending:
+    return request.start_on(group)

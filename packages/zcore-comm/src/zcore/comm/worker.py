@@ -1,0 +1,63 @@
+"""A thread that brings the calls of one group to their end, in the order of their start.
+
+The backend moves bytes by itself, but somebody has to add what has come, and to start the second half of a call of two
+steps. Were that left to `wait()`, nothing of it would happen while the program computes. It is also the only way to
+look after a missing rank while waiting: gloo's own wait cannot be interrupted, and ends every connection when it
+gives up.
+"""
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+
+__all__ = ["Task", "Worker"]
+
+
+class Task:
+    """Something to be done; `error` is what it raised."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act: Callable[[], None] | None = act
+        self._done = threading.Event()
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Do it, in the worker."""
+        act, self._act = self._act, None  # what it holds is let go of as soon as it is done
+        assert act is not None
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - passed on to whoever waits
+            self.error = error
+        del act
+        self._done.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it is done within that time."""
+        return self._done.wait(timeout_s)
+
+
+class Worker:
+    """The thread. It starts with the first task and ends when nobody holds the worker any more."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._has_started = False
+        weakref.finalize(self, self._tasks.put, None).atexit = False
+
+    def add(self, act: Callable[[], None]) -> Task:
+        """Have `act` done after all that was added before."""
+        if not self._has_started:
+            self._has_started = True
+            threading.Thread(target=_work, args=(self._tasks,), name=self._name, daemon=True).start()
+        task = Task(act)
+        self._tasks.put(task)
+        return task
+
+
+def _work(tasks: "queue.SimpleQueue[Task | None]") -> None:
+    while (task := tasks.get()) is not None:
+        task.run()
+        del task

@@ -1,0 +1,219 @@
+"""Calls of a block join, start by priority, and bring to the bit what single calls bring."""
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import zcore.comm
+from zcore.comm.blocks import Block
+from zcore.comm.pages import own_pages
+from zcore.comm.requests import DeferrableCollectives
+from zcore.core.errors import ConfigError, LayoutError, StateError, ZcoreError
+from zcore.core.torch_collectives import TorchCollectives
+
+CPU = torch.device("cpu")
+OPS = ["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast"]
+SUMMED = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int16]
+MOVED = [*SUMMED, torch.bool, torch.float8_e4m3fn]
+
+
+def values(numel, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        return torch.randn(numel, generator=generator).to(dtype)
+    return torch.randint(0, 2 if dtype is torch.bool else 100, (numel,), generator=generator).to(dtype)
+
+
+def call(group, request, *, label):
+    """Make one call to a `Collectives`; what it returns, and where its result will be."""
+    op, output, tensor, src = request
+    if op == "all_reduce":
+        return group.all_reduce(tensor, label=label), tensor
+    if op == "broadcast":
+        return group.broadcast(tensor, src=src, label=label), tensor
+    return getattr(group, op)(output, tensor, label=label), output
+
+
+def random_calls(group, seed, count):
+    """Calls that are the same on every rank, with this rank's data: op, output, input, source."""
+    common = random.Random(seed)
+    for number in range(count):
+        op, numel = common.choice(OPS), common.choice([0, 1, 7, 300, 2_000])
+        dtype, src = common.choice(SUMMED if op in ("reduce_scatter", "all_reduce") else MOVED), common.randrange(2)
+        whole, part = numel * group.size, numel
+        sizes = {"all_gather": (whole, part), "reduce_scatter": (part, whole), "all_to_all": (whole, whole)}
+        output_numel, input_numel = sizes.get(op, (part, part))
+        yield op, torch.zeros(output_numel).to(dtype), values(input_numel, dtype, 100 * number + group.rank), src
+
+
+def compare_with_single_calls(seed):
+    single = TorchCollectives(dist.group.WORLD, name="single")
+    expected = []
+    for request in random_calls(single, seed, 60):
+        pending, result = call(single, request, label="x")
+        pending.wait()
+        expected.append(result)
+    found = []
+    for group in (zcore.comm.collectives_of(), TorchCollectives(dist.new_group(), name="gloo")):
+        group.traffic.clear()
+        with zcore.comm.coalescing(group, budget_bytes=10_000) as block:
+            results = [
+                call(block, request, label=f"call {number}")
+                for number, request in enumerate(random_calls(group, seed, 60))
+            ]
+            none_before_the_end = not group.traffic.calls
+        own = random.Random(group.rank)
+        for pending, _ in own.sample(results, len(results)):  # every rank waits in an order of its own
+            pending.wait()
+        wrong = [
+            number
+            for number, ((_, result), wanted) in enumerate(zip(results, expected, strict=True))
+            if not torch.equal(result.view(torch.uint8), wanted.view(torch.uint8))
+        ]
+        found.append((none_before_the_end, group.traffic.calls.total() < 60, wrong))
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "seed"), [(2, 0), (2, 1), (3, 2)])
+def test_joined_calls_of_every_kind_bring_what_single_ones_bring(ranks, world_size, seed):
+    assert ranks(world_size, compare_with_single_calls, seed) == [[(True, True, [])] * 2] * world_size
+
+
+def noted(group, starts):
+    """The group, with what starts on it noted."""
+
+    def start(request):
+        starts.append(request.label)
+        return request.start_on(group)
+
+    return DeferrableCollectives(group, start=start, flush=lambda: None)
+
+
+def prioritize():
+    starts = []
+    group = noted(TorchCollectives(dist.group.WORLD, name="noted"), starts)
+    small, large = torch.ones(10), torch.ones(100)
+    with zcore.comm.coalescing(group, budget_bytes=120) as block:
+        pending = [
+            block.all_reduce(small.clone(), label="sum 0"),
+            block.all_reduce(large, label="large sum"),
+            block.all_reduce(small.clone(), label="sum 1"),
+            block.broadcast(small.clone(), src=0, label="weights"),
+            block.all_reduce(small.clone(), label="urgent sum", priority=-1),
+            block.all_reduce(small.clone(), label="sum 2"),
+        ]
+    for each in pending:
+        each.wait()
+    return starts
+
+
+def test_calls_start_by_priority_and_large_ones_alone(ranks):
+    # By priority: urgent sum, weights, sum 0, large sum, sum 1, sum 2. Three of 40 bytes fit into 120.
+    assert ranks(2, prioritize) == [["urgent sum and 2 more", "weights", "large sum", "sum 2"]] * 2
+
+
+def message_of(act):
+    try:
+        act()
+    except ZcoreError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was refused"
+
+
+def misuse_a_block():
+    tensor, apart = torch.ones(8), torch.ones(4)
+    messages = {}
+    with zcore.comm.coalescing() as block:
+        work = zcore.comm.all_reduce(tensor, async_op=True, label="grads")
+        messages["wait inside"] = message_of(work.wait)
+        messages["barrier inside"] = message_of(zcore.comm.barrier)
+    work.wait()
+    kept = []
+    try:
+        with zcore.comm.coalescing():
+            kept.append(zcore.comm.all_reduce(tensor, async_op=True, label="never started"))
+            raise KeyError
+    except KeyError:
+        messages["abandoned"] = message_of(kept[0].wait)
+
+    def overlap():
+        with zcore.comm.coalescing():
+            zcore.comm.all_reduce(tensor[:5], async_op=True, label="first")
+            zcore.comm.broadcast(tensor[4:], src=0, async_op=True, label="second")
+
+    def read_what_is_written():
+        with zcore.comm.coalescing():
+            zcore.comm.all_gather(torch.empty(8), apart, async_op=True, label="first")
+            zcore.comm.all_reduce(apart, async_op=True, label="second")
+
+    messages["overlap"] = message_of(overlap)
+    messages["read"] = message_of(read_what_is_written)
+    with zcore.comm.coalescing():  # two may read the same
+        zcore.comm.all_gather(torch.empty(8), apart)
+        zcore.comm.all_gather(torch.empty(8), apart)
+    after = block.all_reduce(tensor, label="after its block")  # starts at once
+    after.wait()
+    return messages, tensor[0].item()
+
+
+def test_misuse_is_refused_by_name_and_leaves_the_group_in_order(ranks):
+    words = {
+        "wait inside": (StateError, "all_reduce grads cannot be waited for: it starts when its block"),
+        "barrier inside": (StateError, "barrier of default_pg: calls of a block of `coalescing` start at its end"),
+        "abandoned": (StateError, "all_reduce never started cannot be waited for: its block was left by an exception"),
+        "overlap": (LayoutError, "all_reduce first and broadcast second use the same memory"),
+        "read": (LayoutError, "use the same memory, and one of them writes it"),
+    }
+    for messages, after in ranks(2, misuse_a_block):
+        for kind, (error, text) in words.items():
+            assert messages[kind].startswith(error.__name__), (kind, messages[kind])
+            assert text in messages[kind], (kind, messages[kind])
+        assert after == 4.0
+
+
+def nest_and_finish_at_the_end():
+    world = zcore.comm.collectives_of()
+    other = dist.new_group()
+    zcore.comm.collectives_of(other)
+    world.traffic.clear()
+    first, second, third, elsewhere = (torch.ones(3) for _ in range(4))
+    with zcore.comm.coalescing():
+        zcore.comm.all_reduce(first, op=dist.ReduceOp.AVG)
+        zcore.comm.all_reduce(elsewhere, group=other)  # not this block's: at once
+        at_once = elsewhere.tolist()
+        with zcore.comm.coalescing():
+            zcore.comm.all_reduce(second)
+        inner = second.tolist()
+        zcore.comm.all_reduce(third)
+        before = first.tolist(), third.tolist()
+    return at_once, inner, before, first.tolist(), third.tolist(), world.traffic.calls["all_reduce"]
+
+
+def test_calls_without_async_op_are_done_when_their_block_ends(ranks):
+    ones, twos = [1.0] * 3, [2.0] * 3
+    assert ranks(2, nest_and_finish_at_the_end) == [(twos, twos, (ones, ones), ones, twos, 2)] * 2
+
+
+def gather_into_freed_buffers():
+    group = zcore.comm.collectives_of()
+    buffers = [group.empty(200, dtype=torch.float32, device=CPU) for _ in range(2)]
+    for buffer in buffers:
+        group.free_storage(buffer)
+    with zcore.comm.coalescing() as block:
+        own = torch.full((100,), float(group.rank))
+        pending = [block.all_gather(buffer, own, label="weights") for buffer in buffers]
+    for each in pending:
+        each.wait()
+    together = [own_pages().find(buffer) is None for buffer in buffers]
+    return [buffer[[0, 199]].tolist() for buffer in buffers], together
+
+
+def test_gathers_into_freed_buffers_go_alone_and_make_memory_that_ranks_hold_together(ranks):
+    assert ranks(2, gather_into_freed_buffers) == [([[0.0, 1.0]] * 2, [True, True])] * 2
+
+
+def test_a_budget_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="budget of joined calls is 0 bytes"):
+        Block(None, budget_bytes=0)

@@ -1,0 +1,126 @@
+"""Calls beyond the limit wait their turn: by priority between groups, in the order of the calls within one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+import zcore.comm
+from zcore.comm.flow import FLOW, Flow, choose_next
+from zcore.comm.requests import DeferrableCollectives
+from zcore.core.errors import ConfigError
+from zcore.core.torch_collectives import TorchCollectives
+
+held_calls = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), min_size=1, max_size=30)
+
+
+@given(held_calls)
+def test_starts_keep_the_order_of_each_group_and_nothing_urgent_stands_behind_another_group(held):
+    left, started = list(enumerate(held)), []
+    while left:
+        urgent = min(priority for _, (_, priority) in left)
+        index, (group, priority) = left.pop(choose_next([call for _, call in left]))
+        # Either it is as urgent as any, or it stands before one of its group that is.
+        assert priority == urgent or any(each == (group, urgent) for _, each in left)
+        started.append((group, index))
+    for name in "abc":
+        indices = [index for group, index in started if group == name]
+        assert indices == sorted(indices)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(limit):
+    with pytest.raises(ConfigError, match=f"limit on bytes in flight is {limit}; expected 1 or more. None lifts it"):
+        Flow(limit)
+    with pytest.raises(ConfigError, match="expected 1 or more"):
+        zcore.comm.limit_in_flight(limit)
+
+
+def noted(group, starts):
+    """The group, with what starts on it noted."""
+
+    def start(request):
+        starts.append(request.label)
+        return request.start_on(group)
+
+    return DeferrableCollectives(group, start=start, flush=lambda: None)
+
+
+def two_groups(flow):
+    starts = []
+    sums, gathers = (TorchCollectives(dist.new_group(), name=name) for name in ("sums", "gathers"))
+    return starts, flow.around(noted(sums, starts)), flow.around(noted(gathers, starts))
+
+
+def run_ahead():
+    """Four calls of 400 bytes under a limit of 800; ranks wait in opposite orders."""
+    flow = Flow(800)
+    starts, sums, gathers = two_groups(flow)
+    rank = sums.rank
+    tensors = [torch.full((100,), float(rank + number)) for number in range(4)]
+    gathered = torch.empty(100)
+    pending = [sums.all_reduce(tensors[0], label="sum 0"), sums.all_reduce(tensors[1], label="sum 1")]
+    pending.append(sums.all_reduce(tensors[2], label="sum 2"))
+    pending.append(sums.all_reduce(tensors[3], label="sum 3", priority=2))
+    pending.append(gathers.all_gather(gathered, torch.full((50,), float(rank)), label="gather"))
+    seen = [(list(starts), flow.in_flight_bytes, flow.held_bytes)]
+    for each in pending if rank else reversed(pending):
+        each.wait()
+        each.wait()
+        seen.append((list(starts), flow.in_flight_bytes, flow.held_bytes))
+    return seen, [tensor[0].item() for tensor in tensors], gathered[[0, 99]].tolist()
+
+
+def test_what_is_beyond_the_limit_starts_at_the_first_wait_urgent_calls_first(ranks):
+    everything = ["sum 0", "sum 1", "gather", "sum 2", "sum 3"]
+    for seen, sums, gathered in ranks(2, run_ahead):
+        assert seen[0] == (["sum 0", "sum 1"], 800, 1200)
+        assert [each[0] for each in seen[1:]] == [everything] * 5
+        assert [each[1:] for each in seen[1:]] == [(1600 - 400 * number, 0) for number in range(5)]
+        assert (sums, gathered) == ([1.0, 3.0, 5.0, 7.0], [0.0, 1.0])
+
+
+def large_and_lifted():
+    flow = Flow(100)
+    starts, sums, gathers = two_groups(flow)
+    tensors = [torch.ones(100) for _ in range(3)]
+    first = sums.all_reduce(tensors[0], label="larger than the limit")
+    after_first = list(starts)
+    second = sums.all_reduce(tensors[1], label="held")
+    after_second = list(starts)
+    if sums.rank == 0:
+        sums.send(tensors[2], dst=1, label="message").wait()
+    else:
+        sums.recv(tensors[2].zero_(), src=0, label="message").wait()
+    after_message = list(starts)
+    third = gathers.broadcast(tensors[2], src=0, label="held, too")
+    after_third = list(starts)
+    flow.limit_bytes = None
+    after_lifting = list(starts)
+    for pending in (third, second, first):
+        pending.wait()
+    return after_first, after_second, after_message, after_third, after_lifting, [each.sum().item() for each in tensors]
+
+
+def test_a_call_larger_than_the_limit_goes_alone_and_lifting_the_limit_or_a_message_starts_the_rest(ranks):
+    names = ["larger than the limit", "held", "held, too"]
+    expected = names[:1], names[:1], names[:2], names[:2], names, [200.0, 200.0, 100.0]
+    assert ranks(2, large_and_lifted) == [expected] * 2
+
+
+def limit_the_functions():
+    zcore.comm.limit_in_flight(100)
+    tensors = [torch.ones(20) for _ in range(4)]
+    works = [zcore.comm.all_reduce(tensor, async_op=True) for tensor in tensors]
+    held = FLOW.held_bytes
+    works[3].wait()
+    left = FLOW.held_bytes, FLOW.in_flight_bytes
+    zcore.comm.limit_in_flight(None)
+    for work in works:
+        work.wait()
+    return held, left, FLOW.in_flight_bytes, [tensor[0].item() for tensor in tensors]
+
+
+def test_the_functions_of_the_package_keep_the_limit_of_the_process(ranks):
+    assert ranks(2, limit_the_functions) == [(240, (0, 240), 0, [2.0] * 4)] * 2

@@ -283,6 +283,7 @@ def make_different_calls(kind, how):
         "op": call_other_op,
         "source": lambda: shared.broadcast(tensor, src=0 if first else 1, label="start").wait(),
     }
+
     def act():
         acts[how]()
         shared.all_reduce(tensor, label="next").wait()  # a rank that only sends is through with its call

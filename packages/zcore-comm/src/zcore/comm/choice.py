@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from zcore.comm.accelerator import AcceleratorCollectives
 from zcore.comm.algorithms import DEFAULT_TABLE, Table, read_table
 from zcore.comm.hierarchical import HierarchicalCollectives, plan_levels
 from zcore.comm.meeting import Card, agree, meet
@@ -22,7 +23,6 @@ from zcore.comm.shared_memory import SharedMemoryCollectives
 from zcore.comm.watch import Journal, Watch, watch_of_run
 from zcore.core import compat
 from zcore.core.collectives import Collectives
-from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["offer", "serve"]
 
@@ -33,13 +33,15 @@ def offer(group: dist.ProcessGroup, *, name: str) -> Collectives | None:
     """What serves `group` best, seen by whoever records; None for a group of one. Every rank of `group` calls this."""
     if dist.get_world_size(group) == 1:
         return None
-    served = serve(group, name=name) if dist.get_backend(group) == "gloo" else TorchCollectives(group, name=name)
-    return Recorded(served, group, name=name)
+    return Recorded(serve(group, name=name), group, name=name)
 
 
 def serve(group: dist.ProcessGroup, *, name: str) -> Collectives:
-    """The implementation for CPU ranks."""
+    """The implementation itself. Every rank of `group` calls this."""
     cards = meet(group, name=name)
+    if dist.get_backend(group) != "gloo":
+        builder = _Builder(group, cards, DEFAULT_TABLE, name=name)
+        return AcceleratorCollectives(group, builder.journal(range(len(cards)), name), name=name)
     table = read_table()
     if len({card.table for card in cards}) > 1:
         logger.warning("%s: ranks have measured tables of algorithms that differ; none is used.", name)

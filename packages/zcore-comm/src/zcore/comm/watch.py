@@ -25,10 +25,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-import zcore
 from zcore.comm.home import Home
 from zcore.core import compat
 from zcore.core.collectives import Call, tag_of
@@ -75,6 +73,8 @@ class Journal:
         self._digest = 0
         self._calls: deque[tuple[int, int, str]] = deque(maxlen=REMEMBERED_CALLS)
         self._watch = watch
+        self._followed: deque[tuple[Call, Callable[[], bool], float]] = deque()
+        self._next_look_s = FIRST_LOOK_S
 
     def start(self, call: Call) -> int:
         """A call begins. What is returned tells its messages apart; equal on ranks that have made the same calls."""
@@ -117,6 +117,29 @@ class Journal:
             if is_done_within(min(look_s, self.deadline_s - waited_s)):
                 return
             look_s = min(2 * look_s, MAX_LOOK_S)
+
+    def follow(self, call: Call, is_done: Callable[[], bool]) -> None:
+        """Have the watch's thread look after a call that no host waits for, and tell of trouble in the log."""
+        self._followed.append((call, is_done, time.monotonic()))
+
+    def look_after_followed(self) -> None:
+        """Finish what is done, and tell, once, what keeps the oldest of the others."""
+        while self._followed and self._followed[0][1]():
+            self.finish(self._followed.popleft()[0])
+            self._next_look_s = FIRST_LOOK_S
+        if not self._followed:
+            return
+        call, _, began = self._followed[0]
+        waited_s = time.monotonic() - began
+        if waited_s < self._next_look_s:
+            return
+        self._next_look_s *= 2
+        trouble = self.find_trouble(call)
+        if trouble is None and waited_s >= self.deadline_s:
+            trouble = self.failure(call, f"the timeout of {self.deadline_s:.3g} s has passed")
+        if trouble is not None:
+            self._next_look_s = float("inf")
+            logger.error("%s: %s", type(trouble).__name__, trouble)
 
     def find_trouble(self, call: Call) -> ZcoreError | None:
         """Why `call`, for which this rank waits, cannot complete; None as long as it still may."""
@@ -262,6 +285,8 @@ class Watch:
     def _run(self) -> None:
         while not self._has_ended.wait(self._interval_s):
             self.beat()
+            for journal in list(self._journals.values()):
+                journal.look_after_followed()
 
     def _end(self) -> None:
         self._has_ended.set()
@@ -282,7 +307,10 @@ def _watch_over(store: compat.Store, process: int) -> Watch:
     return Watch(compat.another_client_of(store), global_rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
-_OWN_FOLDERS = tuple(str(Path(folder)) for package in (torch, zcore) for folder in package.__path__)
+@cache
+def _own_folders() -> tuple[str, ...]:
+    """Of torch and of all zcore wheels."""
+    return tuple(f"{folder}{os.sep}" for package in ("torch", "zcore") for folder in sys.modules[package].__path__)
 
 
 def program_line() -> str:
@@ -290,7 +318,7 @@ def program_line() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         code = frame.f_code
-        if not code.co_filename.startswith((*_OWN_FOLDERS, "<")):
+        if not code.co_filename.startswith((*_own_folders(), "<")):
             return f"at {Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
         frame = frame.f_back
     return "in no line of Python that can be told"

@@ -6,7 +6,7 @@ the wheels support torch 2.9 and later. Nothing here decides anything.
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ __all__ = [
     "all_gather_flat",
     "all_to_all_flat",
     "another_client_of",
+    "backend_of",
     "current_backward",
     "current_node",
     "default_store",
@@ -62,10 +63,15 @@ def name_of(group: dist.ProcessGroup) -> str:
     return name
 
 
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> Any:
+    """What moves tensors on `device`; its class and names are torch's own."""
+    return group._get_backend(device)
+
+
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """How long a collective of `group` waits for the other ranks."""
-    backend = group._get_backend(torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda"))
-    timeout: timedelta = backend.options._timeout
+    device_type = "cpu" if dist.get_backend(group) == "gloo" else "cuda"
+    timeout: timedelta = backend_of(group, torch.device(device_type)).options._timeout
     return timeout
 
 

@@ -11,27 +11,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zcore.core import compat, extensions
-from zcore.core.collectives import Call, CallLog, Collectives, Pending, Traffic, failed_collective, tag_of, tree_sum
+from zcore.core.collectives import Call, CallLog, Collectives, Traffic, failed_collective, tag_of, tree_sum
 from zcore.core.errors import CollectiveError
 from zcore.core.exchange import raw, start_slot_sum
 
-__all__ = ["TorchCollectives", "choose_collectives"]
+__all__ = ["TorchCollectives", "TorchPending", "choose_collectives"]
 
 _T = TypeVar("_T")
 
 SMALL_BYTES = 64 * 1024  # an all_reduce up to here is one all_gather and a local sum: one latency instead of two
 
 
-class _Pending:
+class TorchPending:
     """Works of torch, waited for in order, then whatever arithmetic is left."""
 
     __slots__ = ("_call", "_finish", "_works", "after")
 
     def __init__(self, call: Call, works: Sequence[dist.Work | None], finish: Callable[[], None] | None = None) -> None:
         self._call = call
-        self.after: _Pending | None = None  # what has to be finished first, where finishing communicates
+        self.after: TorchPending | None = None  # what has to be finished first, where finishing communicates
         self._works = [work for work in works if work is not None]
         self._finish = finish
+
+    def completion(self) -> Callable[[], bool]:
+        """What tells whether everything started has ended, on an accelerator there; also after `wait`."""
+        works = tuple(self._works)
+        return lambda: all(work.is_completed() for work in works)
 
     def wait(self) -> None:
         """Wait, and name the collective if it failed."""
@@ -75,7 +80,9 @@ class TorchCollectives:
             _settle_at_exit()
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
-        self._chained: _Pending | None = None  # the last started call whose second half starts when it is waited for
+        self._chained: TorchPending | None = (
+            None  # the last started call whose second half starts when it is waited for
+        )
 
     @property
     def rank(self) -> int:
@@ -109,7 +116,7 @@ class TorchCollectives:
     def own_storage(self, buffer: Tensor) -> None:
         """Every buffer has memory of its own here."""
 
-    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> TorchPending:
         """See `Collectives.all_gather`."""
         call = self._log.note("all_gather", label, output)
         self.alloc_storage(output)
@@ -119,18 +126,18 @@ class TorchCollectives:
             if source.data_ptr() != input.data_ptr():
                 source.copy_(input)
         if self._size == 1:
-            return _Pending(call, [])
+            return TorchPending(call, [])
         return self._start(
             call, lambda: compat.all_gather_flat(self._raw(output), self._raw(source), group=self._group)
         )
 
-    def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+    def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> TorchPending:
         """See `Collectives.reduce_scatter`."""
         call = self._log.note("reduce_scatter", label, input)
         if self._size == 1:
             if output.data_ptr() != input.data_ptr():
                 output.copy_(input)
-            return _Pending(call, [])
+            return TorchPending(call, [])
         if not self._ordered:
             return self._start(call, lambda: compat.reduce_scatter_flat(output, input, group=self._group))
         slots, members = input.tensor_split(self._size), range(self._size)
@@ -140,13 +147,13 @@ class TorchCollectives:
                 output, slots, group=self._group, members=members, rank=self._rank, tag=tag_of(call)
             ),
         )
-        return _Pending(call, [], finish)
+        return TorchPending(call, [], finish)
 
-    def all_reduce(self, tensor: Tensor, *, label: str) -> Pending:
+    def all_reduce(self, tensor: Tensor, *, label: str) -> TorchPending:
         """See `Collectives.all_reduce`."""
         call = self._log.note("all_reduce", label, tensor)
         if self._size == 1 or not tensor.numel():
-            return _Pending(call, [])
+            return TorchPending(call, [])
         if not self._ordered:
             return self._start(call, lambda: dist.all_reduce(tensor, group=self._group, async_op=True))
         if tensor.numel() * tensor.element_size() <= SMALL_BYTES:
@@ -159,7 +166,7 @@ class TorchCollectives:
             )
         return self._all_reduce_by_exchange(call, tensor)
 
-    def _all_reduce_by_exchange(self, call: Call, tensor: Tensor) -> Pending:
+    def _all_reduce_by_exchange(self, call: Call, tensor: Tensor) -> TorchPending:
         """Each rank sums its slot of every rank's tensor, then all gather the sums.
 
         The second half needs the result of the first, so it starts inside `wait()`; in whichever order a rank waits for
@@ -176,7 +183,7 @@ class TorchCollectives:
         def sum_and_gather() -> None:
             tree_sum(parts, out=own)
             gather = compat.all_gather_flat(self._raw(padded), self._raw(own.clone()), group=self._group)
-            _Pending(call, [gather]).wait()
+            TorchPending(call, [gather]).wait()
             if padded is not tensor:
                 tensor.copy_(padded[: tensor.numel()])
 
@@ -188,24 +195,24 @@ class TorchCollectives:
         pending.after, self._chained = self._chained, pending
         return pending
 
-    def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
+    def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> TorchPending:
         """See `Collectives.all_to_all`."""
         call = self._log.note("all_to_all", label, input)
         return self._start(call, lambda: compat.all_to_all_flat(self._raw(output), self._raw(input), group=self._group))
 
-    def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Pending:
+    def broadcast(self, tensor: Tensor, *, src: int, label: str) -> TorchPending:
         """See `Collectives.broadcast`."""
         call = self._log.note("broadcast", label, tensor)
         return self._start(
             call, lambda: dist.broadcast(self._raw(tensor), group=self._group, group_src=src, async_op=True)
         )
 
-    def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
+    def send(self, tensor: Tensor, *, dst: int, label: str) -> TorchPending:
         """See `Collectives.send`."""
         call = self._log.note("send", label, tensor)
         return self._start(call, lambda: dist.isend(self._raw(tensor), group=self._group, group_dst=dst))
 
-    def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
+    def recv(self, tensor: Tensor, *, src: int, label: str) -> TorchPending:
         """See `Collectives.recv`."""
         call = self._log.note("recv", label, tensor)
         return self._start(call, lambda: dist.irecv(self._raw(tensor), group=self._group, group_src=src))
@@ -216,8 +223,8 @@ class TorchCollectives:
 
     def _start(
         self, call: Call, start: Callable[[], dist.Work | None], *, finish: Callable[[], None] | None = None
-    ) -> _Pending:
-        return _Pending(call, [self._try(call, start)], finish)
+    ) -> TorchPending:
+        return TorchPending(call, [self._try(call, start)], finish)
 
     def _try(self, call: Call, start: Callable[[], _T]) -> _T:
         try:

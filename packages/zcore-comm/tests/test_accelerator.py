@@ -1,0 +1,78 @@
+"""What the watch says of calls that no host waits for; over gloo, as it does not matter here what moves the bytes."""
+
+import logging
+import time
+
+import torch
+import torch.distributed as dist
+
+from zcore.comm.accelerator import AcceleratorCollectives
+from zcore.comm.algorithms import DEFAULT_TABLE
+from zcore.comm.choice import _Builder
+from zcore.comm.meeting import meet
+
+
+def served():
+    group = dist.group.WORLD
+    builder = _Builder(group, meet(group, name="dp"), DEFAULT_TABLE, name="dp")
+    return AcceleratorCollectives(group, builder.journal(range(dist.get_world_size()), "dp"), name="dp")
+
+
+def call_everything():
+    group = served()
+    whole, part = torch.arange(8.0), torch.full((4,), float(group.rank))
+    group.all_gather(whole, part, label="a").wait()
+    summed = torch.empty(4)
+    group.reduce_scatter(summed, whole, label="b").wait()
+    group.all_reduce(summed, label="c").wait()
+    received = torch.empty(8)
+    group.all_to_all(received, whole, label="d").wait()
+    group.broadcast(received, src=1, label="e").wait()
+    pending = group.send(part, dst=1, label="f") if group.rank == 0 else group.recv(part, src=0, label="f")
+    pending.wait()
+    return whole.tolist(), summed.tolist(), received.tolist(), part.tolist(), group.algorithm_for("all_reduce", 1)
+
+
+def test_calls_are_those_of_torch(ranks):
+    whole = [0.0] * 4 + [1.0] * 4
+    assert (
+        ranks(2, call_everything)
+        == [
+            (whole, [2.0] * 4, [1.0] * 8, [0.0] * 4, "torch gloo"),
+        ]
+        * 2
+    )
+
+
+class Told(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.words = []
+
+    def emit(self, record):
+        self.words.append(record.getMessage())
+
+
+def leave_the_others_alone():
+    told = Told()
+    logging.getLogger("zcore.comm.watch").addHandler(told)
+    group = served()
+    group.all_reduce(torch.ones(4), label="grads.0").wait()
+    tensor = torch.ones(5)
+    if group.rank == 0:
+        pending = group.all_reduce(tensor, label="grads.1")
+    else:
+        pending = group.broadcast(tensor, src=1, label="start")  # nobody receives
+    deadline = time.monotonic() + 20
+    while not told.words and time.monotonic() < deadline:
+        dist.get_rank()  # the program goes on; nobody waits
+    del pending
+    return told.words
+
+
+def test_a_call_that_is_late_is_told_by_the_watch_with_both_sides(ranks):
+    for words in ranks(2, leave_the_others_alone):
+        assert len(words) == 1
+        assert words[0].startswith("MismatchError: ")
+        for each in ("all_reduce grads.1", "broadcast start from rank 1", "on rank 0", "on rank 1"):
+            assert each in words[0]

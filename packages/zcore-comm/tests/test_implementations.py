@@ -3,21 +3,28 @@
 Ranks with different ZCORE_COMM_HOST count as ranks of different hosts, so one machine has all of them.
 """
 
+import contextlib
 import gc
 import os
 import random
+import re
+import resource
+import signal
 import threading
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import strategies as st
 
 from zcore.comm.choice import serve
 from zcore.comm.hierarchical import HierarchicalCollectives
-from zcore.comm.pages import own_pages
+from zcore.comm.pages import available_bytes, own_pages
 from zcore.comm.pairwise import PairwiseCollectives
 from zcore.comm.shared_memory import SMALL_BYTES, SharedMemoryCollectives
+from zcore.core import compat
 from zcore.core.errors import LayoutError, MismatchError, StateError, ZcoreError
 from zcore.core.torch_collectives import TorchCollectives
 
@@ -100,6 +107,22 @@ SIZES = [
 @pytest.mark.parametrize(("kind", "world_size"), SIZES)
 def test_every_collective_is_equal_to_gloos_to_the_bit(ranks, kind, world_size):
     assert ranks(world_size, differences, kind) == [[]] * world_size
+
+
+def differences_in_plain_memory(kind):
+    compat.CAN_SWAP_MEMORY = False  # as in torch before 2.13
+    _, served = both(kind)
+    buffer = served.empty(6 * served.size, dtype=torch.float32, device=CPU)
+    served.free_storage(buffer)
+    served.all_gather(buffer, torch.full((6,), float(served.rank)), label="freed").wait()
+    served.own_storage(buffer)
+    return buffer[::6].tolist(), differences(kind)
+
+
+@pytest.mark.parametrize(("kind", "world_size"), [("shared memory", 2), ("two levels", 4)])
+def test_torch_before_2_13_is_served_from_plain_memory(ranks, kind, world_size):
+    expected = [float(rank) for rank in range(world_size)], []
+    assert ranks(world_size, differences_in_plain_memory, kind) == [expected] * world_size
 
 
 def in_place_and_cast(kind):
@@ -341,3 +364,110 @@ def test_a_forked_child_is_refused_and_disturbs_nobody(ranks):
     for message in ranks(2, call_in_a_child):
         assert message.startswith(StateError.__name__)
         assert "forked child" in message
+
+
+def served_where_one_rank_has_no_memory_to_share():
+    if dist.get_rank() == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    served = serve(dist.group.WORLD, name="dp")
+    tensor = torch.full((10_000,), float(served.rank))
+    served.all_reduce(tensor, label="x").wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return type(served).__name__, tensor[0].item()
+
+
+def test_a_group_with_a_rank_that_has_no_memory_to_share_is_served_pairwise(ranks):
+    assert ranks(2, served_where_one_rank_has_no_memory_to_share) == [("PairwiseCollectives", 1.0)] * 2
+
+
+def use_memory_up():
+    served = serve(dist.group.WORLD, name="dp")
+    served.all_reduce(torch.ones(4), label="before").wait()
+    told = "nothing was refused"
+    if served.rank == 1:
+        told = message_of(
+            lambda: served.empty(available_bytes() // 3, dtype=torch.float32, device=CPU)
+        )  # a third more than there is
+    tensor = torch.ones(1 << 20)
+    served.all_reduce(tensor, label="after").wait()  # the group goes on
+    return told, tensor[-1].item()
+
+
+def test_memory_that_is_used_up_is_told_and_the_group_goes_on(ranks):
+    first, second = ranks(2, use_memory_up)
+    assert first == ("nothing was refused", 2.0)
+    assert second[1] == 2.0
+    assert re.match(r"OutOfPagesError: A shared buffer (needs|of) .*(has not got them|are used up)", second[0])
+
+
+CALLS = st.lists(
+    st.tuples(
+        st.sampled_from(["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "together"]),
+        st.sampled_from([0, 1, 3, 1000, SMALL_BYTES // 4 + 1]),
+        st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
+        st.booleans(),  # born in the group
+        st.integers(0, 7),  # how many calls are under way when the oldest is waited for
+    ),
+    max_size=8,
+)
+
+
+def run_sequences(kind):
+    """Sequences of calls against the core's, the same ones on every rank; the first on which a result differs."""
+    gloo, served = both(kind)
+    wrong = []
+
+    @hypothesis.settings(max_examples=30, derandomize=True, database=None, deadline=None)
+    @hypothesis.given(CALLS)
+    def run(calls):
+        under_way, differs = [], torch.zeros(1)
+        for number, (op, numel, dtype, is_born, depth) in enumerate(calls):
+            found, pending = start(op, served, numel, dtype, number, is_born=is_born)
+            expected, reference = start(op, gloo, numel, dtype, number, is_born=False)
+            reference.wait()
+            under_way.append((found, expected, pending))
+            while len(under_way) > depth:
+                differs += is_different(*under_way.pop(0))
+        for each in reversed(under_way):
+            differs += is_different(*each)
+        gloo.all_reduce(differs, label="differs").wait()  # all ranks have to go on, or to stop
+        if differs.item():
+            wrong.append(calls)
+            raise AssertionError
+
+    with contextlib.suppress(AssertionError):
+        run()
+    return wrong[-1:]
+
+
+def start(op, group, numel, dtype, seed, *, is_born):
+    """The result of a call, and the call under way."""
+    whole = values(numel * group.size, dtype, seed=100 * seed + group.rank)
+    part = whole[:numel].clone()
+    take = (lambda tensor: born(group, tensor)) if is_born else torch.clone
+    if op == "reduce_scatter":
+        result = take(part)
+        return result, group.reduce_scatter(result, take(whole), label=op)
+    if op == "all_reduce":
+        result = take(whole)
+        return result, group.all_reduce(result, label=op)
+    if op == "broadcast":
+        result = take(whole)
+        return result, group.broadcast(result, src=seed % group.size, label=op)
+    result = group.empty(whole.numel(), dtype=dtype, device=CPU)
+    if op == "all_to_all":
+        return result, group.all_to_all(result, take(whole), label=op)
+    if op == "together":
+        group.free_storage(result)
+    return result, group.all_gather(result, take(part), label=op)
+
+
+def is_different(found, expected, pending):
+    pending.wait()
+    return not torch.equal(bits(found), bits(expected))
+
+
+@each_kind
+def test_no_sequence_of_calls_under_way_gives_another_result(ranks, kind):
+    assert ranks(4 if kind == "two levels" else 2, run_sequences, kind) == [[]] * (4 if kind == "two levels" else 2)

@@ -147,7 +147,9 @@ class HierarchicalCollectives:
             blocks = output.tensor_split(self._column.size)
             return [self._last.all_gather(block, slot(host), label=label) for host, block in enumerate(blocks)]
 
-        if numel and not output.untyped_storage().nbytes():
+        if not self._first.can_hold_together:
+            self.alloc_storage(output)
+        elif numel and not output.untyped_storage().nbytes():
 
             def fill() -> None:
                 slot(self._column.rank).copy_(input)

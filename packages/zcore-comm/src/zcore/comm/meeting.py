@@ -12,7 +12,6 @@ from zcore.comm.algorithms import read_table
 from zcore.comm.board import BOARD_BYTES, is_store_order_kept
 from zcore.comm.home import Home, own_home
 from zcore.comm.pages import own_pages
-from zcore.core import compat
 from zcore.core.device import choose_device
 from zcore.core.torch_collectives import TorchCollectives
 
@@ -68,9 +67,6 @@ def agree(group: dist.ProcessGroup, answer: bool) -> bool:
 def _make_boards(name: str) -> tuple[int, ...]:
     if not is_store_order_kept():
         logger.info("%s: shared memory needs a processor that keeps the order of stores, as x86-64 does.", name)
-        return ()
-    if not compat.CAN_SWAP_MEMORY:
-        logger.warning("%s: shared memory between ranks needs torch 2.13; data go through the loopback device.", name)
         return ()
     try:
         pages = own_pages()

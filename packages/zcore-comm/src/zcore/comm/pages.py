@@ -9,20 +9,33 @@ one, until another size needs them.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from zcore.core.errors import ZcoreError
 
-__all__ = ["OutOfPagesError", "Pages", "Region", "file_bytes_for", "map_file", "own_pages", "storage_at"]
+__all__ = [
+    "OutOfPagesError",
+    "Pages",
+    "Region",
+    "available_bytes",
+    "file_bytes_for",
+    "map_file",
+    "own_pages",
+    "storage_at",
+]
 
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+CHECKED_BYTES = 16 << 20  # smaller regions are not worth a look at what is available
 MAX_FILE_BYTES = 1 << 42  # of address space, not of memory; 16 processes that map each other still fit
 
 
@@ -123,6 +136,8 @@ class Pages:
         if missing_bytes <= 0:
             return
         try:
+            if missing_bytes >= CHECKED_BYTES and missing_bytes > available_bytes():
+                raise OSError(errno.ENOMEM, "")  # asked for it, the system would end a process to find it
             os.posix_fallocate(self.file, region.offset + region.populated_bytes, missing_bytes)
         except OSError as error:
             self.give_back(region)
@@ -178,6 +193,16 @@ def _punch(file: int, offset: int, num_bytes: int) -> None:
     if libc.fallocate(file, keep_size | punch_hole, length(offset), length(num_bytes)):
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
+
+
+def available_bytes() -> int:
+    """What the system, and this process's control group, could give without ending a process."""
+    (line,) = (line for line in MEMINFO.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:"))
+    found = int(line.split()[1]) << 10
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and (most := limit.read_text(encoding="ascii").strip()) != "max":
+        found = min(found, int(most) - int(used.read_text(encoding="ascii")))
+    return found
 
 
 @cache

@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from zcore.comm.choice import offer
 from zcore.comm.flow import FLOW
+from zcore.comm.pages import own_pages
 from zcore.comm.requests import DeferrableCollectives
+from zcore.core.collectives import Collectives
 from zcore.core.errors import StateError
 from zcore.core.torch_collectives import TorchCollectives
 
@@ -28,7 +30,7 @@ class Served:
     collectives: DeferrableCollectives
     name: str
     device_types: tuple[str, ...]
-    is_torchs_own: bool  # torch's collectives do the work; zcore.comm has faster ones for gloo only
+    shares_memory: bool  # its buffers lie where the other ranks of the host read them
 
     @property
     def device(self) -> torch.device:
@@ -92,8 +94,17 @@ def _find(group: dist.ProcessGroup) -> Served:
     name = f"group {group.group_name}" if group.group_desc == "undefined" else group.group_desc
     found = offer(group, name=name)
     collectives = FLOW.around(TorchCollectives(group, name=name) if found is None else found)
-    is_torchs_own = found is None or dist.get_backend(group) != "gloo"
-    return Served(group, collectives, name, _device_types(dist.get_backend_config(group)), is_torchs_own)
+    device_types = _device_types(dist.get_backend_config(group))
+    shares_memory = found is not None and dist.get_backend(group) == "gloo" and _is_born_in_pages(collectives)
+    return Served(group, collectives, name, device_types, shares_memory)
+
+
+def _is_born_in_pages(group: Collectives) -> bool:
+    buffer = group.empty(1, dtype=torch.uint8, device=torch.device("cpu"))
+    try:
+        return own_pages().find(buffer) is not None
+    except (OSError, AttributeError):  # the system gives no such memory, or knows none
+        return False
 
 
 def _device_types(backends: str) -> tuple[str, ...]:

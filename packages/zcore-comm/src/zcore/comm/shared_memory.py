@@ -60,7 +60,8 @@ class SharedMemoryCollectives:
         self._neighbours = neighbours
         self._members = members
         self._log = CallLog(name)
-        self._over_gloo = TorchCollectives(group, name=name)  # send and receive
+        self._plain = TorchCollectives(group, name=name)  # send and receive; and plain memory
+        self.can_hold_together = compat.CAN_SWAP_MEMORY  # else buffers are plain, and copied to be shown
         self._pages = own_pages()
         self._process = os.getpid()
         self._name = name
@@ -90,21 +91,28 @@ class SharedMemoryCollectives:
 
     def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A flat buffer in pages that the other ranks can read."""
+        if not self.can_hold_together:
+            return self._plain.empty(numel, dtype=dtype, device=device)
         return _flat(self._pages.storage(max(1, numel * dtype.itemsize)), numel, dtype)
 
     def free_storage(self, buffer: Tensor) -> None:
         """Give the pages back; every view of the buffer goes on existing, without memory."""
-        compat.swap_memory(buffer.untyped_storage(), torch.UntypedStorage(0))
+        if self.can_hold_together:
+            compat.swap_memory(buffer.untyped_storage(), torch.UntypedStorage(0))
+        else:
+            self._plain.free_storage(buffer)
 
     def alloc_storage(self, buffer: Tensor) -> None:
         """Find pages for the buffer again."""
         storage = buffer.untyped_storage()
-        if not storage.nbytes():
+        if not self.can_hold_together:
+            self._plain.alloc_storage(buffer)
+        elif not storage.nbytes():
             compat.swap_memory(storage, self._pages.storage(_num_bytes(buffer)))
 
     def own_storage(self, buffer: Tensor) -> None:
         """Copy what ranks hold together."""
-        if buffer.untyped_storage().nbytes() and self._pages.find(buffer) is None:
+        if self.can_hold_together and buffer.untyped_storage().nbytes() and self._pages.find(buffer) is None:
             own = self._pages.storage(_num_bytes(buffer))
             _flat(own, buffer.numel(), buffer.dtype).copy_(buffer)
             compat.swap_memory(buffer.untyped_storage(), own)
@@ -113,7 +121,9 @@ class SharedMemoryCollectives:
         """See `Collectives.all_gather`; into memory that all ranks hold together if `output` has none."""
         check_slots("all_gather", label, whole=output, slot=input, size=self.size)
         numel = input.numel()
-        if numel and not output.untyped_storage().nbytes():
+        if not self.can_hold_together:
+            self.alloc_storage(output)
+        elif numel and not output.untyped_storage().nbytes():
             return self.hold_together(output, lambda: self._own_slot(output).copy_(input), label=label)
         own_slot = self._own_slot(output)
         if own_slot.data_ptr() != input.data_ptr():
@@ -212,11 +222,11 @@ class SharedMemoryCollectives:
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`; over gloo."""
-        return self._over_gloo.send(tensor, dst=self._members[dst], label=label)
+        return self._plain.send(tensor, dst=self._members[dst], label=label)
 
     def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.recv`; over gloo."""
-        return self._over_gloo.recv(tensor, src=self._members[src], label=label)
+        return self._plain.recv(tensor, src=self._members[src], label=label)
 
     @property
     def has_open_calls(self) -> bool:

@@ -1,0 +1,283 @@
+"""Whom `zcore comm bench` measures: every implementation, as collectives on buffers of its own, checked before timed.
+
+torch gloo, torch nccl         torch.distributed's own calls: what the others are held against
+core                           zcore.core over torch.distributed
+pairwise                       messages between pairs of ranks
+shared memory                  buffers born in the group: shown where they lie, gathered into one memory for all
+shared memory, plain tensors   copied into shared pages first
+two levels                     with the ranks of one host set apart as if they were on two
+memory copy                    no collective: each rank copies as many bytes as its link would carry
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zcore.comm.algorithms import Table, read_table
+from zcore.comm.choice import serve
+from zcore.comm.comm_report import bus_factor
+from zcore.comm.hierarchical import HierarchicalCollectives
+from zcore.comm.meeting import meet
+from zcore.comm.moves import Peers
+from zcore.comm.pairwise import PairwiseCollectives
+from zcore.comm.shared_memory import SharedMemoryCollectives
+from zcore.comm.watch import watch_of_run
+from zcore.core import compat
+from zcore.core.collectives import Collectives
+from zcore.core.torch_collectives import TorchCollectives
+
+__all__ = ["COPY", "OPS", "Case", "Contender", "build_contenders", "pairwise_over", "whole_numel"]
+
+OPS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "barrier")
+COPY = "memory copy"
+DTYPE = torch.float32
+
+
+class _Waited(Protocol):
+    def wait(self) -> object: ...
+
+
+class _Calls(Protocol):
+    """The part of `Collectives` that is measured."""
+
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> _Waited: ...
+    def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> _Waited: ...
+    def all_reduce(self, tensor: Tensor, *, label: str) -> _Waited: ...
+    def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> _Waited: ...
+    def broadcast(self, tensor: Tensor, *, src: int, label: str) -> _Waited: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One op of one contender on buffers of one size."""
+
+    run: Callable[[], None]
+    is_right: Callable[[], bool]  # after the first run
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """An implementation; `prepare(op, payload bytes)` makes its buffers, None where it has no such op."""
+
+    name: str
+    prepare: Callable[[str, int], Case | None]
+
+
+def whole_numel(payload_bytes: int, size: int) -> int:
+    """Elements of the larger side: as near to `payload_bytes` as equal slots for `size` ranks come, at least one each.
+
+    >>> whole_numel(1024, 2), whole_numel(1024, 3), whole_numel(4, 2)
+    (256, 255, 2)
+    """
+    return max(1, payload_bytes // (DTYPE.itemsize * size)) * size
+
+
+def build_contenders(group: dist.ProcessGroup, device: torch.device) -> list[Contender]:
+    """All that can serve `group`, torch's own calls first; every rank of it calls this."""
+    backend = dist.get_backend(group)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+
+    def over(name: str, calls: _Calls, born: Collectives | None, barrier: Callable[[], object]) -> Contender:
+        return Contender(name, _Cases(calls, born, barrier, rank=rank, size=size, device=device).prepare)
+
+    torchs, core = _TorchCalls(group), TorchCollectives(group, name="core")
+    found = [
+        over(f"torch {backend}", torchs, None, lambda: dist.barrier(group)),
+        over("core", core, None, _barrier_by_sum(core, device)),
+    ]
+    if backend == "gloo":
+        pairwise = pairwise_over(group, read_table(), name="pairwise")
+        found.append(over("pairwise", pairwise, None, _barrier_by_sum(pairwise, device)))
+        shared = serve(group, name="shared memory")
+        if isinstance(shared, SharedMemoryCollectives):
+            found.append(over("shared memory", shared, shared, lambda: shared.barrier(label="bench").wait()))
+            found.append(over("shared memory, plain tensors", shared, None, _barrier_by_sum(shared, device)))
+        with _set_apart(str(rank // _apart_size(size)) if isinstance(shared, SharedMemoryCollectives) else None):
+            levels = serve(group, name="two levels")
+        if isinstance(levels, HierarchicalCollectives):
+            found.append(over("two levels", levels, levels, _barrier_by_sum(levels, device)))
+    copies = _Copies(size=size, device=device)
+    return [*found, Contender(COPY, copies.prepare)]
+
+
+def pairwise_over(group: dist.ProcessGroup, table: Table, *, name: str) -> PairwiseCollectives:
+    """Messages between pairs of ranks wherever these are, by `table`; every rank of `group` calls this."""
+    homes = [card.home for card in meet(group, name=name)]
+    rank = dist.get_rank(group)
+    journal = watch_of_run().open(
+        f"{compat.name_of(group)}/{name}", homes, rank=rank, deadline_s=compat.timeout_of(group).total_seconds()
+    )
+    return PairwiseCollectives(Peers(group, tuple(range(len(homes))), rank), journal, table, name=name)
+
+
+def _apart_size(size: int) -> int:
+    """How many ranks make one of the hosts that are made up of this one: the most that leave at least two."""
+    local_size = 1
+    while size % (2 * local_size) == 0 and 2 * local_size < size:
+        local_size *= 2
+    return local_size
+
+
+@contextmanager
+def _set_apart(host: str | None) -> Iterator[None]:
+    """Have this rank count as one of a host of that name; None: of the one where it is."""
+    before = os.environ.get("ZCORE_COMM_HOST")
+    if host is not None:
+        os.environ["ZCORE_COMM_HOST"] = f"{before or ''} bench {host}"
+    try:
+        yield
+    finally:
+        os.environ.pop("ZCORE_COMM_HOST", None)
+        if before is not None:
+            os.environ["ZCORE_COMM_HOST"] = before
+
+
+def _barrier_by_sum(group: Collectives, device: torch.device) -> Callable[[], None]:
+    """A barrier as `zcore.comm.barrier` makes one."""
+    token = torch.zeros(1, device=device)
+    return lambda: group.all_reduce(token, label="barrier").wait()
+
+
+class _TorchCalls:
+    """torch.distributed's own flat calls."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> _Waited:
+        return _started(compat.all_gather_flat(output, input, group=self._group))
+
+    def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> _Waited:
+        return _started(compat.reduce_scatter_flat(output, input, group=self._group))
+
+    def all_reduce(self, tensor: Tensor, *, label: str) -> _Waited:
+        return _started(dist.all_reduce(tensor, group=self._group, async_op=True))
+
+    def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> _Waited:
+        return _started(compat.all_to_all_flat(output, input, group=self._group))
+
+    def broadcast(self, tensor: Tensor, *, src: int, label: str) -> _Waited:
+        return _started(dist.broadcast(tensor, group=self._group, group_src=src, async_op=True))
+
+
+def _started(work: dist.Work | None) -> dist.Work:
+    assert work is not None  # None is for ranks outside the group
+    return work
+
+
+class _Cases:
+    """The ops of one implementation. Its buffers come from `born`, or else from torch."""
+
+    def __init__(
+        self,
+        calls: _Calls,
+        born: Collectives | None,
+        barrier: Callable[[], object],
+        *,
+        rank: int,
+        size: int,
+        device: torch.device,
+    ) -> None:
+        self._calls, self._born, self._barrier = calls, born, barrier
+        self._rank, self._size, self._device = rank, size, device
+        self._ops: Mapping[str, Callable[[int], Case]] = {
+            "all_gather": self._gather,
+            "reduce_scatter": self._reduce_scatter,
+            "all_reduce": self._all_reduce,
+            "all_to_all": self._all_to_all,
+            "broadcast": self._broadcast,
+        }
+
+    def prepare(self, op: str, payload_bytes: int) -> Case:
+        """See `Contender`."""
+        if op == "barrier":
+            return Case(lambda: _discard(self._barrier()), lambda: True)
+        return self._ops[op](whole_numel(payload_bytes, self._size))
+
+    def _gather(self, numel: int) -> Case:
+        calls, born, output = self._calls, self._born, self._empty(numel)
+        own = self._plain(numel // self._size).fill_(self._rank + 1)
+        expected = [each + 1 for each in range(self._size)]
+
+        def into_freed() -> None:  # as before each use of a sharded parameter
+            assert born is not None
+            born.free_storage(output)
+            calls.all_gather(output, own, label="bench").wait()
+
+        def plainly() -> None:
+            calls.all_gather(output, own, label="bench").wait()
+
+        return Case(plainly if born is None else into_freed, lambda: _holds(output, expected))
+
+    def _reduce_scatter(self, numel: int) -> Case:
+        calls, size = self._calls, self._size
+        whole, own = self._empty(numel), self._plain(numel // size)
+        for each, slot in enumerate(whole.tensor_split(size)):
+            slot.fill_(self._rank + 1 + each)
+        expected = size * (size + 1) // 2 + size * self._rank
+        return Case(lambda: _wait(calls.reduce_scatter(own, whole, label="bench")), lambda: _holds(own, [expected]))
+
+    def _all_reduce(self, numel: int) -> Case:
+        calls, size = self._calls, self._size
+        tensor = self._empty(numel).fill_(self._rank + 1)
+
+        def is_right() -> bool:
+            found = _holds(tensor, [size * (size + 1) // 2])
+            tensor.zero_()  # sums of sums would soon be infinite
+            return found
+
+        return Case(lambda: _wait(calls.all_reduce(tensor, label="bench")), is_right)
+
+    def _all_to_all(self, numel: int) -> Case:
+        calls, size = self._calls, self._size
+        sent, received = self._empty(numel), self._plain(numel)
+        for each, slot in enumerate(sent.tensor_split(size)):
+            slot.fill_(self._rank * size + each)
+        expected = [each * size + self._rank for each in range(size)]
+        return Case(lambda: _wait(calls.all_to_all(received, sent, label="bench")), lambda: _holds(received, expected))
+
+    def _broadcast(self, numel: int) -> Case:
+        calls, tensor = self._calls, self._empty(numel).fill_(self._rank + 1)
+        return Case(lambda: _wait(calls.broadcast(tensor, src=0, label="bench")), lambda: _holds(tensor, [1]))
+
+    def _plain(self, numel: int) -> Tensor:
+        return torch.empty(numel, dtype=DTYPE, device=self._device)
+
+    def _empty(self, numel: int) -> Tensor:
+        return self._plain(numel) if self._born is None else self._born.empty(numel, dtype=DTYPE, device=self._device)
+
+
+class _Copies:
+    """What memory allows: a copy of the bytes that a link would carry, by all ranks at once."""
+
+    def __init__(self, *, size: int, device: torch.device) -> None:
+        self._size, self._device = size, device
+
+    def prepare(self, op: str, payload_bytes: int) -> Case | None:
+        """See `Contender`."""
+        if op == "barrier" or self._size == 1:
+            return None
+        numel = int(bus_factor(op, self._size) * whole_numel(payload_bytes, self._size))
+        source = torch.zeros(numel, dtype=DTYPE, device=self._device)
+        target = torch.empty_like(source)
+        return Case(lambda: _discard(target.copy_(source)), lambda: True)
+
+
+def _wait(started: _Waited) -> None:
+    started.wait()
+
+
+def _discard(_: object) -> None:
+    """What a call returned is of no use here."""
+
+
+def _holds(tensor: Tensor, slots: list[int]) -> bool:
+    """Whether each of as many equal parts of `tensor` holds its value, and nothing else."""
+    parts = tensor.tensor_split(len(slots))
+    return all(bool((part == value).all()) for part, value in zip(parts, slots, strict=True))

@@ -1,0 +1,47 @@
+"""What a figure was measured on: processor, memory, system, versions, and how busy the machine was."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+__all__ = ["find_machine", "find_versions", "load"]
+
+
+def find_machine(device: torch.device) -> dict[str, object]:
+    """The host of this rank, and its accelerator if that is what `device` is."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": pages,
+        "system": f"{platform.system()} {platform.release()}",
+        "accelerator": None if device.type == "cpu" else torch.get_device_module(device.type).get_device_name(device),
+    }
+
+
+def find_versions() -> dict[str, str]:
+    """Of Python, torch and the wheels that are installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for wheel in ("zcore-core", "zcore-comm", "zcore-zero"):
+        try:
+            found[wheel] = version(wheel)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def load() -> float:
+    """How many processes wanted a processor, on average over the last minute."""
+    return os.getloadavg()[0]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -196,6 +196,20 @@ def test_calls_without_async_op_are_done_when_their_block_ends(ranks):
     assert ranks(2, nest_and_finish_at_the_end) == [(twos, twos, (ones, ones), ones, twos, 2)] * 2
 
 
+def fail_together():
+    tensors = [torch.ones(3 if dist.get_rank() else 4) for _ in range(2)]
+    with zcore.comm.coalescing() as block:
+        pending = [block.all_reduce(tensor, label="grads") for tensor in tensors]
+    return [message_of(each.wait) for each in pending]
+
+
+def test_calls_that_went_out_as_one_fail_as_one(ranks):
+    for first, second in ranks(2, fail_together):
+        assert first == second
+        assert first.startswith("MismatchError")
+        assert "grads and 1 more" in first
+
+
 def gather_into_freed_buffers():
     group = zcore.comm.collectives_of()
     buffers = [group.empty(200, dtype=torch.float32, device=CPU) for _ in range(2)]

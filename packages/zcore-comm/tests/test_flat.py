@@ -339,6 +339,17 @@ def test_a_group_is_served_by_the_same_object_until_it_is_destroyed_and_then_let
         assert message.startswith(f"{StateError.__name__}: This process group was destroyed")
 
 
+def name_no_backend():
+    dist.init_process_group()
+    return message_of(comm.barrier)
+
+
+def test_a_group_without_a_named_backend_is_refused(ranks):
+    for message in ranks(2, name_no_backend, init_process_group=False):
+        assert message.startswith(f"{ConfigError.__name__}: This process group was made without a backend")
+        assert 'init_process_group("gloo")' in message
+
+
 def test_without_a_process_group_the_message_says_what_to_call():
     for act in (lambda: comm.empty(1, torch.float32), lambda: comm.all_reduce(ones(1)), comm.barrier):
         with pytest.raises(StateError, match=r"there is none yet. Call torch.distributed.init_process_group"):

@@ -330,6 +330,19 @@ def test_calls_that_do_not_match_are_told_with_both_sides_on_every_rank(ranks, k
         assert [word for word in words if word not in message] == [], message
 
 
+def go_on_after_a_mismatch():
+    _, shared = both()
+    tensor = torch.ones(100 + shared.rank)
+    message = message_of(lambda: shared.all_reduce(tensor, label="grads").wait())
+    total = torch.ones(5)
+    shared.all_reduce(total, label="next").wait()
+    return message.split(":")[0], total.tolist()
+
+
+def test_ranks_that_share_memory_may_go_on_after_calls_that_did_not_match(ranks):
+    assert ranks(3, go_on_after_a_mismatch) == [("MismatchError", [3.0] * 5)] * 3
+
+
 def give_wrong_sizes(kind):
     _, shared = both(kind)
     return [

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from zcore.core import torch_collectives
 from zcore.core.collectives import Call, failed_collective, last_collective, tree_sum
 from zcore.core.testing import RankFailed
+from zcore.core.extensions import installed
 from zcore.core.torch_collectives import TorchCollectives, choose_collectives
 
 NUMELS = [0, 1, 7, 32, 20_001]  # the last is above SMALL_BYTES in fp32, and odd
@@ -217,7 +218,7 @@ def test_calls_and_bytes_are_counted_by_kind(ranks):
             "broadcast": 8,
             "all_to_all": 16,
         }
-        assert last.startswith("all_to_all exchange (#5 of dp, ")
+        assert last.startswith("all_to_all exchange (#5 of dp: ")
 
 
 def lose_a_peer(op):
@@ -246,7 +247,7 @@ def test_a_collective_whose_peer_is_gone_says_which_one_and_what_to_do(ranks, op
         ranks(2, lose_a_peer, op)
     failure = caught.value.failures[0]
     assert failure.type_name == "CollectiveError"
-    assert failure.message.startswith(f"{op.removeprefix('large ')} blocks.3 (#1 of dp, ")
+    assert failure.message.startswith(f"{op.removeprefix('large ')} blocks.3 (#1 of dp: ")
     for words in ("did not complete", "killed", "first error in the other ranks' output", "last checkpoint"):
         assert words in failure.message
     assert "\n" not in failure.message
@@ -279,7 +280,7 @@ def test_a_peer_that_does_not_come_is_an_error_after_the_timeout_of_the_group(ra
         ranks(2, never_come, group_timeout_s=0.3)
     (failure,) = caught.value.failures
     assert failure.type_name == "CollectiveError"
-    assert "all_gather blocks.3 (#0 of dp, " in failure.message
+    assert "all_gather blocks.3 (#0 of dp: " in failure.message
     assert "timeout" in failure.message
     assert caught.value.results == {1: "elsewhere"}
 
@@ -354,8 +355,11 @@ def choose_default():
     return type(chosen).__name__, chosen.rank, chosen.size
 
 
-def test_without_another_wheel_torch_serves(ranks):
-    assert ranks(2, choose_default) == [("TorchCollectives", 0, 2), ("TorchCollectives", 1, 2)]
+DEFAULT = "Recorded" if installed("zcore-comm") else "TorchCollectives"
+
+
+def test_torch_serves_unless_zcore_comm_is_installed(ranks):
+    assert ranks(2, choose_default) == [(DEFAULT, 0, 2), (DEFAULT, 1, 2)]
 
 
 OFFER = """
@@ -377,5 +381,5 @@ def choose_offered(site):
 
 
 def test_an_installed_wheel_may_serve_and_may_decline(ranks, add_wheel, tmp_path):
-    add_wheel("zcore-counting", "1.0", {"zcore.collectives": {"counting": "counting:serve"}}, counting=OFFER)
-    assert ranks(2, choose_offered, str(tmp_path / "site")) == [["Counting", "TorchCollectives"]] * 2
+    add_wheel("zcore-counting", "1.0", {"zcore.collectives": {"a_counting": "counting:serve"}}, counting=OFFER)
+    assert ranks(2, choose_offered, str(tmp_path / "site")) == [["Counting", DEFAULT]] * 2

@@ -8,6 +8,7 @@ from torch import nn
 from zcore import zero
 from zcore.core.errors import MismatchError, StateError
 from zcore.core.events import Events, MemorySink
+from zcore.core.extensions import installed
 from zcore.core.mesh import build_mesh
 
 STAGES = (0, 1, 2, 3)
@@ -123,6 +124,9 @@ def test_parameters_are_read_and_saved_right_after_a_forward_without_backward(ra
     assert names == ["loss", "grad_norm", "lr/0"]
 
 
+BY_ZERO = "gathered other parameters than the first rank of their shard group"
+
+
 def take_another_path():
     torch.manual_seed(0)
     model = TwoHeads()
@@ -134,6 +138,8 @@ def take_another_path():
         model(rows_of(0)).backward()
     except MismatchError as error:
         message = str(error)
+    if BY_ZERO not in message:  # zcore-comm has found it, in the forward: for ranks that restart
+        return message, None
     model.skipped = -1
     return message, [step_alike(model, step, rows_of(step, rank=rank, world_size=2)) for step in range(2)]
 
@@ -150,13 +156,17 @@ def step_alike(model, step, rows):
         return model(rows_of(9)).item()
 
 
-def test_ranks_that_skip_different_blocks_are_told_and_go_on_without_that_step(ranks):
+def test_ranks_that_skip_different_blocks_are_told_and_without_zcore_comm_go_on_without_that_step(ranks):
     torch.manual_seed(0)
     plain = TwoHeads()
     expected = [step_alike(plain, step, rows_of(step)) for step in range(2)]
     for message, losses in ranks(2, take_another_path):
-        assert "gathered other parameters than the first rank of their shard group" in message
-        assert losses == pytest.approx(expected, rel=1e-5)
+        if installed("zcore-comm"):
+            assert "all_gather blocks.1 (320 x float32) on rank" in message
+            assert "all_gather blocks.0 (320 x float32) on rank" in message
+        else:
+            assert BY_ZERO in message
+            assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def copy_it():

@@ -57,7 +57,7 @@ class Plan:
     """What to measure."""
 
     ops: tuple[str, ...] = OPS
-    sizes_bytes: tuple[int, ...] = sizes_up_to(64 << 20)  # 0.6 GB on each rank; 1 GiB takes 10
+    sizes_bytes: tuple[int, ...] = sizes_up_to(64 << 20)  # each rank needs memory for six of the largest
     rounds: int = 7
     slice_s: float = 0.02  # hundreds of the shortest calls; the meeting before them takes 0.1 ms
 
@@ -98,6 +98,14 @@ class Row:
     speedup: Spread | None
     of_copy: Spread | None
 
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "Row":
+        """The row of JSON types."""
+        told: dict[str, Any] = {
+            name: Spread(**value) if isinstance(value, dict) else value for name, value in plain.items()
+        }
+        return cls(**told)
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -134,21 +142,27 @@ class Report:
         told = json.loads(text)
         if told.pop("schema", None) != SCHEMA:
             raise ConfigError(f"This is no report of `zcore comm bench` of schema {SCHEMA}. Measure one anew.")
-        told["rows"] = tuple(
-            Row(**{name: Spread(**value) if isinstance(value, dict) else value for name, value in row.items()})
-            for row in told["rows"]
-        )
+        told["rows"] = tuple(Row.from_plain(row) for row in told["rows"])
         told["plan"] = Plan.from_json(json.dumps(told["plan"]))
         return cls(**{**told, "load": tuple(told["load"])})
 
 
-def measure(group: dist.ProcessGroup, plan: Plan, *, device: torch.device, command: str) -> Report:
+def measure(
+    group: dist.ProcessGroup,
+    plan: Plan,
+    *,
+    device: torch.device,
+    command: str,
+    contenders: Sequence[Contender] | None = None,
+) -> Report:
     """Measure what `plan` says on the ranks of `group`, all of which call this and get the same rows.
+
+    contenders: by default all; the first is what the others are held against.
 
     Raises CollectiveError for an implementation with a wrong result.
     """
     began_load, started = load(), datetime.now(UTC).isoformat(timespec="seconds")
-    contenders = build_contenders(group, device)
+    contenders = contenders or build_contenders(group, device)
     cases, size = plan.cases, dist.get_world_size(group)
     rows: list[Row] = []
     with progress("bench", total=len(cases), rank=dist.get_rank()) as bar:
@@ -199,9 +213,7 @@ def _check(is_right: bool, what: str, group: dist.ProcessGroup, device: torch.de
         )
 
 
-def rows_of(
-    op: str, payload_bytes: int, size: int, times_s: Mapping[str, Sequence[float]], *, plain: str
-) -> list[Row]:
+def rows_of(op: str, payload_bytes: int, size: int, times_s: Mapping[str, Sequence[float]], *, plain: str) -> list[Row]:
     """What the times of one op at one size say. Pure."""
     bus_bytes = bus_factor(op, size) * payload_bytes
 

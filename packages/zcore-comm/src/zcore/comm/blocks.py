@@ -23,7 +23,7 @@ from zcore.comm.joins import JoinCall, plan_joins
 from zcore.comm.requests import DeferrableCollectives, Request, starter_of
 from zcore.comm.served import collectives_of
 from zcore.core.collectives import Collectives, Pending
-from zcore.core.errors import LayoutError, StateError
+from zcore.core.errors import LayoutError, StateError, ZcoreError
 
 __all__ = ["BUDGET_BYTES", "Block", "coalescing", "open_block"]
 
@@ -44,7 +44,7 @@ class BlockState(Enum):
 
     OPEN = auto()  # collects them
     STARTED = auto()  # has started them; later ones go through
-    ABANDONED = auto()  # was left by an exception and has started none; later ones go through
+    ABANDONED = auto()  # was left by an exception before it had started all; later ones go through
 
 
 class Block:
@@ -66,18 +66,19 @@ class Block:
 
     def start(self) -> None:
         """Join what joins, start everything, and do what was left for the end."""
+        self.state = BlockState.ABANDONED  # until everything has started
         requests = [member.request for member in self._members]
         _refuse_overlap(requests)
         size = self._group.size
         calls = [JoinCall(_kind(each, size), each.payload_bytes, each.priority) for each in requests]
-        self.state = BlockState.STARTED
         for indices in plan_joins(calls, self._budget_bytes):
             members = [self._members[index] for index in indices]
             pending = self._start_joined([each.request for each in members])
             for member in members:
                 member.pending = pending
-        members, acts = self._members, self._at_end
-        self._members, self._at_end = [], []
+        self.state = BlockState.STARTED
+        acts, self._at_end = self._at_end, []
+        self._members.clear()
         for act in acts:
             act()
 
@@ -127,17 +128,24 @@ class _Member:
 class _Joined:
     """Several calls that went out as one. Whoever waits first puts everybody's results in place."""
 
-    __slots__ = ("_joined", "_pending", "_requests", "_size")
+    __slots__ = ("_failure", "_joined", "_pending", "_requests", "_size")
 
     def __init__(self, pending: Pending, requests: Sequence[Request], joined: Request, size: int) -> None:
         self._pending = pending
         self._requests = requests
         self._joined: Request | None = joined
         self._size = size
+        self._failure: ZcoreError | None = None
 
     def wait(self) -> None:
-        """See `Pending.wait`."""
-        self._pending.wait()
+        """See `Pending.wait`. What the first to wait was refused, the others are, too."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            self._pending.wait()
+        except ZcoreError as error:
+            self._failure = error
+            raise
         joined, self._joined = self._joined, None
         if joined is not None:
             _unpack(joined, self._requests, self._size)

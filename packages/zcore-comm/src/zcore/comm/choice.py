@@ -30,8 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 def offer(group: dist.ProcessGroup, *, name: str) -> Collectives | None:
-    """What serves `group` best, seen by whoever records; None for a group of one. Every rank of `group` calls this."""
-    if dist.get_world_size(group) == 1:
+    """What serves `group` best, seen by whoever records. Every rank of `group` calls this.
+
+    None for a group of one rank, or a backend that is not known here.
+    """
+    if dist.get_world_size(group) == 1 or dist.get_backend(group) not in ("gloo", "nccl"):
         return None
     return Recorded(serve(group, name=name), group, name=name)
 

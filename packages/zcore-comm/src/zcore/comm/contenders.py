@@ -32,7 +32,7 @@ from zcore.core import compat
 from zcore.core.collectives import Collectives
 from zcore.core.torch_collectives import TorchCollectives
 
-__all__ = ["COPY", "OPS", "Case", "Contender", "build_contenders", "pairwise_over", "whole_numel"]
+__all__ = ["COPY", "OPS", "Case", "Contender", "build_case", "build_contenders", "pairwise_over", "whole_numel"]
 
 OPS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "barrier")
 COPY = "memory copy"
@@ -81,10 +81,10 @@ def whole_numel(payload_bytes: int, size: int) -> int:
 def build_contenders(group: dist.ProcessGroup, device: torch.device) -> list[Contender]:
     """All that can serve `group`, torch's own calls first; every rank of it calls this."""
     backend = dist.get_backend(group)
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size, tensors = dist.get_rank(group), dist.get_world_size(group), _Tensors(device)
 
     def over(name: str, calls: _Calls, born: Collectives | None, barrier: Callable[[], object]) -> Contender:
-        return Contender(name, _Cases(calls, born, barrier, rank=rank, size=size, device=device).prepare)
+        return Contender(name, _Cases(calls, born, barrier, rank=rank, size=size, tensors=tensors).prepare)
 
     torchs, core = _TorchCalls(group), TorchCollectives(group, name="core")
     found = [
@@ -104,6 +104,13 @@ def build_contenders(group: dist.ProcessGroup, device: torch.device) -> list[Con
             found.append(over("two levels", levels, levels, _barrier_by_sum(levels, device)))
     copies = _Copies(size=size, device=device)
     return [*found, Contender(COPY, copies.prepare)]
+
+
+def build_case(group: Collectives, op: str, payload_bytes: int) -> Case:
+    """A call of `op`, which is no barrier, on tensors of torch in memory of the host."""
+    tensors = _Tensors(torch.device("cpu"))
+    cases = _Cases(group, None, _nothing, rank=group.rank, size=group.size, tensors=tensors)
+    return cases.prepare(op, payload_bytes)
 
 
 def pairwise_over(group: dist.ProcessGroup, table: Table, *, name: str) -> PairwiseCollectives:
@@ -171,8 +178,24 @@ def _started(work: dist.Work | None) -> dist.Work:
     return work
 
 
+class _Tensors:
+    """Tensors of torch that all implementations use in turn: one set for each would not fit at 1 GiB."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._by_role: dict[str, Tensor] = {}
+
+    def take(self, role: str, numel: int) -> Tensor:
+        """The tensor of that role, of zeros."""
+        found = self._by_role.get(role)
+        if found is None or found.numel() != numel:
+            self._by_role.pop(role, None)  # before there is another
+            self._by_role[role] = torch.zeros(numel, dtype=DTYPE, device=self.device)
+        return self._by_role[role].zero_()
+
+
 class _Cases:
-    """The ops of one implementation. Its buffers come from `born`, or else from torch."""
+    """The ops of one implementation. Its buffers come from `born`, or else from `tensors`."""
 
     def __init__(
         self,
@@ -182,10 +205,10 @@ class _Cases:
         *,
         rank: int,
         size: int,
-        device: torch.device,
+        tensors: _Tensors,
     ) -> None:
         self._calls, self._born, self._barrier = calls, born, barrier
-        self._rank, self._size, self._device = rank, size, device
+        self._rank, self._size, self._tensors = rank, size, tensors
         self._ops: Mapping[str, Callable[[int], Case]] = {
             "all_gather": self._gather,
             "reduce_scatter": self._reduce_scatter,
@@ -201,8 +224,8 @@ class _Cases:
         return self._ops[op](whole_numel(payload_bytes, self._size))
 
     def _gather(self, numel: int) -> Case:
-        calls, born, output = self._calls, self._born, self._empty(numel)
-        own = self._plain(numel // self._size).fill_(self._rank + 1)
+        calls, born, output = self._calls, self._born, self._whole(numel)
+        own = self._tensors.take("part", numel // self._size).fill_(self._rank + 1)
         expected = [each + 1 for each in range(self._size)]
 
         def into_freed() -> None:  # as before each use of a sharded parameter
@@ -217,7 +240,7 @@ class _Cases:
 
     def _reduce_scatter(self, numel: int) -> Case:
         calls, size = self._calls, self._size
-        whole, own = self._empty(numel), self._plain(numel // size)
+        whole, own = self._whole(numel), self._tensors.take("part", numel // size)
         for each, slot in enumerate(whole.tensor_split(size)):
             slot.fill_(self._rank + 1 + each)
         expected = size * (size + 1) // 2 + size * self._rank
@@ -225,7 +248,7 @@ class _Cases:
 
     def _all_reduce(self, numel: int) -> Case:
         calls, size = self._calls, self._size
-        tensor = self._empty(numel).fill_(self._rank + 1)
+        tensor = self._whole(numel).fill_(self._rank + 1)
 
         def is_right() -> bool:
             found = _holds(tensor, [size * (size + 1) // 2])
@@ -236,21 +259,20 @@ class _Cases:
 
     def _all_to_all(self, numel: int) -> Case:
         calls, size = self._calls, self._size
-        sent, received = self._empty(numel), self._plain(numel)
+        sent, received = self._whole(numel), self._tensors.take("received", numel)
         for each, slot in enumerate(sent.tensor_split(size)):
             slot.fill_(self._rank * size + each)
         expected = [each * size + self._rank for each in range(size)]
         return Case(lambda: _wait(calls.all_to_all(received, sent, label="bench")), lambda: _holds(received, expected))
 
     def _broadcast(self, numel: int) -> Case:
-        calls, tensor = self._calls, self._empty(numel).fill_(self._rank + 1)
+        calls, tensor = self._calls, self._whole(numel).fill_(self._rank + 1)
         return Case(lambda: _wait(calls.broadcast(tensor, src=0, label="bench")), lambda: _holds(tensor, [1]))
 
-    def _plain(self, numel: int) -> Tensor:
-        return torch.empty(numel, dtype=DTYPE, device=self._device)
-
-    def _empty(self, numel: int) -> Tensor:
-        return self._plain(numel) if self._born is None else self._born.empty(numel, dtype=DTYPE, device=self._device)
+    def _whole(self, numel: int) -> Tensor:
+        if self._born is None:
+            return self._tensors.take("whole", numel)
+        return self._born.empty(numel, dtype=DTYPE, device=self._tensors.device)
 
 
 class _Copies:
@@ -271,6 +293,10 @@ class _Copies:
 
 def _wait(started: _Waited) -> None:
     started.wait()
+
+
+def _nothing() -> None:
+    """A barrier that nobody asks for."""
 
 
 def _discard(_: object) -> None:

@@ -8,8 +8,8 @@ last bucket's call, does not know how. A callback of autograd would come too lat
 graph, where DDP calls hooks from a callback of its own and waits at once: there each bucket is waited for by itself.
 
 A bucket's memory is exchanged, once, for memory of the group's: from then on backward writes gradients where the other
-ranks read them. Without that copy 2 ranks on 2 cores need 67 ms for a backward that takes DDP 121 (25 M parameters, no
-communication: 29); with it they gain nothing.
+ranks read them. Without that copy 2 ranks on 2 busy cores need 110 ms for a backward that takes DDP 135 (25 M
+parameters; no communication: 46); with it they gain nothing.
 
 Where ranks share no memory torch sums, as without the hook: messages between pairs take as long as torch's (4 x 25 MiB,
 2 ranks: 75 ms and 71), and DDP then overlaps torch's better.

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from zcore.comm.pairwise import PairwiseCollectives
-from zcore.comm.progress import Polled, is_reached_within, join
+from zcore.comm.progress import Polled, is_reached_napping, join
 from zcore.comm.shared_memory import SharedMemoryCollectives
 from zcore.comm.sizes import check_exchange, check_slots
 from zcore.comm.watch import Journal
@@ -255,7 +255,7 @@ class HierarchicalCollectives:
             self._journal.wait_for(this.call, partial(self._is_done_within, this))
 
     def _is_done_within(self, this: _Open, time_s: float) -> bool:
-        return is_reached_within(lambda: this not in self._open, time_s, crowd=self._first.size)
+        return is_reached_napping(lambda: this not in self._open, time_s)
 
     def _begin(self, op: str, label: str, tensor: Tensor) -> Call:
         call = self._log.note(op, label, tensor)

@@ -16,6 +16,7 @@ from zcore.comm.meeting import Card
 from zcore.comm.pages import map_file, own_pages, storage_at
 from zcore.comm.progress import is_reached_within
 from zcore.comm.watch import ALIKE, TELL_S, Watch
+from zcore.core.collectives import contents_of
 from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
 
 __all__ = ["Neighbours", "open_neighbours"]
@@ -62,7 +63,9 @@ class Neighbours:
         place = self.boards[rank].place_of(index)
         return storage_at(self._mappings[rank], place, num_bytes, when_gone=when_gone)
 
-    def wait_until(self, is_reached: Callable[[], bool], lacks: Callable[[Board], bool], *, what: str) -> None:
+    def wait_until(
+        self, is_reached: Callable[[], bool], lacks: Callable[[Board], bool], *, what: str, label: str = ""
+    ) -> None:
         """Return once `is_reached()`. `lacks(board)` tells whom that waits for.
 
         Raises CollectiveError, with what is known of them, if one of these ends, or the deadline passes.
@@ -75,9 +78,9 @@ class Neighbours:
             missing = [(rank, board) for rank, board in self.others if lacks(board)]
             ended = [self._homes[rank].global_rank for rank, _ in missing if self._homes[rank].has_ended()]
             if ended and not is_reached():
-                raise self._failure(what, missing, f"rank {ended[0]} has raised, was killed, or left")
+                raise self._failure(what, label, missing, f"rank {ended[0]} has raised, was killed, or left")
             if waited_s > self._deadline_s:
-                raise self._failure(what, missing, f"the timeout of {self._deadline_s:.3g} s has passed")
+                raise self._failure(what, label, missing, f"the timeout of {self._deadline_s:.3g} s has passed")
             if waited_s > TELL_S and not has_told:
                 has_told = True
                 logger.warning("Waiting for %s since %.0f s. %s", what, waited_s, self._describe(missing))
@@ -92,11 +95,11 @@ class Neighbours:
                 )
                 raise self._watch.give_up(MismatchError(words))
 
-    def _failure(self, what: str, missing: list[tuple[int, Board]], reason: str) -> ZcoreError:
+    def _failure(self, what: str, label: str, missing: list[tuple[int, Board]], reason: str) -> ZcoreError:
         return self._watch.give_up(
             CollectiveError(
-                f"{what} did not complete: {reason}. {self._describe(missing)} Look for the first error in the output "
-                "of the ranks named, mend it, and restart all ranks from the last checkpoint."
+                f"{what} did not complete: {reason}. {self._describe(missing)}{contents_of(label)} Look for the first "
+                "error in the output of the ranks named, mend it, and restart all ranks from the last checkpoint."
             )
         )
 

@@ -28,7 +28,7 @@ from zcore.comm.progress import Polled, join
 from zcore.comm.sizes import check_exchange, check_slots
 from zcore.core import compat
 from zcore.core.collectives import Call, CallLog, Pending, Traffic, tree_sum
-from zcore.core.errors import StateError
+from zcore.core.errors import MismatchError, StateError
 from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["SharedMemoryCollectives"]
@@ -313,16 +313,18 @@ class SharedMemoryCollectives:
         self._advance(this)
         if index in self._open:
             needed = STARTED if this.read_halves is None else HALF
-            self._wait(
+            self._neighbours.wait_until(
                 lambda: index not in self._open,
                 lambda board: board.started <= index or not _has_come(board, index, needed),
                 what=str(this.call),
+                label=this.call.label,
             )
         if this.shows_own:
-            self._wait(
+            self._neighbours.wait_until(
                 lambda: all(_has_come(board, index, READ) for _, board in others),
                 lambda board: not _has_come(board, index, READ),
                 what=str(this.call),
+                label=this.call.label,
             )
             this.shows_own = False
 
@@ -334,9 +336,6 @@ class SharedMemoryCollectives:
             return False
         return not this.shows_own or all(_has_come(board, this.index, READ) for _, board in self._neighbours.others)
 
-    def _wait(self, is_reached: Callable[[], bool], lacks: Callable[[Board], bool], *, what: str) -> None:
-        self._neighbours.wait_until(is_reached, lacks, what=what)
-
     def _advance(self, this: _Open) -> bool:
         """Do what can be done for the call without waiting; whether every rank has started it.
 
@@ -346,7 +345,12 @@ class SharedMemoryCollectives:
         if not this.is_same:
             if not all(board.started > index for _, board in others):
                 return False
-            self._neighbours.check_same(index, this.entry)
+            try:
+                self._neighbours.check_same(index, this.entry)
+            except MismatchError:  # on every rank, which may all go on from here
+                this.shows_own, this.read_halves = False, None
+                self._close(this)
+                raise
             this.is_same = True
         self._read(this)
         if this.read_halves is not None and all(_has_come(board, index, HALF) for _, board in others):
@@ -376,7 +380,7 @@ class SharedMemoryCollectives:
             self.wait_for(next(iter(self._open.values())))  # a call that nobody waited for
         oldest = self._next - RING_CALLS
         if oldest >= 0:
-            self._wait(
+            self._neighbours.wait_until(
                 lambda: all(board.finished > oldest for _, board in self._neighbours.others),
                 lambda board: board.finished <= oldest,
                 what=f"Call {self._next} of {self._name}, {RING_CALLS} ahead of the slowest rank,",

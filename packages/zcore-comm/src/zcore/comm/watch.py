@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from zcore.comm.home import Home
 from zcore.core import compat
-from zcore.core.collectives import Call, tag_of
+from zcore.core.collectives import Call, contents_of, tag_of
 from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
 
 __all__ = ["ALIKE", "TELL_S", "Journal", "Watch", "program_line", "watch_of_run"]
@@ -81,6 +81,7 @@ class Journal:
         self._digest = zlib.crc32(tag_of(call).to_bytes(4, "little"), self._digest)
         self._calls.append((call.index, self._digest, str(call)))
         self.started = call.index + 1
+        self._watch.go_on()
         return self._digest & MAX_TAG
 
     def finish(self, call: Call) -> None:
@@ -167,8 +168,8 @@ class Journal:
         """The error that tells what every rank whom `call` lacks did last; the others are told of it."""
         return self._watch.give_up(
             CollectiveError(
-                f"{call} did not complete: {reason}. {self.whom_it_lacks(call)} Look for the first error in the output "
-                "of the ranks named, mend it, and restart all ranks from the last checkpoint."
+                f"{call} did not complete: {reason}. {self.whom_it_lacks(call)}{contents_of(call.label)} Look for the "
+                "first error in the output of the ranks named, mend it, and restart all ranks from the last checkpoint."
             )
         )
 
@@ -253,6 +254,10 @@ class Watch:
         self.beat()
         return error
 
+    def go_on(self) -> None:
+        """This rank makes calls again."""
+        self._given_up = None
+
     def reason_of(self, global_rank: int) -> ZcoreError | None:
         """The error of a rank that has given up, to be raised here, too."""
         card = self._card(global_rank)
@@ -308,17 +313,24 @@ def _watch_over(store: compat.Store, process: int) -> Watch:
 
 
 @cache
-def _own_folders() -> tuple[str, ...]:
-    """Of torch and of all zcore wheels."""
-    return tuple(f"{folder}{os.sep}" for package in ("torch", "zcore") for folder in sys.modules[package].__path__)
+def _others_folders() -> tuple[str, ...]:
+    """Of torch, of all zcore wheels, and of Python."""
+    packages = [folder for package in ("torch", "zcore") for folder in sys.modules[package].__path__]
+    return tuple(f"{folder}{os.sep}" for folder in [*packages, os.path.dirname(os.__file__)])  # noqa: PTH120
+
+
+def _is_users(file: str) -> bool:
+    *packages, python = _others_folders()
+    if file.startswith((*packages, "<")):
+        return False
+    return "site-packages" in file or not file.startswith(python)
 
 
 def program_line() -> str:
     """In which line of the user's program the main thread is, such as "at train.py:40 in step"."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None:
-        code = frame.f_code
-        if not code.co_filename.startswith((*_own_folders(), "<")):
-            return f"at {Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
+    while frame is not None and not _is_users(frame.f_code.co_filename):
         frame = frame.f_back
-    return "in no line of Python that can be told"
+    if frame is None:
+        return "in no line of the program"
+    return f"at {Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"

@@ -32,12 +32,15 @@ __all__ = [
     "Collectives",
     "Pending",
     "Traffic",
+    "contents_of",
     "failed_collective",
     "last_collective",
     "tag_of",
+    "tell_contents",
     "tree_sum",
 ]
 
+NAMED_CONTENTS = 4  # parameters of a bucket that an error names
 SUM_BLOCK_BYTES = 128 * 1024  # partial sums of more than two ranks stay in the cache
 
 
@@ -70,6 +73,23 @@ _recent: deque[Call] = deque(maxlen=1)  # for the report on a hung process, whic
 def last_collective() -> str | None:
     """The collective that this process started last, or None before the first."""
     return str(_recent[-1]) if _recent else None
+
+
+_contents: dict[str, tuple[str, ...]] = {}
+
+
+def tell_contents(label: str, names: Sequence[str]) -> None:
+    """Have errors say which parameters lie in the data that calls name `label`."""
+    _contents[label] = tuple(names)
+
+
+def contents_of(label: str) -> str:
+    """A sentence with what `tell_contents` was given, and a space before it; else nothing."""
+    names = _contents.get(label, ())
+    if not names:
+        return ""
+    more = f" and {len(names) - NAMED_CONTENTS} more parameters" if len(names) > NAMED_CONTENTS else ""
+    return f" Bucket {label} holds {', '.join(names[:NAMED_CONTENTS])}{more}."
 
 
 @dataclass(slots=True)
@@ -218,6 +238,7 @@ def failed_collective(call: Call, error: BaseException) -> CollectiveError:
     reason = re.sub(r"\s*\b(GLHF|Good luck)\b.*", "", reason).strip()  # gloo wishes well, with a pictogram
     return CollectiveError(
         f"{call} did not complete: another rank has raised, was killed, took another path through the model, or did "
-        "not reach this call within the process group's timeout. Look for the first error in the other ranks' output, "
-        f"mend it, and restart all ranks from the last checkpoint. (The backend's words: {reason})"
+        f"not reach this call within the process group's timeout.{contents_of(call.label)} Look for the first error in "
+        "the other ranks' output, mend it, and restart all ranks from the last checkpoint. (The backend's words: "
+        f"{reason})"
     )

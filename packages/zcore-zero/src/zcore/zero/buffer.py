@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zcore.core import compat
-from zcore.core.collectives import Collectives, Pending
+from zcore.core.collectives import Collectives, Pending, tell_contents
 from zcore.core.errors import StateError
 from zcore.core.mesh import DataParallel
 from zcore.zero.layout import BucketPlan
@@ -85,6 +85,7 @@ class BucketParameters:
         ledger: Ledger,
     ) -> None:
         self._label = plan.name
+        tell_contents(plan.name, [spec.fqn for spec in plan.params])
         self._collectives = collectives
         self._ledger = ledger
         self._transient = row.parameters is Placement.SHARD

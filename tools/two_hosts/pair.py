@@ -15,17 +15,18 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from os import environ, getpid, geteuid
+from os import environ, geteuid, getpid
 from pathlib import Path
 from shutil import which
 
-__all__ = ["LINK", "TwoHosts", "make_two_hosts", "why_no_hosts"]
+__all__ = ["LINK", "SENT_BYTES", "TwoHosts", "make_two_hosts", "why_no_hosts"]
 
 LINK = "link"  # the name of the device in either namespace
+SENT_BYTES = Path("/sys/class/net", LINK, "statistics", "tx_bytes")  # as ranks on either host see it
 ADDRESSES = ("10.77.0.1", "10.77.0.2")  # seen by nobody outside, so every pair may have the same
 # Ranks that are to be told apart by host need a name of the host, too: `hostname` is a namespace's own as well.
 REACH = "ip netns exec {host} unshare --uts sh -c 'hostname {host}; exec sh -c \"$0\"'"
-BURST, PATIENCE = "128kb", "100ms"  # tbf: above one packet of 64 KiB, as TCP hands them down; how much may queue
+BURST, PATIENCE = "72kb", "100ms"  # of tbf: over the 64 KiB that TCP hands down at once; how long a byte may queue
 
 
 @dataclass(frozen=True, slots=True)

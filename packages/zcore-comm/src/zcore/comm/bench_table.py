@@ -1,0 +1,51 @@
+"""The report of `zcore comm bench` as tables: for each op its sizes, and at each size every implementation."""
+
+from zcore.comm.bench import Report, Row
+from zcore.comm.contenders import COPY
+from zcore.comm.tables import Table, shown_bytes, shown_rate, shown_seconds
+
+__all__ = ["tables_of"]
+
+COLUMNS = ("size", "implementation", "latency", "spread", "bus GB/s", "of copy", "speedup")
+BUSY = 1.0  # processes beyond the bench's own, from which on figures are doubtful
+
+
+def tables_of(report: Report) -> list[Table]:
+    """One for each op, and what to know before reading them."""
+    machine, size = report.machine, report.world_size
+    device = machine["accelerator"] or f"{machine['processor']}, {machine['cores']} cores"
+    title = f"{size} ranks on {device}, torch {report.versions['torch']}, {report.backend}"
+    notes = [
+        "latency: one call of many back to back, on the slowest rank; median of rounds",
+        "spread: distance of the quartiles over the median",
+        "of copy: speed beside a memory copy of what a link would carry, on all ranks",
+        f"speedup: the time of {report.plain} over this one's, in the same round; median",
+    ]
+    if report.load[0] > BUSY:
+        notes.append(f"The machine was busy before (load {report.load[0]:.1f}): quiet ones are faster.")
+    ops = list(dict.fromkeys(row.op for row in report.rows))
+    return [Table(title, notes=tuple(notes)), *(_table(report, op) for op in ops)]
+
+
+def _table(report: Report, op: str) -> Table:
+    rows: list[tuple[str, ...]] = []
+    last_bytes = -1
+    for row in report.rows:
+        if row.op == op:
+            rows.append((shown_bytes(row.payload_bytes) if row.payload_bytes != last_bytes else "", *_cells(row)))
+            last_bytes = row.payload_bytes
+    return Table(op, COLUMNS, tuple(rows), words=("implementation",))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    is_copy = row.implementation == COPY
+    time_s = row.time_s
+    speedup = None if is_copy else row.speedup
+    return (
+        row.implementation,
+        shown_seconds(time_s.median),
+        f"{(time_s.high - time_s.low) / time_s.median:.0%}",
+        shown_rate(row.bus_bytes_per_s.median) if row.bus_bytes_per_s else "",
+        f"{row.of_copy.median:.0%}" if row.of_copy and not is_copy else "",
+        f"{speedup.median:.2f}x" if speedup else "",
+    )

@@ -1,0 +1,122 @@
+"""`zcore comm bench`: what it measures is right, and told whole. No test looks at a time: machines are noisy."""
+
+import json
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from zcore.comm.bench import Plan, Report, measure, rows_of, sizes_up_to
+from zcore.comm.bench_table import tables_of
+from zcore.comm.contenders import COPY, OPS, Case, Contender, build_contenders
+from zcore.comm.tables import write_tables
+from zcore.core.errors import CollectiveError, ConfigError
+
+CPU = torch.device("cpu")
+PLAN = Plan(sizes_bytes=(1000, 200_000), rounds=2, slice_s=1e-4)  # below and above what is copied in shared memory
+KINDS = {
+    2: ["torch gloo", "core", "pairwise", "shared memory", "shared memory, plain tensors", COPY],
+    4: ["torch gloo", "core", "pairwise", "shared memory", "shared memory, plain tensors", "two levels", COPY],
+}
+
+
+def report_of(plan):
+    return measure(dist.group.WORLD, plan, device=CPU, command="test").to_json()
+
+
+@pytest.mark.parametrize("world_size", list(KINDS))
+def test_every_collective_of_every_implementation_has_a_row_on_every_rank(ranks, world_size):
+    texts = ranks(world_size, report_of, PLAN)
+    reports = [Report.from_json(text) for text in texts]
+    assert all(each.rows == reports[0].rows for each in reports)
+    rows = {(row.op, row.payload_bytes, row.implementation): row for row in reports[0].rows}
+    expected = {
+        (op, size, kind) for op in OPS if op != "barrier" for size in (992, 200_000) for kind in KINDS[world_size]
+    }
+    expected |= {("barrier", 0, kind) for kind in KINDS[world_size] if kind != COPY}
+    assert {(op, size - size % 16, kind) for op, size, kind in rows} == expected
+    for row in rows.values():
+        assert 0 < row.time_s.low <= row.time_s.median <= row.time_s.high
+        assert (row.bus_bytes_per_s is None) == (row.of_copy is None) == (row.op == "barrier")
+        if row.implementation == "torch gloo":
+            assert row.speedup is not None and row.speedup.low == row.speedup.high == 1
+
+
+def test_a_report_survives_its_file_and_says_on_what_it_was_measured(ranks):
+    (text, _) = ranks(2, report_of, Plan(ops=("broadcast",), sizes_bytes=(64,), rounds=1, slice_s=1e-4))
+    told, report = json.loads(text), Report.from_json(text)
+    assert report.to_json() == text
+    assert told["schema"] == 1 and told["world_size"] == 2 and told["backend"] == "gloo"
+    assert {"processor", "cores", "memory_bytes"} <= set(told["machine"])
+    assert {"python", "torch"} <= set(told["versions"])
+    shown = write_tables(tables_of(report))
+    assert "64 B  torch gloo" in shown
+    with pytest.raises(ConfigError, match="no report"):
+        Report.from_json("{}")
+
+
+def wrong_contender():
+    case = Case(lambda: None, lambda: dist.get_rank() != 1)  # one rank's result is wrong
+    plan = Plan(ops=("broadcast",), sizes_bytes=(64,), rounds=1, slice_s=1e-4)
+    broken = [Contender("broken", lambda op, size: case)]
+    with pytest.raises(CollectiveError, match="broadcast of 64 bytes by broken gave a wrong result on 1 rank"):
+        measure(dist.group.WORLD, plan, device=CPU, command="test", contenders=broken)
+
+
+def test_an_implementation_with_a_wrong_result_has_no_times(ranks):
+    ranks(2, wrong_contender)
+
+
+def environment_after_building():
+    os.environ["ZCORE_COMM_HOST"] = "mine"
+    build_contenders(dist.group.WORLD, CPU)
+    return os.environ["ZCORE_COMM_HOST"]
+
+
+def test_ranks_set_apart_for_two_levels_are_put_back(ranks):
+    assert ranks(4, environment_after_building) == ["mine"] * 4
+
+
+def test_ratios_are_of_the_same_round():
+    plain, fast, copy = rows_of(
+        "reduce_scatter",
+        4000,
+        2,
+        {"torch gloo": [4.0, 40.0], "fast": [1.0, 10.0], COPY: [0.5, 5.0]},
+        plain="torch gloo",
+    )
+    assert plain.speedup is not None and plain.speedup.median == 1
+    assert fast.speedup is not None and (fast.speedup.low, fast.speedup.high) == (4, 4)
+    assert fast.of_copy is not None and fast.of_copy.median == 0.5
+    assert copy.bus_bytes_per_s is not None and copy.bus_bytes_per_s.high == pytest.approx(3100)
+
+
+def test_what_cannot_be_measured_is_refused():
+    assert sizes_up_to(1 << 30)[-1] == 1 << 30
+    with pytest.raises(ConfigError, match="Did you mean all_gather"):
+        Plan(ops=("all_gahter",))
+    with pytest.raises(ConfigError, match="measures nothing"):
+        Plan(sizes_bytes=())
+
+
+def test_the_command_starts_ranks_and_writes_table_file_and_plot(tmp_path):
+    testing = pytest.importorskip("typer.testing")
+    from zcore.comm.command import app, parse_bytes
+
+    with pytest.raises(ConfigError, match="'12 parsecs' is no size"):
+        parse_bytes("12 parsecs")
+    options = ["bench", "-n", "2", "--ops", "all_gather,barrier", "--max-bytes", "1KiB", "--rounds", "1"]
+    try:
+        import matplotlib as mpl  # noqa: F401
+
+        options += ["--plot", str(tmp_path / "plot.png")]
+    except ModuleNotFoundError:
+        pass
+    done = testing.CliRunner().invoke(app, [*options, "--json", str(tmp_path / "bench.json")])
+    assert done.exit_code == 0, done.output
+    assert "all_gather" in done.output and "shared memory" in done.output
+    report = Report.from_json((tmp_path / "bench.json").read_text())
+    assert {row.payload_bytes for row in report.rows} == {0, 1024}
+    if "--plot" in options:
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

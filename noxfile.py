@@ -13,7 +13,7 @@ import nox
 ROOT = Path(__file__).parent
 WHEELS = ("zcore-core", "zcore-comm", "zcore-zero", "zcore-pipe", "zcore-offload", "zcore-infer", "zcore-kernels")
 # The extras that a wheel's own tests use, and those that docs/examples use.
-TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]"}
+TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[cli]"}
 EXAMPLE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[examples]"}
 # Sets of wheels that a user may well combine; `alone-*` shows each by itself.
 COMBINATIONS = {

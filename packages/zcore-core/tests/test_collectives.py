@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from zcore.core import torch_collectives
 from zcore.core.collectives import Call, failed_collective, last_collective, tree_sum
-from zcore.core.testing import RankFailed
 from zcore.core.extensions import installed
+from zcore.core.testing import RankFailed
 from zcore.core.torch_collectives import TorchCollectives, choose_collectives
 
 NUMELS = [0, 1, 7, 32, 20_001]  # the last is above SMALL_BYTES in fp32, and odd

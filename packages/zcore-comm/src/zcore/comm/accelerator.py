@@ -53,7 +53,7 @@ class AcceleratorCollectives:
 
     def algorithm_for(self, op: str, payload_bytes: int) -> str:
         """How a call is served, in words."""
-        return f"torch {dist.get_backend(self._group)}"
+        return f"torch {compat.backend_name(self._group)}"
 
     def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A flat buffer, in registered memory if that is asked for."""

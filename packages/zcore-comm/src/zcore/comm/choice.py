@@ -34,7 +34,7 @@ def offer(group: dist.ProcessGroup, *, name: str) -> Collectives | None:
 
     None for a group of one rank, or a backend that is not known here.
     """
-    if dist.get_world_size(group) == 1 or dist.get_backend(group) not in ("gloo", "nccl"):
+    if dist.get_world_size(group) == 1 or compat.backend_name(group) not in ("gloo", "nccl"):
         return None
     return Recorded(serve(group, name=name), group, name=name)
 
@@ -42,7 +42,7 @@ def offer(group: dist.ProcessGroup, *, name: str) -> Collectives | None:
 def serve(group: dist.ProcessGroup, *, name: str) -> Collectives:
     """The implementation itself. Every rank of `group` calls this."""
     cards = meet(group, name=name)
-    if dist.get_backend(group) != "gloo":
+    if compat.backend_name(group) != "gloo":
         builder = _Builder(group, cards, DEFAULT_TABLE, name=name)
         return AcceleratorCollectives(group, builder.journal(range(len(cards)), name), name=name)
     table = read_table()

@@ -58,7 +58,7 @@ class Case:
     """One op of one contender on buffers of one size."""
 
     run: Callable[[], None]
-    is_right: Callable[[], bool]  # after the first run
+    is_right: Callable[[], bool]  # of one run on known values: whether this rank's result is; every rank calls it
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,12 +186,12 @@ class _Tensors:
         self._by_role: dict[str, Tensor] = {}
 
     def take(self, role: str, numel: int) -> Tensor:
-        """The tensor of that role, of zeros."""
+        """The tensor of that role."""
         found = self._by_role.get(role)
         if found is None or found.numel() != numel:
             self._by_role.pop(role, None)  # before there is another
             self._by_role[role] = torch.zeros(numel, dtype=DTYPE, device=self.device)
-        return self._by_role[role].zero_()
+        return self._by_role[role]
 
 
 class _Cases:
@@ -225,49 +225,67 @@ class _Cases:
 
     def _gather(self, numel: int) -> Case:
         calls, born, output = self._calls, self._born, self._whole(numel)
-        own = self._tensors.take("part", numel // self._size).fill_(self._rank + 1)
+        own = self._tensors.take("part", numel // self._size)
         expected = [each + 1 for each in range(self._size)]
 
-        def into_freed() -> None:  # as before each use of a sharded parameter
-            assert born is not None
-            born.free_storage(output)
+        def run() -> None:
+            if born is not None:
+                born.free_storage(output)  # as it is before each use of a sharded parameter
             calls.all_gather(output, own, label="bench").wait()
 
-        def plainly() -> None:
-            calls.all_gather(output, own, label="bench").wait()
+        def fill() -> None:
+            own.fill_(self._rank + 1)
+            if born is None:
+                output.zero_()
 
-        return Case(plainly if born is None else into_freed, lambda: _holds(output, expected))
+        return _checked(run, fill, lambda: _holds(output, expected))
 
     def _reduce_scatter(self, numel: int) -> Case:
         calls, size = self._calls, self._size
         whole, own = self._whole(numel), self._tensors.take("part", numel // size)
-        for each, slot in enumerate(whole.tensor_split(size)):
-            slot.fill_(self._rank + 1 + each)
         expected = size * (size + 1) // 2 + size * self._rank
-        return Case(lambda: _wait(calls.reduce_scatter(own, whole, label="bench")), lambda: _holds(own, [expected]))
+
+        def fill() -> None:
+            own.zero_()
+            _fill_slots(whole, [self._rank + 1 + each for each in range(size)])
+
+        return _checked(
+            lambda: _wait(calls.reduce_scatter(own, whole, label="bench")), fill, lambda: _holds(own, [expected])
+        )
 
     def _all_reduce(self, numel: int) -> Case:
         calls, size = self._calls, self._size
-        tensor = self._whole(numel).fill_(self._rank + 1)
+        tensor = self._whole(numel)
 
         def is_right() -> bool:
             found = _holds(tensor, [size * (size + 1) // 2])
             tensor.zero_()  # sums of sums would soon be infinite
             return found
 
-        return Case(lambda: _wait(calls.all_reduce(tensor, label="bench")), is_right)
+        return _checked(
+            lambda: _wait(calls.all_reduce(tensor, label="bench")), lambda: tensor.fill_(self._rank + 1), is_right
+        )
 
     def _all_to_all(self, numel: int) -> Case:
         calls, size = self._calls, self._size
         sent, received = self._whole(numel), self._tensors.take("received", numel)
-        for each, slot in enumerate(sent.tensor_split(size)):
-            slot.fill_(self._rank * size + each)
         expected = [each * size + self._rank for each in range(size)]
-        return Case(lambda: _wait(calls.all_to_all(received, sent, label="bench")), lambda: _holds(received, expected))
+
+        def fill() -> None:
+            received.zero_()
+            _fill_slots(sent, [self._rank * size + each for each in range(size)])
+
+        return _checked(
+            lambda: _wait(calls.all_to_all(received, sent, label="bench")), fill, lambda: _holds(received, expected)
+        )
 
     def _broadcast(self, numel: int) -> Case:
-        calls, tensor = self._calls, self._whole(numel).fill_(self._rank + 1)
-        return Case(lambda: _wait(calls.broadcast(tensor, src=0, label="bench")), lambda: _holds(tensor, [1]))
+        calls, tensor = self._calls, self._whole(numel)
+        return _checked(
+            lambda: _wait(calls.broadcast(tensor, src=0, label="bench")),
+            lambda: tensor.fill_(self._rank + 1),
+            lambda: _holds(tensor, [1]),
+        )
 
     def _whole(self, numel: int) -> Tensor:
         if self._born is None:
@@ -289,6 +307,22 @@ class _Copies:
         source = torch.zeros(numel, dtype=DTYPE, device=self._device)
         target = torch.empty_like(source)
         return Case(lambda: _discard(target.copy_(source)), lambda: True)
+
+
+def _checked(run: Callable[[], None], fill: Callable[[], object], holds: Callable[[], bool]) -> Case:
+    """A case whose check fills the tensors anew: others may have used them."""
+
+    def is_right() -> bool:
+        fill()
+        run()
+        return holds()
+
+    return Case(run, is_right)
+
+
+def _fill_slots(tensor: Tensor, values: list[int]) -> None:
+    for slot, value in zip(tensor.tensor_split(len(values)), values, strict=True):
+        slot.fill_(value)
 
 
 def _wait(started: _Waited) -> None:

@@ -12,6 +12,7 @@ from zcore.comm.algorithms import read_table
 from zcore.comm.board import BOARD_BYTES, is_store_order_kept
 from zcore.comm.home import Home, own_home
 from zcore.comm.pages import own_pages
+from zcore.core import compat
 from zcore.core.device import choose_device
 from zcore.core.torch_collectives import TorchCollectives
 
@@ -53,7 +54,7 @@ class Card:
 
 def meet(group: dist.ProcessGroup, *, name: str) -> list[Card]:
     """The cards of all ranks, by rank in `group`; every rank of it calls this."""
-    boards = _make_boards(name) if dist.get_backend(group) == "gloo" else ()
+    boards = _make_boards(name) if compat.backend_name(group) == "gloo" else ()
     file, file_bytes = (own_pages().file, own_pages().file_bytes) if boards else (0, 0)
     own = Card(own_home(), file, file_bytes, boards, read_table().digest())
     return [Card.unpack(each) for each in _exchange(group, own.pack())]
@@ -81,7 +82,7 @@ def _make_boards(name: str) -> tuple[int, ...]:
 
 def _exchange(group: dist.ProcessGroup, message: bytes) -> Sequence[bytes]:
     first = TorchCollectives(group, name="meeting")
-    device = torch.device("cpu") if dist.get_backend(group) == "gloo" else choose_device()
+    device = torch.device("cpu") if compat.backend_name(group) == "gloo" else choose_device()
     own = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(device)
     all_of_them = torch.empty(first.size * len(message), dtype=torch.uint8, device=device)
     first.all_gather(all_of_them, own, label="cards").wait()

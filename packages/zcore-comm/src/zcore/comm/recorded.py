@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zcore.comm.totals import CallRecord, Group
+from zcore.core import compat
 from zcore.core.collectives import Collectives, Pending, Traffic
 
 __all__ = ["LISTENERS", "Listener", "NamesAlgorithm", "Recorded"]
@@ -64,7 +65,7 @@ class Recorded:
     ) -> None:
         self.inner = inner
         self._group = Group(name, tuple(dist.get_process_group_ranks(group)))
-        self._otherwise = f"torch {dist.get_backend(group)}"
+        self._otherwise = f"torch {compat.backend_name(group)}"
         self._clock = clock
         self._index = -1  # of the last collective; sends and receives do not count, as not all ranks make them
 

@@ -15,8 +15,9 @@ from zcore.comm.choice import offer
 from zcore.comm.flow import FLOW
 from zcore.comm.pages import own_pages
 from zcore.comm.requests import DeferrableCollectives
+from zcore.core import compat
 from zcore.core.collectives import Collectives
-from zcore.core.errors import ConfigError, StateError
+from zcore.core.errors import StateError
 from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["Served", "collectives_of", "served_of"]
@@ -48,8 +49,7 @@ _served: dict[dist.ProcessGroup, Served] = {}
 def served_of(group: dist.ProcessGroup | None) -> Served:
     """What serves `group`, None being the default group; every rank of it comes here for the first time together.
 
-    Raises StateError without a process group, for one that was destroyed, and on a rank that is not part of it;
-    ConfigError for one that was made without naming a backend.
+    Raises StateError without a process group, for one that was destroyed, and on a rank that is not part of it.
     """
     if group is None:
         group = dist.group.WORLD if dist.is_initialized() else None
@@ -76,8 +76,7 @@ def collectives_of(group: dist.ProcessGroup | None = None) -> DeferrableCollecti
     The first use of a group in `zcore.comm` finds out how its ranks reach each other, by calls of its own: every rank
     of the group comes to it, and ranks that share several groups come to them in the same order.
 
-    Raises StateError without a process group, for one that was destroyed, and on a rank that is not part of it;
-    ConfigError for one that was made without naming a backend.
+    Raises StateError without a process group, for one that was destroyed, and on a rank that is not part of it.
     """
     return served_of(group).collectives
 
@@ -93,17 +92,11 @@ def _is_alive(group: dist.ProcessGroup) -> bool:
 def _find(group: dist.ProcessGroup) -> Served:
     if not _is_alive(group):
         raise StateError("This process group was destroyed. Make a new one with torch.distributed.new_group.")
-    backends = dist.get_backend_config(group)
-    if dist.get_backend(group) == "undefined":
-        raise ConfigError(
-            f'This process group was made without a backend and has several or a default one ("{backends}"); expected '
-            'one by name. Call torch.distributed.init_process_group("gloo") on CPUs, or "nccl" on GPUs.'
-        )
     name = f"group {group.group_name}" if group.group_desc == "undefined" else group.group_desc
     found = offer(group, name=name)
     collectives = FLOW.around(TorchCollectives(group, name=name) if found is None else found)
-    shares_memory = found is not None and dist.get_backend(group) == "gloo" and _is_born_in_pages(collectives)
-    return Served(group, collectives, name, _device_types(backends), shares_memory)
+    shares_memory = found is not None and compat.backend_name(group) == "gloo" and _is_born_in_pages(collectives)
+    return Served(group, collectives, name, _device_types(group), shares_memory)
 
 
 def _is_born_in_pages(group: Collectives) -> bool:
@@ -114,10 +107,17 @@ def _is_born_in_pages(group: Collectives) -> bool:
         return False
 
 
-def _device_types(backends: str) -> tuple[str, ...]:
-    """What a group moves, from torch's "cpu:gloo,cuda:nccl". gloo serves CPU tensors here, whatever else it could.
+def _device_types(group: dist.ProcessGroup) -> tuple[str, ...]:
+    """What a group moves. gloo serves CPU tensors here, whatever else it could."""
+    if dist.get_backend(group) == "undefined":
+        return ("cpu",) if compat.backend_name(group) == "gloo" else ("cuda",)
+    return parse_device_types(dist.get_backend_config(group))
 
-    >>> _device_types("cpu:gloo,cuda:gloo")
+
+def parse_device_types(backends: str) -> tuple[str, ...]:
+    """The types of device in torch's words for what serves which.
+
+    >>> parse_device_types("cpu:gloo,cuda:gloo")
     ('cpu',)
     """
     pairs = (pair.split(":") for pair in backends.split(","))

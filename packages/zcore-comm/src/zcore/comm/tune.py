@@ -46,8 +46,10 @@ class TunePlan:
     @classmethod
     def from_json(cls, text: str) -> "TunePlan":
         """The plan of such a text as `json.dumps(asdict(plan))` gives."""
-        told = json.loads(text)
-        return cls(**{**told, "sizes_bytes": tuple(told["sizes_bytes"])})
+        told: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
+        }
+        return cls(**told)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ __all__ = [
     "all_gather_flat",
     "all_to_all_flat",
     "another_client_of",
+    "backend_name",
     "backend_of",
     "current_backward",
     "current_node",
@@ -68,9 +69,18 @@ def backend_of(group: dist.ProcessGroup, device: torch.device) -> Any:
     return group._get_backend(device)
 
 
+def backend_name(group: dist.ProcessGroup | None = None) -> str:
+    """What moves tensors in `group`; in one made without naming a backend, those of the device computed on."""
+    name = dist.get_backend(group)
+    if name != "undefined":
+        return name
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    return backends.get("cuda" if torch.cuda.is_available() else "cpu", name)
+
+
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """How long a collective of `group` waits for the other ranks."""
-    device_type = "cpu" if dist.get_backend(group) == "gloo" else "cuda"
+    device_type = "cpu" if backend_name(group) == "gloo" else "cuda"
     timeout: timedelta = backend_of(group, torch.device(device_type)).options._timeout
     return timeout
 

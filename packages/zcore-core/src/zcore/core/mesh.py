@@ -61,7 +61,7 @@ def build_mesh(*, device_type: str | None = None, **sizes: int) -> DeviceMesh:
             "torch.distributed.init_process_group first, or `zero.init_distributed()`."
         )
     if device_type is None:
-        device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+        device_type = "cuda" if compat.backend_name() == "nccl" else "cpu"
     planned = plan_mesh(sizes or {"dp": -1}, world_size=dist.get_world_size())
     return init_device_mesh(device_type, tuple(planned.values()), mesh_dim_names=tuple(planned))
 
@@ -121,7 +121,7 @@ def twin_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
     group: dist.ProcessGroup | None
     world = dist.group.WORLD
     assert world is not None
-    timeout = compat.timeout_of(world) if dist.get_backend() in ("gloo", "nccl") else None
+    timeout = compat.timeout_of(world) if compat.backend_name() in ("gloo", "nccl") else None
     group, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
     if group is None:
         raise MeshError(f"Rank {dist.get_rank()} is not part of the mesh {mesh}; build the mesh over all ranks.")

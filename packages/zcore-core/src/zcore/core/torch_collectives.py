@@ -75,7 +75,7 @@ class TorchCollectives:
     def __init__(self, group: dist.ProcessGroup, *, name: str) -> None:
         self._group = group
         self._log = CallLog(name)
-        self._ordered = dist.get_backend(group) == "gloo"
+        self._ordered = compat.backend_name(group) == "gloo"
         if self._ordered:
             _settle_at_exit()
         self._rank = dist.get_rank(group)

@@ -23,8 +23,8 @@ __all__ = ["LINK", "SENT_BYTES", "TwoHosts", "make_two_hosts", "why_no_hosts"]
 
 LINK = "link"  # the name of the device in either namespace
 SENT_BYTES = Path("/sys/class/net", LINK, "statistics", "tx_bytes")  # as ranks on either host see it
-ADDRESSES = ("10.77.0.1", "10.77.0.2")  # seen by nobody outside, so every pair may have the same
-# Ranks that are to be told apart by host need a name of the host, too: `hostname` is a namespace's own as well.
+ADDRESSES = ("10.77.0.1", "10.77.0.2")  # no pair sees another, so all may have the same
+# `ip netns exec` would do; with a name of its own for each host, what is told of a rank says on which it was.
 REACH = "ip netns exec {host} unshare --uts sh -c 'hostname {host}; exec sh -c \"$0\"'"
 BURST, PATIENCE = "72kb", "100ms"  # of tbf: over the 64 KiB that TCP hands down at once; how long a byte may queue
 
@@ -62,7 +62,8 @@ def make_two_hosts() -> Iterator[TwoHosts]:
     first, second = names = f"zcore-{getpid()}-a", f"zcore-{getpid()}-b"
     with ExitStack() as removal:
         for name in names:
-            removal.callback(_run, "ip", "netns", "del", name, check=False)  # before it is made: Ctrl-C may come between
+            # Before it is made: Ctrl-C may come between.
+            removal.callback(_run, "ip", "netns", "del", name, check=False)
             _run("ip", "netns", "add", name)
         ends = [["name", LINK, "netns", name] for name in names]
         _run("ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1])

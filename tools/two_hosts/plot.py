@@ -1,4 +1,4 @@
-"""Draws docs/benchmarks/two-hosts.png from two-hosts.json: times over what the link allows, and bytes that it carried."""
+"""Draws docs/benchmarks/two-hosts.png from two-hosts.json: times over the least time that the link allows."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
         size = f"{steps[0][1]['parameters'] / 1e6:.1f} M parameters"
         _panel(axes[-1], f"ZeRO-3 step, {num_ranks} ranks, {size}", [rate for rate, _ in steps], steps, report)
         axes[0].set_ylabel("time / least time that the link allows")
-    figure.suptitle("Two hosts joined by a link of 100 Mbit/s or 1 Gbit/s: bars are medians with quartiles, below is best")
+    figure.suptitle("Two hosts and one slow link: medians and quartiles; no call can be faster than the dashed line")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 

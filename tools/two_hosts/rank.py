@@ -30,7 +30,7 @@ CONTENDERS = ("torch gloo", "pairwise", "two levels")
 CROSSING = {"reduce_scatter": 0.5, "all_gather": 0.5, "all_reduce": 1.0}  # of the larger side, between two hosts
 PAYLOADS_BYTES = (256 << 10, 4 << 20, 16 << 20)
 ROUNDS, SLICE_S = 5, 0.25
-COUNTED_BYTES = 4 << 20  # calls are repeated up to so many, so that what ranks tell each other meanwhile is lost in them
+COUNTED_BYTES = 4 << 20  # by repeating small calls: what else ranks tell each other meanwhile is lost in so many
 
 TRAINING = {
     "train_micro_batch_size_per_gpu": 1,
@@ -153,7 +153,7 @@ def _alone_on_its_host() -> Iterator[None]:
 
 @contextmanager
 def _without_comm(site: Path) -> Iterator[None]:
-    """Groups made in here are the core's: a wheel of the name zcore-comm that offers nothing comes before the real one."""
+    """Groups made in here are the core's: an empty wheel of the name zcore-comm comes before the real one."""
     wheel = site / "zcore_comm-0.dist-info"
     wheel.mkdir(parents=True)
     (wheel / "METADATA").write_text("Metadata-Version: 2.1\nName: zcore-comm\nVersion: 0\n")

@@ -355,7 +355,7 @@ def choose_default():
     return type(chosen).__name__, chosen.rank, chosen.size
 
 
-DEFAULT = "Recorded" if installed("zcore-comm") else "TorchCollectives"
+DEFAULT = "DeferrableCollectives" if installed("zcore-comm") else "TorchCollectives"
 
 
 def test_torch_serves_unless_zcore_comm_is_installed(ranks):

@@ -1,4 +1,4 @@
-"""Collectives and parallel layers that keep links busy: bucketed, overlapped, compressed, hierarchical.
+"""Collectives at the speed of memory, which say who is missing, and can be recorded.
 
 What stands here is for plain torch, without any other zcore wheel; torch is imported with the first name that is used.
 """
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from zcore.comm.ddp import ddp_hook
     from zcore.comm.flat import all_gather, all_reduce, all_to_all, barrier, broadcast, empty, reduce_scatter
     from zcore.comm.flow import limit_in_flight
+    from zcore.comm.recorder import record
     from zcore.comm.served import collectives_of
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ddp_hook",
     "empty",
     "limit_in_flight",
+    "record",
     "reduce_scatter",
 ]
 
@@ -32,6 +34,7 @@ _MODULES = {
     "collectives_of": "zcore.comm.served",
     "ddp_hook": "zcore.comm.ddp",
     "limit_in_flight": "zcore.comm.flow",
+    "record": "zcore.comm.recorder",
 }
 
 

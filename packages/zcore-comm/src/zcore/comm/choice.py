@@ -13,12 +13,14 @@ import torch.distributed as dist
 
 from zcore.comm.accelerator import AcceleratorCollectives
 from zcore.comm.algorithms import DEFAULT_TABLE, Table, read_table
+from zcore.comm.flow import FLOW
 from zcore.comm.hierarchical import HierarchicalCollectives, plan_levels
 from zcore.comm.meeting import Card, agree, meet
 from zcore.comm.moves import Peers
 from zcore.comm.neighbours import Neighbours, open_neighbours
 from zcore.comm.pairwise import PairwiseCollectives
 from zcore.comm.recorded import Recorded
+from zcore.comm.requests import DeferrableCollectives
 from zcore.comm.shared_memory import SharedMemoryCollectives
 from zcore.comm.watch import Journal, Watch, watch_of_run
 from zcore.core import compat
@@ -29,14 +31,14 @@ __all__ = ["offer", "serve"]
 logger = logging.getLogger(__name__)
 
 
-def offer(group: dist.ProcessGroup, *, name: str) -> Collectives | None:
-    """What serves `group` best, seen by whoever records. Every rank of `group` calls this.
+def offer(group: dist.ProcessGroup, *, name: str) -> DeferrableCollectives | None:
+    """What serves `group` best, seen by whoever records, under the limit on bytes in flight.
 
-    None for a group of one rank, or a backend that is not known here.
+    None for a group of one rank, or a backend that is not known here. Every rank of `group` calls this.
     """
     if dist.get_world_size(group) == 1 or compat.backend_name(group) not in ("gloo", "nccl"):
         return None
-    return Recorded(serve(group, name=name), group, name=name)
+    return FLOW.around(Recorded(serve(group, name=name), group, name=name))
 
 
 def serve(group: dist.ProcessGroup, *, name: str) -> Collectives:

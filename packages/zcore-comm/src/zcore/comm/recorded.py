@@ -164,8 +164,7 @@ class Recorded:
             group=self._group,
             op=op,
             label=label,
-            # two frames up: this method, the one of `Recorded`, its caller
-            caller=sys._getframe(2).f_code.co_qualname if any(each.names_callers for each in listeners) else "",
+            caller=_caller() if any(each.names_callers for each in listeners) else "",
             dtype=str(larger.dtype).removeprefix("torch."),
             payload_bytes=payload_bytes,
             algorithm=self.algorithm_for(op, payload_bytes),
@@ -205,3 +204,11 @@ class _Timed:
         record.done_s = self._clock()
         for each in listeners:
             each.note_done(record)
+
+
+def _caller() -> str:
+    """The function outside of this wheel that made the call."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("zcore.comm."):
+        frame = frame.f_back
+    return frame.f_code.co_qualname

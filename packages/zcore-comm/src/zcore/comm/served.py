@@ -94,7 +94,7 @@ def _find(group: dist.ProcessGroup) -> Served:
         raise StateError("This process group was destroyed. Make a new one with torch.distributed.new_group.")
     name = f"group {group.group_name}" if group.group_desc == "undefined" else group.group_desc
     found = offer(group, name=name)
-    collectives = FLOW.around(TorchCollectives(group, name=name) if found is None else found)
+    collectives = found or FLOW.around(TorchCollectives(group, name=name))
     shares_memory = found is not None and compat.backend_name(group) == "gloo" and _is_born_in_pages(collectives)
     return Served(group, collectives, name, _device_types(group), shares_memory)
 

@@ -5,6 +5,7 @@ import re
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +72,9 @@ def failures_of(ranks, kind, world_size, how, size):
 @pytest.mark.parametrize("size", [100, 100_000], ids=["small", "large"])
 @each_kind
 def test_a_rank_that_is_killed_is_named_by_all_others(ranks, kind, world_size, size):
+    names = set(Path("/dev/shm").iterdir())
     failures = failures_of(ranks, kind, world_size, "is_killed", size)
+    assert not {name for name in set(Path("/dev/shm").iterdir()) - names if "zcore" in name.name}
     for rank in set(range(world_size)) - {CULPRIT}:
         assert failures[rank].type_name == "CollectiveError", failures[rank].message
         assert "restart all ranks" in failures[rank].message

@@ -353,7 +353,6 @@ def test_a_group_made_without_naming_a_backend_is_served_by_that_of_the_device(r
     assert ranks(2, name_no_backend, init_process_group=False) == [[2.0] * 3] * 2
 
 
-
 def test_without_a_process_group_the_message_says_what_to_call():
     for act in (lambda: comm.empty(1, torch.float32), lambda: comm.all_reduce(ones(1)), comm.barrier):
         with pytest.raises(StateError, match=r"there is none yet. Call torch.distributed.init_process_group"):

@@ -11,6 +11,7 @@ import re
 import resource
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis
@@ -377,6 +378,28 @@ def test_a_forked_child_is_refused_and_disturbs_nobody(ranks):
     for message in ranks(2, call_in_a_child):
         assert message.startswith(StateError.__name__)
         assert "forked child" in message
+
+
+def sum_many(seed):
+    served = serve(dist.group.WORLD, name="dp")
+    total = born(served, torch.full((30_000,), float(seed + served.rank)))
+    for _ in range(20):
+        served.all_reduce(total, label="x").wait()
+        total /= served.size
+    whole = served.empty(served.size * 5, dtype=torch.float32, device=CPU)
+    served.all_gather(whole, torch.full((5,), float(served.rank)), label="x").wait()
+    return type(served).__name__, total[0].item(), whole[::5].tolist()
+
+
+def test_sixteen_ranks_share_memory(ranks):
+    assert ranks(16, sum_many, 0) == [("SharedMemoryCollectives", 7.5, [float(rank) for rank in range(16)])] * 16
+
+
+def test_jobs_on_one_host_do_not_meet(ranks):
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(ranks, 2, sum_many, seed) for seed in (0, 100)]
+        found = [job.result() for job in jobs]
+    assert found == [[("SharedMemoryCollectives", mean, [0.0, 1.0])] * 2 for mean in (0.5, 100.5)]
 
 
 def served_where_one_rank_has_no_memory_to_share():

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from zcore.comm.pairwise import PairwiseCollectives
-from zcore.comm.progress import Polled, is_reached_napping, join
+from zcore.comm.progress import Polled, is_reached_napping, note_closed, note_open
 from zcore.comm.shared_memory import SharedMemoryCollectives
 from zcore.comm.sizes import check_exchange, check_slots
 from zcore.comm.watch import Journal
@@ -87,7 +87,6 @@ class HierarchicalCollectives:
         self._log = CallLog(name)
         self._open: list[_Open] = []  # in the order of starting
         self._is_advancing = False
-        join(self)
 
     @property
     def rank(self) -> int:
@@ -103,11 +102,6 @@ class HierarchicalCollectives:
     def traffic(self) -> Traffic:
         """What went through the group so far."""
         return self._log.traffic
-
-    @property
-    def has_open_calls(self) -> bool:
-        """Whether this rank has started a call that is not done."""
-        return bool(self._open)
 
     def algorithm_for(self, op: str, payload_bytes: int) -> str:
         """How a call is served, in words."""
@@ -244,6 +238,8 @@ class HierarchicalCollectives:
                     begun_by_all = min(begun_by_all, each.begun)
                 elif _is_done(each.under_way):
                     self._open.remove(each)
+                    if not self._open:
+                        note_closed(self)
                     self._journal.finish(each.call)
         finally:
             self._is_advancing = False
@@ -264,6 +260,7 @@ class HierarchicalCollectives:
 
     def _start(self, call: Call, *steps: _Step) -> Pending:
         this = _Open(call, steps)
+        note_open(self)
         self._open.append(this)
         self.advance()
         return _Pending(self, this)

@@ -12,11 +12,10 @@ import os
 import time
 from collections.abc import Callable
 from typing import Protocol
-from weakref import WeakSet
 
 from zcore.core.collectives import Pending
 
-__all__ = ["Polled", "advance_all", "has_steps", "is_reached_napping", "is_reached_within", "join"]
+__all__ = ["Polled", "advance_all", "has_steps", "is_reached_napping", "is_reached_within", "note_closed", "note_open"]
 
 LOOKS = 2000  # about 0.2 ms
 LOOKS_WHEN_CROWDED = 20  # more ranks than processors: whoever looks keeps another from working
@@ -33,34 +32,34 @@ class Polled(Pending, Protocol):
 
 
 class Steps(Protocol):
-    """A group with calls of several steps."""
-
-    @property
-    def has_open_calls(self) -> bool:
-        """Whether there may be something to do."""
-        ...
+    """A group whose calls have several steps."""
 
     def advance(self) -> None:
         """Do what can be done without waiting."""
         ...
 
 
-_groups: "WeakSet[Steps]" = WeakSet()  # of this process
+_with_open_calls: dict[Steps, None] = {}  # of this process, in the order in which they came; asked at every look
 
 
-def join(group: Steps) -> None:
-    """Have `group` advance whenever this process waits, as long as it lives."""
-    _groups.add(group)
+def note_open(group: Steps) -> None:
+    """Have `group` advance whenever this process waits."""
+    _with_open_calls[group] = None
+
+
+def note_closed(group: Steps) -> None:
+    """No call of `group` is open any more."""
+    _with_open_calls.pop(group, None)
 
 
 def has_steps() -> bool:
     """Whether a group has open calls."""
-    return any(group.has_open_calls for group in tuple(_groups))
+    return bool(_with_open_calls)
 
 
 def advance_all() -> None:
     """Take what steps can be taken, in every group."""
-    for group in tuple(_groups):
+    for group in tuple(_with_open_calls):
         group.advance()
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from zcore.comm.board import NUM_SLOTS, RING_CALLS, Board, Entry
 from zcore.comm.neighbours import Neighbours
 from zcore.comm.pages import Region, own_pages
-from zcore.comm.progress import Polled, join
+from zcore.comm.progress import Polled, note_closed, note_open
 from zcore.comm.sizes import check_exchange, check_slots
 from zcore.core import compat
 from zcore.core.collectives import Call, CallLog, Pending, Traffic, tree_sum
@@ -67,7 +67,6 @@ class SharedMemoryCollectives:
         self._name = name
         self._next = 0
         self._open: dict[int, _Open] = {}  # in the order of starting
-        join(self)
         self._together: dict[int, tuple[Region, int]] = {}  # of the leader: by slot, with the count of the call
 
     @property
@@ -228,11 +227,6 @@ class SharedMemoryCollectives:
         """See `Collectives.recv`; over gloo."""
         return self._plain.recv(tensor, src=self._members[src], label=label)
 
-    @property
-    def has_open_calls(self) -> bool:
-        """Whether this rank has started a call that is not done."""
-        return bool(self._open)
-
     def advance(self) -> None:
         """Do what open calls need, as far as the others have come."""
         for each in list(self._open.values()):
@@ -272,6 +266,7 @@ class SharedMemoryCollectives:
         self._make_place_in_ring()
         index, self._next = self._next, self._next + 1
         call = self._log.note(op, label, tensor)
+        note_open(self)
         self._open[index] = _Open(call, Entry(op, tensor.dtype, tensor.numel(), variant, label), index)
         return index
 
@@ -370,6 +365,8 @@ class SharedMemoryCollectives:
     def _close(self, this: _Open) -> None:
         if self._open.pop(this.index, None) is None:
             return
+        if not self._open:
+            note_closed(self)
         self._neighbours.board.finished = next(iter(self._open), self._next)
         if this.staged is not None:
             self._pages.give_back(this.staged)

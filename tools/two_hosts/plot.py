@@ -24,13 +24,13 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
     rates = list(dict.fromkeys(run["rate"] for run in runs))
     worlds = sorted({run["num_ranks"] for run in runs})
     ops = list(dict.fromkeys(row["op"] for row in runs[0]["collectives"]))
-    figure, rows = plt.subplots(len(worlds), len(ops) + 1, figsize=(17, 4.4 * len(worlds)), squeeze=False)
+    figure, rows = plt.subplots(len(worlds), len(ops) + 1, figsize=(19, 4.4 * len(worlds)), squeeze=False)
     for num_ranks, axes in zip(worlds, rows, strict=True):
         of_world = {run["rate"]: run for run in runs if run["num_ranks"] == num_ranks}
         for op, axis in zip(ops, axes, strict=False):
             cases = [(rate, row) for rate in rates for row in of_world[rate]["collectives"] if row["op"] == op]
             labels = [f"{_size(row['payload_bytes'])}\n{rate}" for rate, row in cases]
-            _panel(axis, f"{op}, {num_ranks} ranks", labels, [(rate, row) for rate, row in cases], report)
+            _panel(axis, f"{op}, {num_ranks} ranks", labels, cases, report)
         steps = [(rate, of_world[rate]["zero_step"]) for rate in rates]
         size = f"{steps[0][1]['parameters'] / 1e6:.1f} M parameters"
         _panel(axes[-1], f"ZeRO-3 step, {num_ranks} ranks, {size}", [rate for rate, _ in steps], steps, report)
@@ -55,8 +55,9 @@ def _panel(
         places = [at + (step - (len(names) - 1) / 2) * width for at in range(len(cases))]
         axis.bar(places, middle, width, yerr=(below, above), label=name, color=COLOURS[name], capsize=2)
     axis.axhline(1, color="black", linewidth=1, linestyle="--")
-    axis.set_xticks(range(len(cases)), labels, fontsize=8)
+    axis.set_xticks(range(len(cases)), labels, fontsize=7)
     axis.set_title(title, fontsize=11)
+    axis.margins(y=0.18)  # room for the legend
     axis.legend(fontsize=8)
 
 

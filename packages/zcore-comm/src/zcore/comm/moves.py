@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from zcore.core.exchange import raw, start_slot_sum
+from zcore.core.exchange import PIECE_BYTES, raw, start_slot_sum
 
 __all__ = ["Finish", "Peers"]
 
@@ -53,6 +53,37 @@ class Peers:
             tag=tag,
             window=WINDOW_PIECES,
         )
+
+    def sum_everywhere(self, slots: Sequence[Tensor], *, tag: int) -> Finish:
+        """`slots[r] = sum over ranks of their slots[r]`: each sums its own and passes each piece on."""
+        passed: list[dist.Work | None] = []
+
+        def pass_on(piece: Tensor) -> None:
+            passed.extend(self._send(piece, target=each, tag=tag + STEP_TAGS) for each in self.others)
+
+        sum_own = start_slot_sum(
+            slots[self.rank],
+            slots,
+            group=self.group,
+            members=self.members,
+            rank=self.rank,
+            tag=tag,
+            window=WINDOW_PIECES,
+            summed=pass_on,
+        )
+        # A sum takes the place of what was sent for it: whoever sends one has received all of that before.
+        step = max(1, PIECE_BYTES // slots[0].element_size())
+        receives = [
+            self._receive(piece, source=each, tag=tag + STEP_TAGS)
+            for each in reversed(self.others)
+            for piece in slots[each].split(step)
+        ]
+
+        def finish() -> None:
+            sum_own()
+            _wait_for([*passed, *receives])
+
+        return finish
 
     def exchange(self, receives: Sequence[Tensor], sends: Sequence[Tensor], *, tag: int) -> Finish:
         """`receives[r]` comes from rank r, `sends[r]` goes to it; what both hold for this rank is left alone."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zcore.comm.algorithms import Table
-from zcore.comm.moves import STEP_TAGS, Finish, Peers
+from zcore.comm.moves import Finish, Peers
 from zcore.comm.progress import Polled, advance_all, has_steps
 from zcore.comm.sizes import check_exchange, check_slots
 from zcore.comm.watch import Journal
@@ -97,7 +97,7 @@ class PairwiseCollectives:
         """See `Collectives.all_reduce`."""
         call, tag = self._begin("all_reduce", label, tensor)
         if self._choice(call) == "gather":
-            parts = [tensor.clone() if each == self.rank else torch.empty_like(tensor) for each in range(self.size)]
+            parts = [tensor if each == self.rank else torch.empty_like(tensor) for each in range(self.size)]
             gather = self._peers.gather(parts, tag=tag)
 
             def finish() -> None:
@@ -105,14 +105,7 @@ class PairwiseCollectives:
                 tree_sum(parts, out=tensor)
 
             return self._add(call, finish)
-        slots = tensor.tensor_split(self.size)
-        sum_slots = self._peers.sum_slots(slots[self.rank], slots, tag=tag)
-
-        def sum_and_gather() -> None:
-            sum_slots()
-            self._peers.gather(slots, tag=tag + STEP_TAGS)()
-
-        return self._add(call, sum_and_gather)
+        return self._add(call, self._peers.sum_everywhere(tensor.tensor_split(self.size), tag=tag))
 
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_to_all`."""

@@ -30,13 +30,14 @@ def start_slot_sum(
     rank: int,
     tag: int,
     window: int | None = None,
+    summed: Callable[[Tensor], None] | None = None,
 ) -> Callable[[], None]:
     """Start `output = sum over ranks of their slots[rank]`; what is returned waits, sums, and raises RuntimeError.
 
     slots: this rank's tensor for each rank; slot r has as many elements as rank r's output. `output` may be the own
     one. members: of `group`, by rank here. tag: tells calls under way apart; equal on all ranks. window: how many
     pieces of each rank to have memory for; by default all. With fewer, others wait until this rank sums, so that has to
-    happen whatever else it waits for.
+    happen whatever else it waits for. summed: called with each piece of `output`, in order, once it is there.
     """
     others = [each for each in range(len(slots)) if each != rank]
     numel, step = output.numel(), max(1, PIECE_BYTES // output.element_size())
@@ -70,6 +71,8 @@ def start_slot_sum(
             own = slots[rank][low : low + step]
             parts = pieces(index)
             tree_sum([*parts[:rank], own, *parts[rank:]], out=output[low : low + step])
+            if summed is not None:
+                summed(output[low : low + step])
             if index + depth < len(lows):
                 receives.append(receive(index + depth))
         for send in sends:

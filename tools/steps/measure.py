@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 from gpt import GPT, GPTConfig
-from steps.trainers import Step, build_step
+from steps.trainers import Step, build_steps
 
 from zcore.comm.recorder import record
 from zcore.comm.timing import Spread, time_in_turns
@@ -31,9 +31,9 @@ def measure_steps(sizes: GPTConfig, kinds: tuple[str, ...], *, sequences: int, r
     matmul_flops_per_s = _measure_matmul()
     steps: dict[str, Step] = {}
     losses: dict[str, list[float]] = {}
-    for kind in kinds:
-        steps[kind] = build_step(kind, sizes, tokens)
-        losses[kind] = [steps[kind]() for _ in range(3)]
+    for kind, step in build_steps(kinds, sizes, tokens):
+        steps[kind] = step
+        losses[kind] = [step() for _ in range(3)]
         gc.collect()
     _compare(losses)
     runs = {kind: lambda step=step: _discard(step()) for kind, step in steps.items()}

@@ -9,7 +9,7 @@ no communication        DDP's step within no_sync: what the ranks compute, nothi
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -26,7 +26,7 @@ from zcore.core.collectives import Collectives, Pending
 from zcore.core.mesh import build_mesh
 from zcore.core.torch_collectives import TorchCollectives
 
-__all__ = ["KINDS", "Step", "build_step"]
+__all__ = ["KINDS", "Step", "build_steps"]
 
 LEARNING_RATE = 1e-3
 CLIP_NORM = 1.0
@@ -39,6 +39,7 @@ ZERO = {
 
 Step = Callable[[], float]  # one optimizer step; its loss
 Serve = Callable[..., Collectives]
+Trained = tuple[nn.Module, torch.optim.Optimizer]
 
 
 class PlainGloo(TorchCollectives):
@@ -98,36 +99,64 @@ def _served_by(make: Serve) -> Iterator[None]:
         extensions.offered = before
 
 
-def build_step(kind: str, sizes: GPTConfig, tokens: Tensor) -> Step:
-    """A step of `kind`, on `tokens` [sequences, context + 1] of this rank; every rank calls this."""
+def build_steps(kinds: Sequence[str], sizes: GPTConfig, tokens: Tensor) -> Iterator[tuple[str, Step]]:
+    """A step of each of `kinds`, on `tokens` [sequences, context + 1] of this rank; every rank calls this.
+
+    DDP's model is also that of "no communication", which comes last: a set of states less to hold.
+    """
+    ddp: Trained | None = None
+    for kind in kinds:
+        if kind in SERVED:
+            yield kind, _zero_step(SERVED[kind], sizes, tokens)
+        elif kind == "FSDP2":
+            yield kind, _step_of(_fsdp2(sizes), tokens)
+        else:
+            ddp = ddp or _ddp(sizes)
+            yield kind, _step_of(ddp, tokens, sends=kind == "DDP")
+
+
+def _model(sizes: GPTConfig) -> GPT:
     torch.manual_seed(0)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    model = GPT(sizes)
-    if kind in SERVED:
-        with _served_by(SERVED[kind]):
-            engine = zero.initialize(model, ZERO, mesh=build_mesh(device_type="cpu", dp=-1))
+    return GPT(sizes)
 
-        def zero_step() -> float:
-            loss = engine(inputs, targets=targets)
-            engine.backward(loss)
-            engine.step()
-            return loss.item()
 
-        return zero_step
-    if kind == "FSDP2":
-        mesh = build_mesh(device_type="cpu", dp=-1)
-        for part in (*model.blocks, model):
-            fully_shard(part, mesh=mesh)
-        wrapped: nn.Module = model
-    else:
-        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=LEARNING_RATE, fused=True)
+def _zero_step(make: Serve, sizes: GPTConfig, tokens: Tensor) -> Step:
+    with _served_by(make):
+        engine = zero.initialize(_model(sizes), ZERO, mesh=build_mesh(device_type="cpu", dp=-1))
 
     def step() -> float:
-        with wrapped.no_sync() if kind == "no communication" else nullcontext():
-            loss = wrapped(inputs, targets)
+        loss = engine(tokens[:, :-1], targets=tokens[:, 1:])
+        engine.backward(loss)
+        engine.step()
+        return loss.item()
+
+    return step
+
+
+def _fsdp2(sizes: GPTConfig) -> Trained:
+    model, mesh = _model(sizes), build_mesh(device_type="cpu", dp=-1)
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    return model, _optimizer(model)
+
+
+def _ddp(sizes: GPTConfig) -> Trained:
+    model = nn.parallel.DistributedDataParallel(_model(sizes), gradient_as_bucket_view=True)
+    return model, _optimizer(model)
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+
+def _step_of(trained: Trained, tokens: Tensor, *, sends: bool = True) -> Step:
+    model, optimizer = trained
+
+    def step() -> float:
+        with nullcontext() if sends else model.no_sync():
+            loss = model(tokens[:, :-1], targets=tokens[:, 1:])
             loss.backward()
-        nn.utils.clip_grad_norm_(wrapped.parameters(), CLIP_NORM)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()

@@ -8,14 +8,14 @@ import torch.distributed as dist
 
 from zcore.comm.accelerator import AcceleratorCollectives
 from zcore.comm.algorithms import DEFAULT_TABLE
-from zcore.comm.choice import _Builder
+from zcore.comm.choice import Parts
 from zcore.comm.meeting import meet
 
 
 def served():
     group = dist.group.WORLD
-    builder = _Builder(group, meet(group, name="dp"), DEFAULT_TABLE, name="dp")
-    return AcceleratorCollectives(group, builder.journal(range(dist.get_world_size()), "dp"), name="dp")
+    parts = Parts(group, meet(group, name="dp"), DEFAULT_TABLE, name="dp")
+    return AcceleratorCollectives(group, parts.journal(range(dist.get_world_size()), "dp"), name="dp")
 
 
 def call_everything():
@@ -55,7 +55,7 @@ class Told(logging.Handler):
 
 def leave_the_others_alone():
     told = Told()
-    logging.getLogger("zcore.comm.watch").addHandler(told)
+    logging.getLogger("zcore.comm.journal").addHandler(told)
     group = served()
     group.all_reduce(torch.ones(4), label="grads.0").wait()
     tensor = torch.ones(5)

@@ -12,7 +12,7 @@ is all this relies on; on others the group is served by other means.
 import mmap
 import platform
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -51,10 +51,11 @@ class Entry:
 
     def __str__(self) -> str:
         to_whom = f" from rank {self.variant}" if self.op == "broadcast" else ""
+        to_whom += " into one memory" if self.op == "all_gather" and self.variant else ""
         return f"{self.op} {self.label}{to_whom} ({self.numel} x {str(self.dtype).removeprefix('torch.')})"
 
 
-@cache
+@lru_cache(maxsize=4096)  # labels that count steps would fill the memory
 def _label_bytes(label: str) -> bytes:
     return label.encode()[:LABEL_BYTES].ljust(LABEL_BYTES, b"\0")
 

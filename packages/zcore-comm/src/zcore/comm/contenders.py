@@ -20,14 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zcore.comm.algorithms import Table, read_table
-from zcore.comm.choice import serve
+from zcore.comm.choice import Parts, serve
 from zcore.comm.comm_report import bus_factor
 from zcore.comm.hierarchical import HierarchicalCollectives
 from zcore.comm.meeting import meet
-from zcore.comm.moves import Peers
 from zcore.comm.pairwise import PairwiseCollectives
 from zcore.comm.shared_memory import SharedMemoryCollectives
-from zcore.comm.watch import watch_of_run
 from zcore.core import compat
 from zcore.core.collectives import Collectives
 from zcore.core.torch_collectives import TorchCollectives
@@ -115,12 +113,8 @@ def build_case(group: Collectives, op: str, payload_bytes: int) -> Case:
 
 def pairwise_over(group: dist.ProcessGroup, table: Table, *, name: str) -> PairwiseCollectives:
     """Messages between pairs of ranks wherever these are, by `table`; every rank of `group` calls this."""
-    homes = [card.home for card in meet(group, name=name)]
-    rank = dist.get_rank(group)
-    journal = watch_of_run().open(
-        f"{compat.name_of(group)}/{name}", homes, rank=rank, deadline_s=compat.timeout_of(group).total_seconds()
-    )
-    return PairwiseCollectives(Peers(group, tuple(range(len(homes))), rank), journal, table, name=name)
+    shown = meet(group, name=name)
+    return Parts(group, shown, table, name=name).pairwise(range(len(shown)), of="")
 
 
 def _apart_size(size: int) -> int:

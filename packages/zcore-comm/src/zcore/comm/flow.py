@@ -17,9 +17,13 @@ start before the step begins to collect, and lets gathers overtake sums.
 """
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+import torch
+
 from zcore.comm.requests import DeferrableCollectives, Request, Start, starter_of
+from zcore.core import compat
 from zcore.core.collectives import Collectives, Pending
 from zcore.core.errors import ConfigError
 
@@ -47,7 +51,7 @@ def choose_next(held: Sequence[tuple[Hashable, int]]) -> int:
 class _Call:
     """A call under a limit: held back (with `_request`), then in flight (with `_pending`), then done (with neither)."""
 
-    __slots__ = ("_flow", "_pending", "_request", "num_bytes", "priority", "start")
+    __slots__ = ("_flow", "_pending", "_request", "error", "num_bytes", "priority", "start")
 
     def __init__(self, flow: "Flow", start: Start, request: Request) -> None:
         self._flow = flow
@@ -56,12 +60,19 @@ class _Call:
         self.priority = request.priority
         self._request: Request | None = request
         self._pending: Pending | None = None
+        self.error: Exception | None = None  # that ended it, to be raised by every wait for it
 
     def begin(self) -> None:
-        """Start what is held back."""
+        """Start what is held back, perhaps in somebody else's wait: what goes wrong is kept for this call's own."""
         request, self._request = self._request, None
         assert request is not None
-        self._pending = self.start(request)
+        try:
+            with _named(request):
+                self._pending = self.start(request)
+        except Exception as error:  # noqa: BLE001 - raised by `wait`, or by the call itself
+            self.error = error
+        else:
+            self._flow.count(self.num_bytes)
 
     def wait(self) -> None:
         """See `Pending.wait`; starts everything that the limit holds back."""
@@ -69,7 +80,19 @@ class _Call:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._flow.count(-self.num_bytes)
-            pending.wait()
+            try:
+                pending.wait()
+            except Exception as error:  # noqa: BLE001 - raised below, and again
+                self.error = error
+        if self.error is not None:
+            raise self.error
+
+
+def _named(request: Request) -> AbstractContextManager[object]:
+    """The call's name in a profile, as the core gives it; its microseconds are spent only where somebody looks."""
+    if not compat.is_profiled():
+        return nullcontext()
+    return torch.profiler.record_function(f"zcore::{request.op} {request.label}")
 
 
 class Flow:
@@ -118,6 +141,8 @@ class Flow:
         call = _Call(self, start, request)
         self._held.append(call)
         self._start_what_fits()
+        if call.error is not None:
+            raise call.error
         return call
 
     def _start_what_fits(self) -> None:
@@ -135,7 +160,6 @@ class Flow:
     def _start(self, call: _Call) -> None:
         self._held.remove(call)
         call.begin()
-        self.count(call.num_bytes)
 
 
 def _checked(limit_bytes: int | None) -> int | None:

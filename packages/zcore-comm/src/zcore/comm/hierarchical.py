@@ -20,6 +20,7 @@ A step of a call begins when its step before is done, and when every earlier cal
 begin them in one order. It is taken by whoever waits, or starts another call.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,12 +28,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from zcore.comm.journal import Journal
 from zcore.comm.pairwise import PairwiseCollectives
-from zcore.comm.progress import Polled, is_reached_napping, note_closed, note_open
+from zcore.comm.progress import LOCK, Polled, is_reached_napping, note_closed, note_open
 from zcore.comm.shared_memory import SharedMemoryCollectives
-from zcore.comm.sizes import check_exchange, check_slots
-from zcore.comm.watch import Journal
+from zcore.comm.sizes import check_exchange, check_process, check_slots
 from zcore.core.collectives import Call, CallLog, Pending, Traffic
+from zcore.core.errors import StateError, ZcoreError
 
 __all__ = ["HierarchicalCollectives", "plan_levels"]
 
@@ -66,6 +68,7 @@ class _Open:
     call: Call
     steps: tuple[_Step, ...]
     begun: int = 0
+    error: Exception | None = None  # that ended it
     under_way: list[Polled] = field(default_factory=list)
 
 
@@ -86,6 +89,8 @@ class HierarchicalCollectives:
         self._flat, self._column, self._first, self._last = flat, column, first, last
         self._log = CallLog(name)
         self._open: list[_Open] = []  # in the order of starting
+        self._process = os.getpid()
+        self._broken: Exception | None = None
         self._is_advancing = False
 
     @property
@@ -224,36 +229,59 @@ class HierarchicalCollectives:
         return self._flat.recv(tensor, src=src, label=label)
 
     def advance(self) -> None:
-        """Begin what steps can begin."""
-        if self._is_advancing:
-            return  # beginning a step may wait for room, and waiting advances every group
+        """Begin what steps can begin. What goes wrong ends all calls of this group, for those who wait for them."""
+        if self._is_advancing or not LOCK.acquire(blocking=False):
+            return  # beginning a step may wait for room, and waiting advances every group; or another thread is at it
         self._is_advancing = True
         try:
-            begun_by_all = NUM_STEPS
-            for each in tuple(self._open):
-                while each.begun < min(begun_by_all, len(each.steps)) and _is_done(each.under_way):
-                    each.under_way = list(each.steps[each.begun]())
-                    each.begun += 1
-                if each.begun < len(each.steps):
-                    begun_by_all = min(begun_by_all, each.begun)
-                elif _is_done(each.under_way):
-                    self._open.remove(each)
-                    if not self._open:
-                        note_closed(self)
-                    self._journal.finish(each.call)
+            self._advance()
+        except Exception as error:  # noqa: BLE001 - raised by `wait_for`
+            self._break(error)
         finally:
             self._is_advancing = False
+            LOCK.release()
+
+    def _advance(self) -> None:
+        begun_by_all = NUM_STEPS
+        for each in tuple(self._open):
+            while each.begun < min(begun_by_all, len(each.steps)) and _is_done(each.under_way):
+                each.under_way = list(each.steps[each.begun]())
+                each.begun += 1
+            if each.begun < len(each.steps):
+                begun_by_all = min(begun_by_all, each.begun)
+            elif _is_done(each.under_way):
+                self._open.remove(each)
+                if not self._open:
+                    note_closed(self)
+                self._journal.finish(each.call)
+
+    def _break(self, error: Exception) -> None:
+        self._broken = error
+        for each in self._open:
+            each.error = error
+        self._open.clear()
+        note_closed(self)
+        if isinstance(error, ZcoreError):
+            self._journal.give_up(error)
 
     def wait_for(self, this: _Open) -> None:
-        """Return when the call is done."""
+        """Return when the call is done. Raises what ended it, each time."""
         self.advance()
         if this in self._open:
-            self._journal.wait_for(this.call, partial(self._is_done_within, this))
+            try:
+                self._journal.wait_for(this.call, partial(self._is_done_within, this))
+            except ZcoreError as error:
+                self._break(error)
+        if this.error is not None:
+            raise this.error
 
     def _is_done_within(self, this: _Open, time_s: float) -> bool:
         return is_reached_napping(lambda: this not in self._open, time_s)
 
     def _begin(self, op: str, label: str, tensor: Tensor) -> Call:
+        check_process(self._process, f"{op} {label}")
+        if self._broken is not None:
+            raise StateError(f"{op} {label}: this group has ended with an error. Restart the ranks.") from self._broken
         call = self._log.note(op, label, tensor)
         self._journal.start(call)
         return call

@@ -23,6 +23,7 @@ class Home:
     process: int
     began: int  # in ticks since the host started: a number of a process may be given again
     global_rank: int
+    life: int  # of the process in this run, see cards.py
 
     @property
     def is_here(self) -> bool:
@@ -50,11 +51,11 @@ class Home:
         return f"process {self.process} on {self.name} {known}"
 
 
-def own_home() -> Home:
+def own_home(life: int) -> Home:
     """Where this rank lives. Raises OSError without /proc."""
     process = os.getpid()
     state = _stat_of(process)
-    return Home(_host(), socket.gethostname(), process, state[1] if state else 0, dist.get_rank())
+    return Home(_host(), socket.gethostname(), process, state[1] if state else 0, dist.get_rank(), life)
 
 
 def _host() -> bytes:

@@ -8,9 +8,12 @@
 All move the same bytes per rank. What a finish waits for it waits for in the caller's thread; RuntimeError is gloo's.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,6 +24,7 @@ __all__ = ["Finish", "Peers"]
 Finish = Callable[[], None]
 
 WINDOW_PIECES = 4  # received at a time while a sum goes on: 64 MiB take 27 ms, with memory for all of them 41
+NEVER = (1 << 30) + 1  # a tag that no message has
 STEP_TAGS = 1 << 28  # second steps of a call have a tag of their own
 
 
@@ -134,6 +138,19 @@ class Peers:
             self.gather(slots, tag=tag + STEP_TAGS)()
 
         return finish
+
+    def abort(self) -> None:
+        """Close the connections of the process group: whatever its ranks wait for fails, here and there.
+
+        gloo does that when a wait gives up, and offers no other way.
+        """
+        never = dist.irecv(torch.empty(1, dtype=torch.uint8), group=self.group, group_src=self._another(), tag=NEVER)
+        assert never is not None
+        with contextlib.suppress(RuntimeError):
+            never.wait(timedelta(milliseconds=1))
+
+    def _another(self) -> int:
+        return self.members[self.others[0]]
 
     def _send(self, tensor: Tensor, *, target: int, tag: int) -> dist.Work | None:
         if not tensor.numel():

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from zcore.comm.board import Board, Entry
-from zcore.comm.home import Home
-from zcore.comm.meeting import Card
+from zcore.comm.journal import ALIKE, TELL_S, Journal
+from zcore.comm.meeting import Introduction
 from zcore.comm.pages import map_file, own_pages, storage_at
 from zcore.comm.progress import is_reached_within
-from zcore.comm.watch import ALIKE, TELL_S, Watch
 from zcore.core.collectives import contents_of
 from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
 
@@ -31,23 +30,21 @@ class Neighbours:
 
     def __init__(
         self,
-        homes: Sequence[Home],
         boards: Sequence[Board],
         mappings: Sequence[mmap.mmap],
         *,
         rank: int,
-        deadline_s: float,
-        watch: Watch,
+        journal: Journal,
     ) -> None:
         self.rank = rank
         self.size = len(boards)
         self.board = boards[rank]
         self.others = [(each, boards[each]) for each in range(self.size) if each != rank]
         self.boards = boards
-        self._homes = homes
+        self._homes = journal.homes
         self._mappings = mappings
-        self._deadline_s = deadline_s
-        self._watch = watch
+        self._deadline_s = journal.deadline_s
+        self._journal = journal
 
     def data_of(self, rank: int, index: int, *, skip: int, numel: int, dtype: torch.dtype) -> Tensor:
         """`numel` elements of what `rank` shows in call `index`, from its element `skip` on; no copy."""
@@ -85,6 +82,10 @@ class Neighbours:
                 has_told = True
                 logger.warning("Waiting for %s since %.0f s. %s", what, waited_s, self._describe(missing))
 
+    def go_on(self) -> None:
+        """This rank takes part again, after an error that it told the others of."""
+        self._journal.go_on()
+
     def check_same(self, index: int, entry: Entry) -> None:
         """Raise MismatchError if another rank, all of which have started it, made call `index` another one."""
         for rank, board in self.others:
@@ -93,10 +94,10 @@ class Neighbours:
                     f"Call {index} of this group is {entry} on rank {self._homes[self.rank].global_rank}, and "
                     f"{board.entry(index)} on rank {self._homes[rank].global_rank}. {ALIKE}"
                 )
-                raise self._watch.give_up(MismatchError(words))
+                raise self._journal.give_up(MismatchError(words))
 
     def _failure(self, what: str, label: str, missing: list[tuple[int, Board]], reason: str) -> ZcoreError:
-        return self._watch.give_up(
+        return self._journal.give_up(
             CollectiveError(
                 f"{what} did not complete: {reason}. {self._describe(missing)}{contents_of(label)} Look for the first "
                 "error in the output of the ranks named, mend it, and restart all ranks from the last checkpoint."
@@ -108,16 +109,14 @@ class Neighbours:
         for rank, board in missing:
             home = self._homes[rank]
             last = f"its last call was {board.entry(board.started - 1)}" if board.started else "it made no call"
-            line = self._watch.line_of(home.global_rank)
+            line = self._journal.line_of(rank)
             lines.append(f"rank {home.global_rank} ({home.state()}), {last} (call {board.started - 1}), {line}")
         waiting = {rank for rank, _ in missing} | {self.rank}
         arrived = [str(home.global_rank) for rank, home in enumerate(self._homes) if rank not in waiting]
         return f"Missing: {'; '.join(lines) or 'none'}. Arrived: {', '.join([*arrived, 'this one'])}."
 
 
-def open_neighbours(
-    cards: Sequence[Card], *, rank: int, board: int, deadline_s: float, watch: Watch
-) -> Neighbours | None:
+def open_neighbours(cards: Sequence[Introduction], *, rank: int, board: int, journal: Journal) -> Neighbours | None:
     """The ranks whose `cards` these are, seen from `rank`; None if the memory of one of them cannot be opened."""
     mappings = []
     for each, card in enumerate(cards):
@@ -127,14 +126,13 @@ def open_neighbours(
             logger.warning("The memory of process %d cannot be opened: %s.", card.home.process, error)
             return None
     boards = [Board(mapping, card.boards[board]) for mapping, card in zip(mappings, cards, strict=True)]
-    homes = [card.home for card in cards]
-    return Neighbours(homes, boards, mappings, rank=rank, deadline_s=deadline_s, watch=watch)
+    return Neighbours(boards, mappings, rank=rank, journal=journal)
 
 
 _opened: dict[tuple[int, int, int], mmap.mmap] = {}  # several groups of the same processes need one
 
 
-def _open(card: Card) -> mmap.mmap:
+def _open(card: Introduction) -> mmap.mmap:
     process, file = card.home.process, card.file
     key = os.getpid(), process, Path(f"/proc/{process}/fd/{file}").stat().st_ino
     if key not in _opened:

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zcore.comm.sizes import check_process
 from zcore.core.errors import ZcoreError
 
 __all__ = [
@@ -68,7 +70,7 @@ class Region:
 
 
 class Pages:
-    """This process's file. A forked child inherits the mapping, and makes a file of its own."""
+    """This process's file. A forked child inherits the mapping, and may take nothing of it."""
 
     def __init__(self, file_bytes: int) -> None:
         self.file_bytes = file_bytes
@@ -76,6 +78,8 @@ class Pages:
         os.ftruncate(self.file, file_bytes)
         self.mapping = _map(self.file, file_bytes)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self.mapping))
+        self._process = os.getpid()
+        self._lock = threading.RLock()  # memory is given back whenever Python lets go of a tensor
         self._end = 0
         self._free: list[Region] = []
         self._of_storage: dict[int, Region] = {}  # by address
@@ -86,19 +90,23 @@ class Pages:
 
         Raises OutOfPagesError where the system has no memory for it.
         """
-        fitting = [each for each in self._free if each.num_bytes >= num_bytes and not each.is_read()]
-        if fitting:
-            region = min(fitting, key=lambda each: (each.num_bytes, each.offset))
-            self._free.remove(region)
-        else:
-            self._release_pages(num_bytes)
-            region = self._cut(num_bytes)
-        self._populate(region, num_bytes)
+        check_process(self._process, "Memory that ranks share")
+        most_bytes = 2 * _capacity(num_bytes)  # a small one is not to keep a large one from its next use
+        with self._lock:
+            fitting = [each for each in self._free if num_bytes <= each.num_bytes <= most_bytes and not each.is_read()]
+            if fitting:
+                region = min(fitting, key=lambda each: (each.num_bytes, each.offset))
+                self._free.remove(region)
+            else:
+                self._release_pages(num_bytes)
+                region = self._cut(num_bytes)
+            self._populate(region, num_bytes)
         return region
 
     def give_back(self, region: Region) -> None:
         """Offer `region` to later calls of `take`, once its readers are done."""
-        self._free.append(region)
+        with self._lock:
+            self._free.append(region)
 
     def tensor(self, region: Region, numel: int, dtype: torch.dtype) -> Tensor:
         """The first `numel` elements of `region`; it is not given back with the tensor."""
@@ -120,7 +128,7 @@ class Pages:
         self.give_back(self._of_storage.pop(address))
 
     def _cut(self, num_bytes: int) -> Region:
-        capacity = max(1 << (num_bytes - 1).bit_length(), mmap.PAGESIZE)  # a power of 2: serves the sizes below it, too
+        capacity = _capacity(num_bytes)
         if self._end + capacity > self.file_bytes:
             raise OutOfPagesError(
                 f"A shared buffer of {num_bytes / 2**30:.3g} GiB was asked for, and all {self.file_bytes / 2**30:.3g} "
@@ -159,6 +167,11 @@ class Pages:
                 wanted_bytes -= region.populated_bytes
                 self.held_bytes -= region.populated_bytes
                 region.populated_bytes = 0
+
+
+def _capacity(num_bytes: int) -> int:
+    """A power of 2: serves the sizes below it, too."""
+    return max(1 << (num_bytes - 1).bit_length(), mmap.PAGESIZE)
 
 
 def storage_at(

@@ -1,23 +1,26 @@
 """Collectives over gloo from messages between pairs of ranks, brought to their end by a thread, and watched.
 
 A call posts its messages at once; the bytes then travel by themselves, a worker adds what has come and starts second
-steps, and `wait()` waits for the worker. While it does, it looks who is missing (see watch.py). Messages carry a tag
+steps, and `wait()` waits for the worker. While it does, it looks who is missing (see journal.py). Messages carry a tag
 made of all calls so far, so that after a call which ranks made differently none completes: they wait, and it is found.
 """
 
+import os
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from zcore.comm.algorithms import Table
+from zcore.comm.journal import Journal
 from zcore.comm.moves import Finish, Peers
 from zcore.comm.progress import Polled, advance_all, has_steps
-from zcore.comm.sizes import check_exchange, check_slots
-from zcore.comm.watch import Journal
+from zcore.comm.sizes import check_exchange, check_process, check_slots
 from zcore.comm.worker import Task, Worker
 from zcore.core.collectives import Call, CallLog, Pending, Traffic, tree_sum
+from zcore.core.errors import StateError, ZcoreError
 from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["PairwiseCollectives"]
@@ -35,7 +38,9 @@ class PairwiseCollectives:
         self._table = table
         self._log = CallLog(name)
         self._plain = TorchCollectives(peers.group, name=name)  # memory, and single messages
-        self._worker = Worker(f"zcore {name}")
+        self._worker = Worker(f"zcore {name}", abort=peers.abort)
+        self._process = os.getpid()
+        self._broken: Exception | None = None
 
     @property
     def rank(self) -> int:
@@ -131,6 +136,11 @@ class PairwiseCollectives:
 
     def _begin(self, op: str, label: str, tensor: Tensor) -> tuple[Call, int]:
         """A new call, and the tag of its messages."""
+        check_process(self._process, f"{op} {label}")
+        if self._broken is not None:
+            raise StateError(
+                f"{op} {label}: this group has ended with an error, and its connections are closed. Restart the ranks."
+            ) from self._broken
         call = self._log.note(op, label, tensor)
         return call, self._journal.start(call)
 
@@ -144,23 +154,49 @@ class PairwiseCollectives:
             finish()
             journal.finish(call)
 
-        return _Pending(call, self._worker.add(act), journal)
+        return _Pending(self, call, self._worker.add(act))
+
+    def wait_for(self, call: Call, task: Task) -> None:
+        """Return when the call is done. Raises what ended it, each time."""
+        if self._broken is not None and not (task.wait(0) and task.error is None):
+            raise self._broken
+        if not task.wait(0):
+            try:
+                self._journal.wait_for(call, partial(_is_done_within, task))
+            except ZcoreError as error:
+                self._break(error)
+                raise
+        if task.error is not None:
+            lost = self._journal.give_up(self._lost(call))
+            self._break(lost)
+            raise lost from task.error
+
+    def _break(self, error: ZcoreError) -> None:
+        self._broken = error
+        self._worker.abort()  # nothing of it is to be written into anybody's tensors later
+
+    def _lost(self, call: Call) -> ZcoreError:
+        """A connection broke: whoever ended it says why, or is seen to have ended, a moment later."""
+        began = time.monotonic()
+        while time.monotonic() - began < CLOSING_S:
+            trouble = self._journal.find_trouble(call, is_lost=True)
+            if trouble is not None:
+                return trouble
+            time.sleep(0.05)
+        return self._journal.failure(call, "a connection was lost or timed out")
 
 
 class _Pending:
     """See `Pending`."""
 
-    __slots__ = ("_call", "_journal", "_task")
+    __slots__ = ("_call", "_group", "_task")
 
-    def __init__(self, call: Call, task: Task, journal: Journal) -> None:
-        self._call, self._task, self._journal = call, task, journal
+    def __init__(self, group: PairwiseCollectives, call: Call, task: Task) -> None:
+        self._group, self._call, self._task = group, call, task
 
     def wait(self) -> None:
         """See `Pending.wait`."""
-        if not self._task.wait(0):
-            self._journal.wait_for(self._call, self._is_done_within)
-        if self._task.error is not None:
-            raise self._lost(self._task.error) from self._task.error
+        self._group.wait_for(self._call, self._task)
 
     def poll(self) -> bool:
         """Whether `wait` would return at once; raises what it would raise."""
@@ -169,23 +205,13 @@ class _Pending:
         self.wait()
         return True
 
-    def _is_done_within(self, time_s: float) -> bool:
-        began = time.monotonic()
-        while has_steps():
-            if self._task.wait(STEP_S):
-                return True
-            advance_all()
-            if time.monotonic() - began > time_s:
-                return False
-        return self._task.wait(time_s)
 
-    def _lost(self, error: Exception) -> Exception:
-        """A connection broke: whoever ended it says why, or is seen to have ended, a moment later."""
-        began = time.monotonic()
-        while time.monotonic() - began < CLOSING_S:
-            trouble = self._journal.find_trouble(self._call)
-            if trouble is not None:
-                return trouble
-            time.sleep(0.05)
-        words = str(error).splitlines()[0].encode("ascii", "ignore").decode()
-        return self._journal.failure(self._call, f"a connection was lost or timed out ({words})")
+def _is_done_within(task: Task, time_s: float) -> bool:
+    end = time.monotonic() + time_s
+    while has_steps():
+        if task.wait(STEP_S):
+            return True
+        advance_all()
+        if time.monotonic() > end:
+            return False
+    return task.wait(max(0.0, end - time.monotonic()))

@@ -9,13 +9,23 @@ whoever looks again and again holds the lock of Python against the worker that i
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
 
 from zcore.core.collectives import Pending
 
-__all__ = ["Polled", "advance_all", "has_steps", "is_reached_napping", "is_reached_within", "note_closed", "note_open"]
+__all__ = [
+    "LOCK",
+    "Polled",
+    "advance_all",
+    "has_steps",
+    "is_reached_napping",
+    "is_reached_within",
+    "note_closed",
+    "note_open",
+]
 
 LOOKS = 2000  # about 0.2 ms
 LOOKS_WHEN_CROWDED = 20  # more ranks than processors: whoever looks keeps another from working
@@ -39,6 +49,8 @@ class Steps(Protocol):
         ...
 
 
+# Held by whoever takes steps: a program may use groups from several threads, each group from one.
+LOCK = threading.RLock()
 _with_open_calls: dict[Steps, None] = {}  # of this process, in the order in which they came; asked at every look
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from zcore.comm.chrome_trace import trace_of
 from zcore.comm.comm_report import SYMMETRIC_OPS, CommReport, build_report
 from zcore.comm.recorded import LISTENERS, Recorded
+from zcore.comm.requests import DeferrableCollectives
 from zcore.comm.tables import shown_bytes, shown_seconds
 from zcore.comm.totals import CallRecord, Group, Kind, RankTotals, Totals
 from zcore.core.collectives import Collectives
@@ -200,7 +201,9 @@ def _global_rank() -> int:
 
 def _exchange(text: bytes, group: Collectives, device: torch.device) -> list[bytes]:
     """The text of every rank, by rank in the group."""
-    served = group.inner if isinstance(group, Recorded) else group
+    served = group
+    while isinstance(served, DeferrableCollectives | Recorded):
+        served = served.inner  # the exchange is no part of what is recorded
     label = "report on collectives"
     lengths = torch.empty(served.size, dtype=torch.int64, device=device)
     served.all_gather(lengths, torch.tensor([len(text)], device=device), label=label).wait()

@@ -62,40 +62,40 @@ class DeferrableCollectives:
     """
 
     def __init__(self, group: Collectives, *, start: Start, flush: Callable[[], None]) -> None:
-        self._group = group
+        self.inner = group
         self.start = start
         self._flush = flush
 
     @property
     def rank(self) -> int:
         """This process's rank in the group."""
-        return self._group.rank
+        return self.inner.rank
 
     @property
     def size(self) -> int:
         """How many ranks the group has."""
-        return self._group.size
+        return self.inner.size
 
     @property
     def traffic(self) -> Traffic:
         """What went through the group so far: calls that were started, joined ones as one."""
-        return self._group.traffic
+        return self.inner.traffic
 
     def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See `Collectives.empty`."""
-        return self._group.empty(numel, dtype=dtype, device=device)
+        return self.inner.empty(numel, dtype=dtype, device=device)
 
     def free_storage(self, buffer: Tensor) -> None:
         """See `Collectives.free_storage`."""
-        self._group.free_storage(buffer)
+        self.inner.free_storage(buffer)
 
     def alloc_storage(self, buffer: Tensor) -> None:
         """See `Collectives.alloc_storage`."""
-        self._group.alloc_storage(buffer)
+        self.inner.alloc_storage(buffer)
 
     def own_storage(self, buffer: Tensor) -> None:
         """See `Collectives.own_storage`."""
-        self._group.own_storage(buffer)
+        self.inner.own_storage(buffer)
 
     def all_gather(self, output: Tensor, input: Tensor, *, label: str, priority: int | None = None) -> Pending:
         """See `Collectives.all_gather`."""
@@ -120,12 +120,12 @@ class DeferrableCollectives:
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`; at once, after what the group holds back."""
         self._flush()
-        return self._group.send(tensor, dst=dst, label=label)
+        return self.inner.send(tensor, dst=dst, label=label)
 
     def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.recv`; at once, after what the group holds back."""
         self._flush()
-        return self._group.recv(tensor, src=src, label=label)
+        return self.inner.recv(tensor, src=src, label=label)
 
     def _hand_over(
         self, op: str, output: Tensor, input: Tensor, *, label: str, priority: int | None, src: int = 0

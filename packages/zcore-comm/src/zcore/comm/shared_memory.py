@@ -23,12 +23,12 @@ from torch import Tensor
 
 from zcore.comm.board import NUM_SLOTS, RING_CALLS, Board, Entry
 from zcore.comm.neighbours import Neighbours
-from zcore.comm.pages import Region, own_pages
-from zcore.comm.progress import Polled, note_closed, note_open
-from zcore.comm.sizes import check_exchange, check_slots
+from zcore.comm.pages import OutOfPagesError, Region, own_pages
+from zcore.comm.progress import LOCK, Polled, note_closed, note_open
+from zcore.comm.sizes import check_exchange, check_process, check_slots
 from zcore.core import compat
 from zcore.core.collectives import Call, CallLog, Pending, Traffic, tree_sum
-from zcore.core.errors import MismatchError, StateError
+from zcore.core.errors import ZcoreError
 from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["SharedMemoryCollectives"]
@@ -51,6 +51,7 @@ class _Open:
     staged: Region | None = None
     shows_own: bool = False  # memory of the caller's: others must have read it before `wait` returns
     is_same: bool = False  # on every rank, as far as is known
+    error: Exception | None = None  # that ended it
 
 
 class SharedMemoryCollectives:
@@ -67,7 +68,8 @@ class SharedMemoryCollectives:
         self._name = name
         self._next = 0
         self._open: dict[int, _Open] = {}  # in the order of starting
-        self._together: dict[int, tuple[Region, int]] = {}  # of the leader: by slot, with the count of the call
+        self._beginning: _Open  # what is not announced yet, and leaves nothing behind if it never is
+        self._slots: dict[int, int] = {}  # of memory that ranks hold together: by slot, with the count of the call
 
     @property
     def rank(self) -> int:
@@ -107,7 +109,7 @@ class SharedMemoryCollectives:
         if not self.can_hold_together:
             self._plain.alloc_storage(buffer)
         elif not storage.nbytes():
-            compat.swap_memory(storage, self._pages.storage(_num_bytes(buffer)))
+            compat.swap_memory(storage, self._pages.storage(max(1, _num_bytes(buffer))))
 
     def own_storage(self, buffer: Tensor) -> None:
         """Copy what ranks hold together."""
@@ -154,16 +156,17 @@ class SharedMemoryCollectives:
         if self.rank == LEADER:
             region, slot = self._take_together(index, _num_bytes(output))
             place = region.offset
-        pending = self._announce(index, write, _nothing, place=place, slot=slot)
-        this = self._open[index]
-        if leader.started > index and leader.is_same(index, this.entry):
-            self._read(this)
+        this = self._beginning
+        pending = self._announce(write, _nothing, place=place, slot=slot)
+        with LOCK:
+            if leader.started > index and leader.is_same(index, this.entry):
+                self._read(this)
         return pending
 
     def barrier(self, *, label: str) -> Polled:
         """Done when all ranks have called it."""
-        index = self._begin("barrier", label, torch.empty(0))
-        return self._announce(index, _nothing)
+        self._begin("barrier", label, torch.empty(0))
+        return self._announce(_nothing)
 
     def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.reduce_scatter`."""
@@ -217,7 +220,7 @@ class SharedMemoryCollectives:
         def read() -> None:
             tensor.copy_(self._neighbours.data_of(src, index, skip=0, numel=tensor.numel(), dtype=tensor.dtype))
 
-        return self._announce(index, read)
+        return self._announce(read)
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`; over gloo."""
@@ -229,9 +232,14 @@ class SharedMemoryCollectives:
 
     def advance(self) -> None:
         """Do what open calls need, as far as the others have come."""
-        for each in list(self._open.values()):
-            if not self._advance(each):
-                break  # not started everywhere, so later ones are not either
+        if not LOCK.acquire(blocking=False):
+            return  # another thread is at it
+        try:
+            for each in list(self._open.values()):
+                if not self._advance(each):
+                    break  # not started everywhere, so later ones are not either
+        finally:
+            LOCK.release()
 
     def _own_slot(self, whole: Tensor) -> Tensor:
         numel = whole.numel() // self.size
@@ -247,34 +255,33 @@ class SharedMemoryCollectives:
 
     def _take_together(self, index: int, num_bytes: int) -> tuple[Region, int]:
         """Memory for a result of call `index` that every rank will hold, and its slot on the boards."""
-        for slot, (region, count) in list(self._together.items()):
-            if all(board.freed(slot) >= count for board in self._neighbours.boards):
-                self._pages.give_back(region)
-                del self._together[slot]
-        slot = next(each for each in range(NUM_SLOTS) if each not in self._together)
+        boards = self._neighbours.boards
+        self._slots = {slot: count for slot, count in self._slots.items() if _is_held(boards, slot, count)}
+        slot = next((each for each in range(NUM_SLOTS) if each not in self._slots), None)
+        if slot is None:
+            raise OutOfPagesError(
+                f"{self._name} holds {NUM_SLOTS} gathered buffers at a time, and there is no place for another. Free "
+                "some, or gather larger ones."
+            )
         region = self._pages.take(num_bytes)
-        self._together[slot] = region, index + 1
+        self._slots[slot] = index + 1
+        region.readers[id(self), slot] = partial(_is_held, boards, slot, index + 1)
+        self._pages.give_back(region)  # to be taken again when nobody holds it
         return region, slot
 
     def _begin(self, op: str, label: str, tensor: Tensor, *, variant: int = 0) -> int:
-        """The index of a new call. `tensor` is its larger side."""
-        if os.getpid() != self._process:
-            raise StateError(
-                f"{op} {label} was called in a forked child of a rank, which is no rank of {self._name}. Call it in "
-                "the process that made the group."
-            )
+        """The index of a call that is to be announced next. `tensor` is its larger side."""
+        check_process(self._process, f"{op} {label}")
         self._make_place_in_ring()
-        index, self._next = self._next, self._next + 1
-        call = self._log.note(op, label, tensor)
-        note_open(self)
-        self._open[index] = _Open(call, Entry(op, tensor.dtype, tensor.numel(), variant, label), index)
-        return index
+        entry = Entry(op, tensor.dtype, tensor.numel(), variant, label)
+        self._beginning = _Open(self._log.note(op, label, tensor), entry, self._next)
+        return self._next
 
     def _show(
         self, index: int, shown: Tensor, read: Callable[[], None], read_halves: Callable[[], None] | None = None
     ) -> Polled:
         """Announce call `index` with this rank's data: where they are if that is in shared pages, else as a copy."""
-        this = self._open[index]
+        this = self._beginning
         found = self._pages.find(shown) if _num_bytes(shown) > SMALL_BYTES else None
         if found is not None:
             region, place = found
@@ -284,74 +291,85 @@ class SharedMemoryCollectives:
             place = region.offset
             if shown.numel():
                 self._pages.tensor(region, shown.numel(), shown.dtype).copy_(shown)
-        region.readers[self] = partial(self._may_be_read, index)
-        return self._announce(index, read, read_halves, place=place)
+        region.readers[id(self)] = partial(_may_be_read, self._neighbours.others, index)
+        return self._announce(read, read_halves, place=place)
 
     def _announce(
         self,
-        index: int,
         read: Callable[[], None],
         read_halves: Callable[[], None] | None = None,
         *,
         place: int | None = None,
         slot: int = 0,
     ) -> Polled:
-        """Tell the others that call `index` has started, and remember what is to be done for it."""
-        this = self._open[index]
+        """Tell the others that the call at hand has started, and remember what is to be done for it."""
+        this = self._beginning
         this.read, this.read_halves = read, read_halves
-        self._neighbours.board.start(index, this.entry, place=place, slot=slot)
+        with LOCK:
+            self._neighbours.go_on()
+            self._next = this.index + 1
+            self._open[this.index] = this
+            note_open(self)
+            self._neighbours.board.start(this.index, this.entry, place=place, slot=slot)
         return _Pending(self, this)
 
     def wait_for(self, this: _Open) -> None:
-        """Return when the call is done. No effect on one that is."""
+        """Return when the call is done. Raises what ended it, each time."""
         index, others = this.index, self._neighbours.others
-        self._advance(this)
-        if index in self._open:
-            needed = STARTED if this.read_halves is None else HALF
-            self._neighbours.wait_until(
-                lambda: index not in self._open,
-                lambda board: board.started <= index or not _has_come(board, index, needed),
-                what=str(this.call),
-                label=this.call.label,
-            )
-        if this.shows_own:
-            self._neighbours.wait_until(
-                lambda: all(_has_come(board, index, READ) for _, board in others),
-                lambda board: not _has_come(board, index, READ),
-                what=str(this.call),
-                label=this.call.label,
-            )
-            this.shows_own = False
+        with LOCK:
+            self._advance(this)
+        try:
+            if index in self._open:
+                needed = STARTED if this.read_halves is None else HALF
+                self._neighbours.wait_until(
+                    lambda: index not in self._open,
+                    lambda board: board.started <= index or not _has_come(board, index, needed),
+                    what=str(this.call),
+                    label=this.call.label,
+                )
+            if this.shows_own and this.error is None:
+                self._neighbours.wait_until(
+                    lambda: all(_has_come(board, index, READ) for _, board in others),
+                    lambda board: not _has_come(board, index, READ),
+                    what=str(this.call),
+                    label=this.call.label,
+                )
+                this.shows_own = False
+        except ZcoreError as error:
+            with LOCK:
+                self._fail(this, error)
+        if this.error is not None:
+            raise this.error
 
     def is_done(self, this: _Open) -> bool:
-        """Whether the call is done, after doing what can be done for it now."""
+        """Whether the call is done, after doing what can be done for it now. Raises what ended it."""
         if this.index in self._open:
             self.advance()
         if this.index in self._open:
             return False
+        if this.error is not None:
+            raise this.error
         return not this.shows_own or all(_has_come(board, this.index, READ) for _, board in self._neighbours.others)
 
     def _advance(self, this: _Open) -> bool:
         """Do what can be done for the call without waiting; whether every rank has started it.
 
-        Raises MismatchError if it is another call on one of them.
+        What goes wrong is this call's, for whoever waits for it: other calls are under way in the same wait.
         """
         others, index = self._neighbours.others, this.index
-        if not this.is_same:
-            if not all(board.started > index for _, board in others):
-                return False
-            try:
+        if not this.is_same and index in self._open and not all(board.started > index for _, board in others):
+            return False
+        try:
+            if not this.is_same and index in self._open:
                 self._neighbours.check_same(index, this.entry)
-            except MismatchError:  # on every rank, which may all go on from here
-                this.shows_own, this.read_halves = False, None
-                self._close(this)
-                raise
-            this.is_same = True
-        self._read(this)
-        if this.read_halves is not None and all(_has_come(board, index, HALF) for _, board in others):
-            read_halves, this.read_halves = this.read_halves, None
-            read_halves()
-            self._neighbours.board.set_stage(index, READ)
+                this.is_same = True
+            self._read(this)
+            if this.read_halves is not None and all(_has_come(board, index, HALF) for _, board in others):
+                read_halves, this.read_halves = this.read_halves, None
+                read_halves()
+                self._neighbours.board.set_stage(index, READ)
+        except Exception as error:  # noqa: BLE001 - raised by `wait_for`
+            self._fail(this, error)
         if this.read_halves is None:
             self._close(this)
         return True
@@ -361,6 +379,12 @@ class SharedMemoryCollectives:
         if read is not None:
             read()
             self._neighbours.board.set_stage(this.index, READ if this.read_halves is None else HALF)
+
+    def _fail(self, this: _Open, error: Exception) -> None:
+        """Nothing more is done for the call, now or when a late rank comes after all."""
+        this.error = error
+        this.read = this.read_halves = None
+        self._close(this)
 
     def _close(self, this: _Open) -> None:
         if self._open.pop(this.index, None) is None:
@@ -383,9 +407,6 @@ class SharedMemoryCollectives:
                 what=f"Call {self._next} of {self._name}, {RING_CALLS} ahead of the slowest rank,",
             )
 
-    def _may_be_read(self, index: int) -> bool:
-        return any(board.finished <= index for _, board in self._neighbours.others)
-
 
 class _Pending:
     """See `Pending`."""
@@ -402,6 +423,14 @@ class _Pending:
     def wait(self) -> None:
         """See `Pending.wait`."""
         self._group.wait_for(self._this)
+
+
+def _may_be_read(others: Sequence[tuple[int, Board]], index: int) -> bool:
+    return any(board.finished <= index for _, board in others)
+
+
+def _is_held(boards: Sequence[Board], slot: int, count: int) -> bool:
+    return any(board.freed(slot) < count for board in boards)
 
 
 def _has_come(board: Board, index: int, stage: int) -> bool:

@@ -1,10 +1,21 @@
-"""What is refused before anything is sent: tensors that are not one slot for each rank."""
+"""What is refused before anything is sent: tensors that are not one slot for each rank, and forked children."""
+
+import os
 
 from torch import Tensor
 
-from zcore.core.errors import LayoutError
+from zcore.core.errors import LayoutError, StateError
 
-__all__ = ["check_exchange", "check_slots"]
+__all__ = ["check_exchange", "check_process", "check_slots"]
+
+
+def check_process(process: int, what: str) -> None:
+    """Raise StateError in another process than `process`, which `what` belongs to."""
+    if os.getpid() != process:
+        raise StateError(
+            f"{what} was used in a forked child of a rank, which is no rank itself. Use it in the process that made "
+            "the group; what a worker needs it takes as an ordinary tensor."
+        )
 
 
 def check_slots(op: str, label: str, *, whole: Tensor, slot: Tensor, size: int) -> None:

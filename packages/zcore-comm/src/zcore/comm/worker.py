@@ -3,15 +3,19 @@
 The backend moves bytes by itself, but somebody has to add what has come, and to start the second half of a call of two
 steps. Were that left to `wait()`, nothing of it would happen while the program computes. It is also the only way to
 look after a missing rank while waiting: gloo's own wait cannot be interrupted, and ends every connection when it
-gives up.
+gives up. For the same reason a worker that waits when Python ends has to be freed first, by `abort`.
 """
 
+import atexit
+import contextlib
 import queue
 import threading
 import weakref
 from collections.abc import Callable
 
 __all__ = ["Task", "Worker"]
+
+END_S = 1.0  # how long the end of Python waits for a worker
 
 
 class Task:
@@ -41,20 +45,48 @@ class Task:
 class Worker:
     """The thread. It starts with the first task and ends when nobody holds the worker any more."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, abort: Callable[[], None]) -> None:
         self._name = name
+        self._abort = abort
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._has_started = False
+        self._thread: threading.Thread | None = None
+        self._is_aborted = False
         weakref.finalize(self, self._tasks.put, None).atexit = False
 
     def add(self, act: Callable[[], None]) -> Task:
         """Have `act` done after all that was added before."""
-        if not self._has_started:
-            self._has_started = True
-            threading.Thread(target=_work, args=(self._tasks,), name=self._name, daemon=True).start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=_work, args=(self._tasks,), name=self._name, daemon=True)
+            self._thread.start()
+            _workers.add(self)
         task = Task(act)
         self._tasks.put(task)
         return task
+
+    def abort(self) -> None:
+        """End what the thread waits for, and all connections with it; what was added fails."""
+        if not self._is_aborted:
+            self._is_aborted = True
+            self._abort()
+
+    def end(self) -> None:
+        """Have the thread end; one that waits for other ranks is freed."""
+        self._tasks.put(None)
+        assert self._thread is not None
+        self._thread.join(END_S / 10)
+        if self._thread.is_alive():
+            self.abort()
+            self._thread.join(END_S)
+
+
+_workers: "weakref.WeakSet[Worker]" = weakref.WeakSet()  # of this process
+
+
+@atexit.register
+def _end_all() -> None:
+    for worker in tuple(_workers):
+        with contextlib.suppress(RuntimeError):  # of gloo, which may be gone
+            worker.end()
 
 
 def _work(tasks: "queue.SimpleQueue[Task | None]") -> None:

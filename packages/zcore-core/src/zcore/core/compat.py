@@ -25,6 +25,7 @@ __all__ = [
     "default_store",
     "in_backward",
     "is_held_elsewhere",
+    "is_profiled",
     "name_of",
     "packs_saved_tensors",
     "queue_backward_callback",
@@ -137,6 +138,11 @@ def is_held_elsewhere(tensor: torch.Tensor) -> bool:
     """Whether other tensors share the memory of `tensor`."""
     storage = tensor.untyped_storage()
     return int(torch._C._storage_Use_Count(storage._cdata)) > 2  # the tensor, and `storage`
+
+
+def is_profiled() -> bool:
+    """Whether a profiler of torch looks on."""
+    return bool(torch._C._autograd._profiler_enabled())
 
 
 def current_backward() -> int:

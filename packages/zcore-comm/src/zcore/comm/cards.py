@@ -1,0 +1,219 @@
+"""What every rank tells the others through the rendezvous store: one card for each process, under a key of its life.
+
+    own      written twice a second, and at once when a rank gives up; the last one stays when its rank is killed
+    others'  read only when somebody asks
+
+A thread of its own does both. The store may be held by a rank that is stopped, and then never answers: who asks waits
+for the thread a second at most, and goes on with what was known. A process that joins another run has another life, so
+that no card of the former is taken for one of the new.
+"""
+
+import atexit
+import json
+import logging
+import os
+import queue
+import secrets
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from zcore.core import compat
+
+__all__ = ["Cards", "Told", "cards_of_run", "program_line"]
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 0.5
+RANKS_PER_BEAT_S = 500  # a larger run writes its cards more rarely, to spare the store
+ANSWER_S = 1.0  # how long anybody waits for the store
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A card of another rank."""
+
+    groups: dict[str, Any]  # by key: what its journal there says
+    line: str  # of its program
+    silent_s: float  # since it was seen to change, as far as this rank has looked
+
+
+class Source(Protocol):
+    """Something of which word is left."""
+
+    @property
+    def key(self) -> str:
+        """Under which the others find it."""
+        ...
+
+    def as_card(self) -> dict[str, Any]:
+        """What is said, in types of JSON."""
+        ...
+
+    def look_after_followed(self) -> None:
+        """Called by the cards' thread with every beat."""
+        ...
+
+
+class Cards:
+    """This process's card, and the others'."""
+
+    def __init__(self, store: compat.Store, *, world_size: int) -> None:
+        self.life = secrets.randbits(63)
+        self.process = os.getpid()
+        self.answers = True  # whether the store answered the last question
+        self._store = store
+        self._interval_s = max(BEAT_S, world_size / RANKS_PER_BEAT_S)
+        self._sources: list[weakref.ref[Source]] = []
+        self._count = 0
+        self._told: dict[int, dict[str, Any]] = {}  # by life
+        self._seen: dict[int, tuple[int, float]] = {}  # by life: count of the last card, when that was new
+        self._requests: queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="zcore cards", daemon=True)
+        self._thread.start()
+        atexit.register(self.end)  # a thread that talks to the store while Python goes would end the process
+
+    def add(self, source: Source) -> None:
+        """Have word of `source` on the card as long as it lives."""
+        self._sources.append(weakref.ref(source))
+        self._ask(self._write, wait_s=0)
+
+    def write(self) -> None:
+        """Write the card now."""
+        self._ask(self._write, wait_s=ANSWER_S)
+
+    def read(self, lives: Sequence[int]) -> dict[int, Told]:
+        """The cards of processes, by life, as far as they are known."""
+        self.answers = self._ask(lambda: self._fetch(lives), wait_s=ANSWER_S)
+        return self._known(lives)
+
+    def read_here(self, lives: Sequence[int]) -> dict[int, Told]:
+        """The same in the cards' own thread, for a source that looks after its calls."""
+        self._fetch(lives)
+        return self._known(lives)
+
+    def _known(self, lives: Sequence[int]) -> dict[int, Told]:
+        now = time.monotonic()
+        return {
+            life: Told(card["groups"], card["line"], now - self._seen[life][1])
+            for life, card in list(self._told.items())
+            if life in lives
+        }
+
+    def tell(self, key: str) -> None:
+        """Leave word under a key of the caller's."""
+        self._ask(lambda: self._store.set(f"zcore.told/{key}", "1"), wait_s=0)
+
+    def told(self, keys: Iterable[str]) -> set[str]:
+        """Those of `keys` under which somebody has left word."""
+        found: set[str] = set()
+        self.answers = self._ask(
+            lambda: found.update(key for key in keys if self._store.check([f"zcore.told/{key}"])), wait_s=ANSWER_S
+        )
+        return set(found)
+
+    def end(self) -> None:
+        """Write a last card, and no more."""
+        self._requests.put(None)
+        if self.process == os.getpid():
+            self._thread.join(ANSWER_S)
+
+    def _ask(self, act: Callable[[], None], *, wait_s: float) -> bool:
+        """Have the thread do it; whether it was done within that time."""
+        if not self._thread.is_alive():
+            return False
+        done = threading.Event()
+        self._requests.put((act, done))
+        return done.wait(wait_s) if wait_s else True
+
+    def _run(self) -> None:
+        last_s = time.monotonic()
+        try:
+            while True:
+                try:
+                    request = self._requests.get(timeout=max(0.0, last_s + self._interval_s - time.monotonic()))
+                except queue.Empty:
+                    last_s = time.monotonic()
+                    self._write()
+                    for source in self._living():
+                        source.look_after_followed()
+                    continue
+                if request is None:
+                    self._write()
+                    return
+                act, done = request
+                act()
+                done.set()
+        except RuntimeError as error:  # whoever holds the store is gone; what others know of us stays as it is
+            logger.debug("The store takes no more cards: %s", error)
+
+    def _living(self) -> list[Source]:
+        found = [(each, each()) for each in tuple(self._sources)]
+        for each, source in found:
+            if source is None:
+                self._sources.remove(each)
+        return [source for _, source in found if source is not None]
+
+    def _write(self) -> None:
+        self._count += 1
+        groups = {source.key: source.as_card() for source in self._living()}
+        card = {"count": self._count, "line": program_line(), "groups": groups}
+        self._store.set(_key(self.life), json.dumps(card))
+
+    def _fetch(self, lives: Sequence[int]) -> None:
+        for life in lives:
+            if not self._store.check([_key(life)]):
+                continue
+            card = json.loads(self._store.get(_key(life)))
+            if self._seen.get(life, (0, 0.0))[0] != card["count"]:
+                self._seen[life] = card["count"], time.monotonic()
+            self._told[life] = card
+
+
+def _key(life: int) -> str:
+    return f"zcore.card/{life}"
+
+
+_current: list[tuple[compat.Store, Cards]] = []  # of this process: one at most
+
+
+def cards_of_run() -> Cards:
+    """The cards of the run that this process is part of; another run gets other ones."""
+    store = compat.default_store()
+    if _current and (_current[0][0] is not store or _current[0][1].process != os.getpid()):
+        _current.pop()[1].end()
+    if not _current:
+        _current.append((store, Cards(compat.another_client_of(store), world_size=dist.get_world_size())))
+    return _current[0][1]
+
+
+@cache
+def _others_folders() -> tuple[str, ...]:
+    """Of torch, of all zcore wheels, and of Python."""
+    packages = [folder for package in ("torch", "zcore") for folder in sys.modules[package].__path__]
+    return tuple(f"{folder}{os.sep}" for folder in [*packages, str(Path(os.__file__).parent)])
+
+
+def _is_users(file: str) -> bool:
+    *packages, python = _others_folders()
+    if file.startswith((*packages, "<")):
+        return False
+    return "site-packages" in file or not file.startswith(python)
+
+
+def program_line() -> str:
+    """In which line of the user's program the main thread is, such as "at train.py:40 in step"."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and not _is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return "in no line of the program"
+    return f"at {Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"

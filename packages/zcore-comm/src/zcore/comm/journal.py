@@ -1,0 +1,210 @@
+"""What this rank has called in one group, what the others say of theirs, and why a call does not complete.
+
+A journal counts the calls that a rank has started and finished, and holds a running digest of them and the last ones in
+words. It is part of the process's card (cards.py). Whoever waits for a call longer than a second looks for one that
+another rank made differently (the digests differ), for a process that has ended before it came, for a rank that has
+given up, and, when the deadline has passed, for who never came.
+"""
+
+import logging
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from zcore.comm.cards import Cards, Told
+from zcore.comm.home import Home
+from zcore.core.collectives import Call, contents_of, tag_of
+from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
+
+__all__ = ["ALIKE", "TELL_S", "Journal"]
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED_CALLS = 16
+MAX_TAG = (1 << 28) - 1  # gloo has 31 bits; the rest is for steps of a call
+FIRST_LOOK_S, MAX_LOOK_S = 1.0, 8.0  # after which those who wait look what the others do
+TELL_S = 30.0  # a wait of such length is told to the user
+SILENT_S = 5.0  # without a sign of life for so long, a rank is called silent
+RELAYED: dict[str, type[ZcoreError]] = {each.__name__: each for each in (CollectiveError, MismatchError)}
+FIRST_WORDS = "First seen by rank"
+ALIKE = (
+    "Every rank makes the same calls, of the same sizes, in the same order: look for a branch that ranks take "
+    "differently, or data of different shapes."
+)
+
+
+class Journal:
+    """See the header. `key` is equal on all ranks and of no other group; `homes` is by rank in the group."""
+
+    def __init__(self, cards: Cards, key: str, homes: Sequence[Home], *, rank: int, deadline_s: float) -> None:
+        self.homes = homes
+        self.rank = rank
+        self.deadline_s = deadline_s
+        self._cards = cards
+        self.key = key
+        self._started = self._finished = 0
+        self._digest = zlib.crc32(key.encode())
+        self._calls: deque[tuple[int, int, str]] = deque(maxlen=REMEMBERED_CALLS)
+        self._given_up: tuple[str, str] | None = None  # kind and words of the error that ended this rank's part
+        self._followed: deque[tuple[Call, Callable[[], bool], float]] = deque()
+        self._next_look_s = FIRST_LOOK_S
+        cards.add(self)
+
+    def start(self, call: Call) -> int:
+        """A call begins. What is returned tells its messages apart; equal on ranks that have made the same calls."""
+        self._digest = zlib.crc32(tag_of(call).to_bytes(4, "little"), self._digest)
+        self._calls.append((call.index, self._digest, str(call)))
+        self._started = call.index + 1
+        return self._digest & MAX_TAG
+
+    def finish(self, call: Call) -> None:
+        """A call is done."""
+        self._finished = call.index + 1
+
+    def as_card(self) -> dict[str, Any]:
+        """What the others read."""
+        return {
+            "started": self._started,
+            "finished": self._finished,
+            "calls": list(self._calls),
+            "given_up": self._given_up,
+        }
+
+    def give_up(self, error: ZcoreError) -> ZcoreError:
+        """Tell the others at once of an error that ends this rank's part in the group; the same error."""
+        self._given_up = type(error).__name__, str(error)
+        self._cards.write()
+        return error
+
+    def go_on(self) -> None:
+        """This rank takes part again."""
+        self._given_up = None
+
+    def wait_for(self, call: Call, is_done_within: Callable[[float], bool]) -> None:
+        """Return once `is_done_within(seconds)`, looking after the others meanwhile, ever more rarely.
+
+        Raises MismatchError for a call that another rank made differently, CollectiveError if a rank has ended or the
+        deadline has passed.
+        """
+        if is_done_within(FIRST_LOOK_S):
+            return
+        began, look_s, has_told = time.monotonic() - FIRST_LOOK_S, FIRST_LOOK_S, False
+        while True:
+            trouble = self.find_trouble(call)
+            waited_s = time.monotonic() - began
+            if trouble is None and waited_s >= self.deadline_s:
+                trouble = self.failure(call, f"the timeout of {self.deadline_s:.3g} s has passed")
+            if is_done_within(0):
+                return
+            if trouble is not None:
+                raise self.give_up(trouble)
+            if waited_s >= TELL_S and not has_told:
+                has_told = True
+                logger.warning("Waiting for %s since %.0f s. %s", call, waited_s, self._whom_it_lacks(call))
+            if is_done_within(max(0.0, min(look_s, self.deadline_s - waited_s))):
+                return
+            look_s = min(2 * look_s, MAX_LOOK_S)
+
+    def follow(self, call: Call, is_done: Callable[[], bool]) -> None:
+        """Have the cards' thread look after a call that no host waits for, and tell of trouble in the log."""
+        self._followed.append((call, is_done, time.monotonic()))
+
+    def look_after_followed(self) -> None:
+        """Finish what is done, and tell, once, what keeps the oldest of the others."""
+        while self._followed and self._followed[0][1]():
+            self.finish(self._followed.popleft()[0])
+            self._next_look_s = FIRST_LOOK_S
+        if not self._followed:
+            return
+        call, _, began = self._followed[0]
+        waited_s = time.monotonic() - began
+        if waited_s < self._next_look_s:
+            return
+        self._next_look_s *= 2
+        told = self._cards.read_here([home.life for home in self.homes])
+        trouble = self._trouble_in(call, told, is_lost=False)
+        if trouble is None and waited_s >= self.deadline_s:
+            trouble = self._failure(call, f"the timeout of {self.deadline_s:.3g} s has passed", told)
+        if trouble is not None:
+            self._next_look_s = float("inf")
+            logger.error("%s: %s", type(trouble).__name__, trouble)
+
+    def find_trouble(self, call: Call, *, is_lost: bool = False) -> ZcoreError | None:
+        """Why `call`, for which this rank waits, cannot complete; None as long as it still may.
+
+        is_lost: a connection broke, so that any rank that ended or gave up may be the cause, wherever it was.
+        """
+        return self._trouble_in(call, self._read(), is_lost=is_lost)
+
+    def failure(self, call: Call, reason: str) -> ZcoreError:
+        """The error that tells what every rank whom `call` lacks did last."""
+        return self._failure(call, reason, self._read())
+
+    def line_of(self, rank: int) -> str:
+        """In which line of its program a rank was when it last left word."""
+        told = self._read().get(self.homes[rank].life)
+        return told.line if told is not None else "in a line it has not told"
+
+    def _read(self) -> dict[int, Told]:
+        return self._cards.read([home.life for home in self.homes])
+
+    def _trouble_in(self, call: Call, told: Mapping[int, Told], *, is_lost: bool) -> ZcoreError | None:
+        own = {index: (digest, words) for index, digest, words in tuple(self._calls)}
+        ended = []
+        for rank, home in enumerate(self.homes):
+            card = told.get(home.life)
+            if rank == self.rank:
+                continue
+            there = card.groups.get(self.key) if card is not None else None
+            has_ended = home.has_ended()
+            if card is not None:
+                groups = card.groups.values() if is_lost or has_ended else [there] if there is not None else []
+                reasons = [group["given_up"] for group in groups if group["given_up"] is not None]
+                if reasons:
+                    return _relayed(reasons[0], home.global_rank)
+            calls = {index: (digest, words) for index, digest, words in there["calls"]} if there is not None else {}
+            different = next((i for i in sorted(own) if i in calls and calls[i][0] != own[i][0]), None)
+            if different is not None and card is not None:
+                return MismatchError(
+                    f"Call {different} of this group is {own[different][1]} on rank "
+                    f"{self.homes[self.rank].global_rank}, and {calls[different][1]} on rank {home.global_rank}, which "
+                    f"is {card.line}. {ALIKE}"
+                )
+            if has_ended and (is_lost or there is None or there["started"] <= call.index):
+                ended.append(home.global_rank)
+        return self._failure(call, f"rank {ended[0]} has raised, was killed, or left", told) if ended else None
+
+    def _failure(self, call: Call, reason: str, told: Mapping[int, Told]) -> ZcoreError:
+        return CollectiveError(
+            f"{call} did not complete: {reason}. {self._whom_it_lacks(call, told)}{contents_of(call.label)} Look for "
+            "the first error in the output of the ranks named, mend it, and restart all ranks from the last checkpoint."
+        )
+
+    def _whom_it_lacks(self, call: Call, told: Mapping[int, Told] | None = None) -> str:
+        """In words: which ranks have not arrived, what they did last, and which have."""
+        told = self._read() if told is None else told
+        missing, arrived = [], []
+        for rank, home in enumerate(self.homes):
+            if rank == self.rank:
+                continue
+            card = told.get(home.life)
+            there = card.groups.get(self.key) if card is not None else None
+            state = home.state(silent=card is not None and card.silent_s >= SILENT_S)
+            if card is None or there is None:
+                missing.append(f"rank {home.global_rank} ({state}), it has told nothing of this group")
+            elif there["started"] > call.index and not home.has_ended() and not home.is_stopped():
+                arrived.append(str(home.global_rank))
+            else:
+                last = f"its last call was {there['calls'][-1][2]}" if there["calls"] else "it had told of no call"
+                missing.append(f"rank {home.global_rank} ({state}), {last}, {card.line}")
+        words = f"Missing: {'; '.join(missing) or 'none'}. Arrived: {', '.join([*arrived, 'this one'])}."
+        if not self._cards.answers:
+            words += " The store in which ranks leave word does not answer; rank 0, or the launcher, holds it."
+        return words
+
+
+def _relayed(reason: tuple[str, str], global_rank: int) -> ZcoreError:
+    kind, words = reason
+    return RELAYED[kind](words if words.startswith(FIRST_WORDS) else f"{FIRST_WORDS} {global_rank}: {words}")

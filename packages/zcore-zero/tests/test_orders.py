@@ -162,8 +162,8 @@ def test_ranks_that_skip_different_blocks_are_told_and_without_zcore_comm_go_on_
     expected = [step_alike(plain, step, rows_of(step)) for step in range(2)]
     for message, losses in ranks(2, take_another_path):
         if installed("zcore-comm"):
-            assert "all_gather blocks.1 (320 x float32) on rank" in message
-            assert "all_gather blocks.0 (320 x float32) on rank" in message
+            assert "all_gather blocks.1 into one memory (320 x float32) on rank" in message
+            assert "all_gather blocks.0 into one memory (320 x float32) on rank" in message
         else:
             assert BY_ZERO in message
             assert losses == pytest.approx(expected, rel=1e-5)

@@ -92,7 +92,7 @@ class Cards:
 
     def read(self, lives: Sequence[int]) -> dict[int, Told]:
         """The cards of processes, by life, as far as they are known."""
-        self.answers = self._ask(lambda: self._fetch(lives), wait_s=ANSWER_S)
+        self._ask(lambda: self._fetch(lives), wait_s=ANSWER_S)
         return self._known(lives)
 
     def read_here(self, lives: Sequence[int]) -> dict[int, Told]:
@@ -115,7 +115,7 @@ class Cards:
     def told(self, keys: Iterable[str]) -> set[str]:
         """Those of `keys` under which somebody has left word."""
         found: set[str] = set()
-        self.answers = self._ask(
+        self._ask(
             lambda: found.update(key for key in keys if self._store.check([f"zcore.told/{key}"])), wait_s=ANSWER_S
         )
         return set(found)
@@ -132,7 +132,10 @@ class Cards:
             return False
         done = threading.Event()
         self._requests.put((act, done))
-        return done.wait(wait_s) if wait_s else True
+        if not wait_s:
+            return True
+        self.answers = done.wait(wait_s if self.answers else wait_s / 10)  # nobody waits in full for the same silence
+        return self.answers
 
     def _run(self) -> None:
         last_s = time.monotonic()

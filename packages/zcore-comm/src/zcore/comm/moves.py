@@ -144,9 +144,9 @@ class Peers:
 
         gloo does that when a wait gives up, and offers no other way.
         """
-        never = dist.irecv(torch.empty(1, dtype=torch.uint8), group=self.group, group_src=self._another(), tag=NEVER)
-        assert never is not None
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # of the wait that gives up, or because they are closed already
+            never = dist.irecv(torch.empty(1), group=self.group, group_src=self._another(), tag=NEVER)
+            assert never is not None
             never.wait(timedelta(milliseconds=1))
 
     def _another(self) -> int:

@@ -1,0 +1,62 @@
+"""What ranks leave word of is read by others, and a store that does not answer keeps nobody waiting."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from torch.distributed import TCPStore
+
+from zcore.comm.cards import Cards
+from zcore.core import compat
+
+HOLD_A_STORE = """
+import sys
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+sys.stdin.read()
+"""
+
+
+class Source:
+    key = "dp"
+
+    def as_card(self):
+        return {"started": 3}
+
+    def look_after_followed(self):
+        """There is nothing to look after."""
+
+
+@pytest.fixture
+def holder():
+    process = subprocess.Popen([sys.executable, "-c", HOLD_A_STORE], stdin=-1, stdout=-1, text=True)
+    yield process
+    os.kill(process.pid, signal.SIGCONT)
+    process.communicate()
+
+
+def test_cards_are_read_until_the_store_stops_and_then_nobody_waits_for_long(holder):
+    store = TCPStore("127.0.0.1", int(holder.stdout.readline()), is_master=False)
+    cards, others = (Cards(compat.another_client_of(store), world_size=2) for _ in range(2))
+    source = Source()
+    others.add(source)
+    others.write()
+    assert cards.read([others.life])[others.life].groups == {"dp": {"started": 3}}
+    assert "test_cards.py" in cards.read([others.life])[others.life].line
+    cards.tell("here")
+    assert cards.told(["here", "there"]) == {"here"}
+    assert cards.answers
+    os.kill(holder.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    known = cards.read([others.life])
+    assert not cards.answers
+    assert known[others.life].groups == {"dp": {"started": 3}}
+    assert cards.told(["here"]) == set()
+    assert time.monotonic() - began < 10  # not for ever
+    os.kill(holder.pid, signal.SIGCONT)
+    for each in (cards, others):
+        each.end()

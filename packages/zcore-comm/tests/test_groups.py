@@ -1,0 +1,166 @@
+"""Groups beside each other: of one name, in several threads, after an error, in a forked child, in a second life."""
+
+import os
+import threading
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from zcore import comm
+from zcore.comm.choice import offer, serve
+from zcore.comm.pages import available_bytes
+from zcore.core import compat
+from zcore.core.errors import ZcoreError
+from zcore.core.testing import RankFailed
+
+CPU = torch.device("cpu")
+KINDS = {"shared memory": lambda rank: 0, "pairwise": lambda rank: rank}
+each_kind = pytest.mark.parametrize("kind", list(KINDS))
+
+
+def of_kind(kind):
+    os.environ["ZCORE_COMM_HOST"] = str(KINDS[kind](dist.get_rank()))
+
+
+def message_of(act):
+    try:
+        act()
+    except ZcoreError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was refused"
+
+
+def reduce_in_two_groups_of_one_name(kind):
+    of_kind(kind)
+    first, second = (offer(dist.group.WORLD, name="dp gather") for _ in range(2))
+    found = []
+    for _ in range(3):
+        x, y = torch.full((1_000_000,), 1.0), torch.full((1_000_000,), 100.0)
+        under_way = [first.all_reduce(x, label="w"), second.all_reduce(y, label="w")]
+        for each in under_way:
+            each.wait()
+        found.append((x.unique().tolist(), y.unique().tolist()))
+    return found
+
+
+@each_kind
+def test_groups_of_one_name_do_not_take_each_others_data(ranks, kind):
+    assert ranks(2, reduce_in_two_groups_of_one_name, kind) == [[([2.0], [200.0])] * 3] * 2
+
+
+def use_in_a_forked_child(kind):
+    of_kind(kind)
+    kept = comm.empty(1_000, torch.float32).fill_(1.0)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        words = [message_of(lambda: comm.all_reduce(torch.ones(5)))]
+        if kind == "shared memory":
+            words.append(message_of(lambda: comm.empty(1_000, torch.float32)))
+        os.write(writing, "\n".join(words).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    total = torch.ones(5)
+    comm.all_reduce(total)  # the ranks go on
+    return os.read(reading, 2000).decode().splitlines(), total.tolist(), kept.unique().tolist()
+
+
+@each_kind
+def test_a_forked_child_is_refused_wherever_it_would_touch_what_ranks_share(ranks, kind):
+    for words, total, kept in ranks(2, use_in_a_forked_child, kind):
+        assert (total, kept) == ([2.0] * 5, [1.0])
+        for each in words:
+            assert each.startswith("StateError: ")
+            assert "forked child" in each
+
+
+def wait_twice_for_what_failed():
+    world = dist.group.WORLD
+    good, bad = (serve(world, name=name) for name in ("good", "bad"))
+    x = torch.ones(100)
+    of_good = good.all_reduce(x, label="x")
+    of_bad = bad.all_reduce(torch.ones(100 + bad.rank), label="y")
+    words = [message_of(of_good.wait), message_of(of_bad.wait), message_of(of_bad.wait)]
+    return words, x[0].item()
+
+
+def test_an_error_is_that_of_its_own_call_and_comes_with_each_wait(ranks):
+    for (good, *bad), total in ranks(2, wait_twice_for_what_failed):
+        assert (good, total) == ("nothing was refused", 2.0)
+        assert [each.split(":")[0] for each in bad] == ["MismatchError"] * 2
+
+
+def gather_more_than_there_is():
+    group = serve(dist.group.WORLD, name="dp")
+    told = []
+    if group.rank == 0:
+        numel = available_bytes() // 3  # of four bytes: a third more than there is, as pages of the others' side
+        huge = torch.empty(1).expand(numel)
+        told.append(message_of(lambda: group.broadcast(huge, src=0, label="huge")))
+    total = torch.ones(5)
+    group.all_reduce(total, label="after").wait()
+    return told, total.tolist()
+
+
+def test_a_call_for_which_there_is_no_memory_leaves_the_group_in_step(ranks):
+    first, second = ranks(2, gather_more_than_there_is)
+    assert first[0][0].startswith("OutOfPagesError")
+    assert [first[1], second[1]] == [[2.0] * 5] * 2
+
+
+def use_a_group_in_each_thread():
+    groups = [serve(dist.group.WORLD, name=f"thread {number}") for number in range(2)]
+    wrong = []
+
+    def work(group):
+        for number in range(30):
+            whole = torch.empty(2 * 50_000)
+            group.all_gather(whole, torch.full((50_000,), float(group.rank + number)), label="x").wait()
+            if whole.view(2, -1).mean(1).tolist() != [number, number + 1]:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(group,)) for group in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return wrong
+
+
+def test_each_thread_may_use_a_group_of_its_own(ranks):
+    assert ranks(2, use_a_group_in_each_thread) == [[], []]
+
+
+def live_twice(kind):
+    of_kind(kind)
+    found, store, rank = [], compat.default_store(), dist.get_rank()
+    for life in range(2):
+        if life:
+            dist.destroy_process_group()
+            dist.init_process_group("gloo", store=dist.PrefixStore("second", store), rank=rank, world_size=2)
+        total = torch.full((3,), float(life + 1))
+        comm.all_reduce(total, label=f"life {life}")
+        found.append(total[0].item())
+    return found, [thread.name for thread in threading.enumerate()].count("zcore cards")
+
+
+@each_kind
+def test_a_process_may_join_a_second_run(ranks, kind):
+    assert ranks(2, live_twice, kind) == [([2.0, 4.0], 1)] * 2
+
+
+def stay_away_from_the_first_use():
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    if dist.get_rank() == 0:
+        serve(group, name="dp gather")
+
+
+def test_who_does_not_come_to_the_first_use_of_a_group_is_named(ranks):
+    with pytest.raises(RankFailed) as caught:
+        ranks(2, stay_away_from_the_first_use)
+    message = caught.value.first.message
+    assert caught.value.first.type_name == "CollectiveError"
+    assert "missing: rank 1" in message
+    assert "first use of a group" in message

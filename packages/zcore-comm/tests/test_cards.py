@@ -27,7 +27,7 @@ class Source:
     def as_card(self):
         return {"started": 3}
 
-    def look_after_followed(self):
+    def look_after(self):
         """There is nothing to look after."""
 
 

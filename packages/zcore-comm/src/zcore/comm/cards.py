@@ -58,7 +58,7 @@ class Source(Protocol):
         """What is said, in types of JSON."""
         ...
 
-    def look_after_followed(self) -> None:
+    def look_after(self) -> None:
         """Called by the cards' thread with every beat."""
         ...
 
@@ -147,7 +147,7 @@ class Cards:
                     last_s = time.monotonic()
                     self._write()
                     for source in self._living():
-                        source.look_after_followed()
+                        source.look_after()
                     continue
                 if request is None:
                     self._write()

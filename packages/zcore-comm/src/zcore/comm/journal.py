@@ -10,7 +10,9 @@ import logging
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from zcore.comm.cards import Cards, Told
@@ -35,6 +37,17 @@ ALIKE = (
 )
 
 
+@dataclass(slots=True)
+class Wait:
+    """A wait that only `abort` can end early; `trouble` is why it was."""
+
+    call: Call
+    abort: Callable[[], None]
+    began: float
+    next_look_s: float
+    trouble: ZcoreError | None = None
+
+
 class Journal:
     """See the header. `key` is equal on all ranks and of no other group; `homes` is by rank in the group."""
 
@@ -50,6 +63,7 @@ class Journal:
         self._given_up: tuple[str, str] | None = None  # kind and words of the error that ended this rank's part
         self._followed: deque[tuple[Call, Callable[[], bool], float]] = deque()
         self._next_look_s = FIRST_LOOK_S
+        self._wait: Wait | None = None
         cards.add(self)
 
     def start(self, call: Call) -> int:
@@ -107,11 +121,41 @@ class Journal:
                 return
             look_s = min(2 * look_s, MAX_LOOK_S)
 
+    @contextmanager
+    def looking_after(self, call: Call, abort: Callable[[], None]) -> Iterator[Wait]:
+        """Have the cards' thread look after the others while this one waits, whom only `abort` can interrupt."""
+        wait = self._wait = Wait(call, abort, time.monotonic(), FIRST_LOOK_S)
+        try:
+            yield wait
+        finally:
+            self._wait = None
+
     def follow(self, call: Call, is_done: Callable[[], bool]) -> None:
         """Have the cards' thread look after a call that no host waits for, and tell of trouble in the log."""
         self._followed.append((call, is_done, time.monotonic()))
 
-    def look_after_followed(self) -> None:
+    def look_after(self) -> None:
+        """In the cards' thread, with every beat: what keeps a wait, and calls that no host waits for."""
+        wait = self._wait
+        if wait is not None:
+            self._look_after_wait(wait)
+        self._look_after_followed()
+
+    def _look_after_wait(self, wait: Wait) -> None:
+        waited_s = time.monotonic() - wait.began
+        if waited_s < wait.next_look_s:
+            return
+        is_told = waited_s >= TELL_S > wait.next_look_s / 2
+        wait.next_look_s *= 2
+        told = self._cards.read_here([home.life for home in self.homes])
+        trouble = self._trouble_in(wait.call, told, is_lost=False)
+        if trouble is not None and self._wait is wait:
+            wait.trouble = trouble
+            wait.abort()
+        elif is_told:
+            logger.warning("Waiting for %s since %.0f s. %s", wait.call, waited_s, self._whom_it_lacks(wait.call, told))
+
+    def _look_after_followed(self) -> None:
         """Finish what is done, and tell, once, what keeps the oldest of the others."""
         while self._followed and self._followed[0][1]():
             self.finish(self._followed.popleft()[0])

@@ -1,8 +1,9 @@
 """Collectives over gloo from messages between pairs of ranks, brought to their end by a thread, and watched.
 
 A call posts its messages at once; the bytes then travel by themselves, a worker adds what has come and starts second
-steps, and `wait()` waits for the worker. While it does, it looks who is missing (see journal.py). Messages carry a tag
-made of all calls so far, so that after a call which ranks made differently none completes: they wait, and it is found.
+steps, and `wait()` waits for the worker, looking who is missing (see journal.py). A small call that is waited for next
+is ended in `wait()` itself, while another thread looks. Messages carry a tag made of all calls so far, so that after a
+call which ranks made differently none completes: they wait, and it is found.
 """
 
 import os
@@ -26,6 +27,7 @@ from zcore.core.torch_collectives import TorchCollectives
 __all__ = ["PairwiseCollectives"]
 
 STEP_S = 0.5e-3  # between looks at what other groups need meanwhile
+DIRECT_BYTES = 1 << 20  # a call of one step up to here is ended by who waits for it: waking a thread takes 0.1 ms
 CLOSING_S = 1.0  # within which the process that ended a connection is seen to have ended
 
 
@@ -41,6 +43,7 @@ class PairwiseCollectives:
         self._worker = Worker(f"zcore {name}", abort=peers.abort)
         self._process = os.getpid()
         self._broken: Exception | None = None
+        self._left: Task | None = None  # the last call, if it is left to who waits for it
 
     @property
     def rank(self) -> int:
@@ -89,7 +92,7 @@ class PairwiseCollectives:
         """An all_gather into slots that may lie apart; the own one is filled. `whole` is what they belong to."""
         call, tag = self._begin("all_gather", label, whole)
         if self._choice(call) == "ring":
-            return self._add(call, self._peers.gather_in_ring(slots, tag=tag))
+            return self._add(call, self._peers.gather_in_ring(slots, tag=tag), has_one_step=False)
         return self._add(call, self._peers.gather(slots, tag=tag))
 
     def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
@@ -110,7 +113,7 @@ class PairwiseCollectives:
                 tree_sum(parts, out=tensor)
 
             return self._add(call, finish)
-        return self._add(call, self._peers.sum_everywhere(tensor.tensor_split(self.size), tag=tag))
+        return self._add(call, self._peers.sum_everywhere(tensor.tensor_split(self.size), tag=tag), has_one_step=False)
 
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_to_all`."""
@@ -123,8 +126,9 @@ class PairwiseCollectives:
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Polled:
         """See `Collectives.broadcast`."""
         call, tag = self._begin("broadcast", f"{label} from rank {src}", tensor)
-        start = self._peers.scatter_to_all if self._choice(call) == "scatter" else self._peers.send_to_all
-        return self._add(call, start(tensor, src=src, tag=tag))
+        if self._choice(call) == "scatter":
+            return self._add(call, self._peers.scatter_to_all(tensor, src=src, tag=tag), has_one_step=False)
+        return self._add(call, self._peers.send_to_all(tensor, src=src, tag=tag))
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`."""
@@ -147,27 +151,47 @@ class PairwiseCollectives:
     def _choice(self, call: Call) -> str:
         return self._table.choose(call.op, size=self.size, num_bytes=call.payload_bytes)
 
-    def _add(self, call: Call, finish: Finish) -> Polled:
+    def _add(self, call: Call, finish: Finish, *, has_one_step: bool = True) -> Polled:
         journal = self._journal
 
         def act() -> None:
             finish()
             journal.finish(call)
 
-        return _Pending(self, call, self._worker.add(act))
+        task = Task(act)
+        self.hand_over(self._left)
+        self._left = task if has_one_step and call.payload_bytes <= DIRECT_BYTES else None
+        if self._left is None:
+            self._worker.add(task)
+        return _Pending(self, call, task)
+
+    def hand_over(self, task: Task | None) -> None:
+        """Have the worker do what was left to who waits for it: somebody has more to do than to wait."""
+        if task is not None and task is self._left:
+            self._left = None
+            self._worker.add(task)
 
     def wait_for(self, call: Call, task: Task) -> None:
         """Return when the call is done. Raises what ended it, each time."""
         if self._broken is not None and not (task.wait(0) and task.error is None):
             raise self._broken
-        if not task.wait(0):
+        if task is self._left and has_steps():
+            self.hand_over(task)
+        if task is self._left:
+            self._left = None
+            with self._journal.looking_after(call, self._worker.abort) as wait:
+                task.run()
+            if wait.trouble is not None:
+                self._break(self._journal.give_up(wait.trouble))
+                raise wait.trouble
+        elif not task.wait(0):
             try:
                 self._journal.wait_for(call, partial(_is_done_within, task))
             except ZcoreError as error:
                 self._break(error)
                 raise
         if task.error is not None:
-            lost = self._journal.give_up(self._lost(call))
+            lost = self._journal.give_up(self._lost(call, task.error))
             self._break(lost)
             raise lost from task.error
 
@@ -175,15 +199,17 @@ class PairwiseCollectives:
         self._broken = error
         self._worker.abort()  # nothing of it is to be written into anybody's tensors later
 
-    def _lost(self, call: Call) -> ZcoreError:
+    def _lost(self, call: Call, error: Exception) -> ZcoreError:
         """A connection broke: whoever ended it says why, or is seen to have ended, a moment later."""
+        if "Timed out" in str(error):  # gloo's words for its own wait
+            return self._journal.failure(call, f"the timeout of {self._journal.deadline_s:.3g} s has passed")
         began = time.monotonic()
         while time.monotonic() - began < CLOSING_S:
             trouble = self._journal.find_trouble(call, is_lost=True)
             if trouble is not None:
                 return trouble
             time.sleep(0.05)
-        return self._journal.failure(call, "a connection was lost or timed out")
+        return self._journal.failure(call, "a connection was lost")
 
 
 class _Pending:
@@ -200,6 +226,7 @@ class _Pending:
 
     def poll(self) -> bool:
         """Whether `wait` would return at once; raises what it would raise."""
+        self._group.hand_over(self._task)
         if not self._task.wait(0):
             return False
         self.wait()

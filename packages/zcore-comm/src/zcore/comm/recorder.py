@@ -25,6 +25,7 @@ from zcore.comm.comm_report import SYMMETRIC_OPS, CommReport, build_report
 from zcore.comm.recorded import LISTENERS, Recorded
 from zcore.comm.requests import DeferrableCollectives
 from zcore.comm.tables import shown_bytes, shown_seconds
+from zcore.comm.texts import exchange_texts
 from zcore.comm.totals import CallRecord, Group, Kind, RankTotals, Totals
 from zcore.core.collectives import Collectives
 from zcore.core.errors import ConfigError, nearest
@@ -200,17 +201,7 @@ def _global_rank() -> int:
 
 
 def _exchange(text: bytes, group: Collectives, device: torch.device) -> list[bytes]:
-    """The text of every rank, by rank in the group."""
     served = group
     while isinstance(served, DeferrableCollectives | Recorded):
         served = served.inner  # the exchange is no part of what is recorded
-    label = "report on collectives"
-    lengths = torch.empty(served.size, dtype=torch.int64, device=device)
-    served.all_gather(lengths, torch.tensor([len(text)], device=device), label=label).wait()
-    longest = int(lengths.max())
-    own = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8).to(device)
-    everyones = torch.empty(served.size * longest, dtype=torch.uint8, device=device)
-    served.all_gather(everyones, own, label=label).wait()
-    received = bytearray(served.size * longest)
-    torch.frombuffer(received, dtype=torch.uint8).copy_(everyones)
-    return [bytes(received[low : low + longest]) for low in range(0, len(received), longest)]
+    return exchange_texts(text, served, device=device, label="report on collectives")

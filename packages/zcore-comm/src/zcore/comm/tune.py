@@ -24,9 +24,11 @@ from zcore.comm import tables
 from zcore.comm.algorithms import ALGORITHMS, ANY_BYTES, Rule, Table, read_table, rules_from, table_path
 from zcore.comm.bench import sizes_up_to
 from zcore.comm.contenders import build_case, pairwise_over
+from zcore.comm.texts import exchange_texts
 from zcore.comm.timing import Spread, time_in_turns
 from zcore.core.errors import ConfigError
 from zcore.core.events import progress
+from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["Choice", "Found", "TunePlan", "choose_algorithm", "main", "merge_rules", "table_of", "tune", "write_table"]
 
@@ -121,9 +123,9 @@ def merge_rules(choices: Sequence[Choice], before: Table, *, world_size: int) ->
 def tune(group: dist.ProcessGroup, plan: TunePlan) -> Found:
     """Measure on the ranks of `group`, all of which call this and get the same. Writes nothing."""
     size = dist.get_world_size(group)
-    told = [read_table().to_json()]
-    dist.broadcast_object_list(told, group_src=0, group=group)  # hosts may have tables that differ
-    before = Table.from_json(told[0])
+    everyone, device = TorchCollectives(group, name="tune"), torch.device("cpu")
+    first, *_ = exchange_texts(read_table().to_json().encode(), everyone, device=device, label="tables of algorithms")
+    before = Table.from_json(first.decode())  # hosts may have tables that differ
     rivals = {
         (op, name): pairwise_over(group, Table((Rule(op, size, ANY_BYTES, name),)), name=f"{op} by {name}")
         for op, names in RIVALS.items()
@@ -134,9 +136,7 @@ def tune(group: dist.ProcessGroup, plan: TunePlan) -> Found:
         for op, names in RIVALS.items():
             for num_bytes in plan.sizes_bytes:
                 runs = {name: build_case(rivals[op, name], op, num_bytes).run for name in names}
-                times_s = time_in_turns(
-                    runs, group=group, device=torch.device("cpu"), rounds=plan.rounds, slice_s=plan.slice_s
-                )
+                times_s = time_in_turns(runs, group=group, device=device, rounds=plan.rounds, slice_s=plan.slice_s)
                 current = before.choose(op, size=size, num_bytes=num_bytes)
                 after = choose_algorithm(times_s, current=current)
                 medians = {name: statistics.median(each) for name, each in times_s.items()}

@@ -23,13 +23,16 @@ class Task:
 
     def __init__(self, act: Callable[[], None]) -> None:
         self._act: Callable[[], None] | None = act
+        self._claim = threading.Lock()
         self._done = threading.Event()
         self.error: Exception | None = None
 
     def run(self) -> None:
-        """Do it, in the worker."""
-        act, self._act = self._act, None  # what it holds is let go of as soon as it is done
-        assert act is not None
+        """Do it, in the thread that comes first."""
+        with self._claim:
+            act, self._act = self._act, None  # what it holds is let go of as soon as it is done
+        if act is None:
+            return
         try:
             act()
         except Exception as error:  # noqa: BLE001 - passed on to whoever waits
@@ -53,15 +56,13 @@ class Worker:
         self._is_aborted = False
         weakref.finalize(self, self._tasks.put, None).atexit = False
 
-    def add(self, act: Callable[[], None]) -> Task:
-        """Have `act` done after all that was added before."""
+    def add(self, task: Task) -> None:
+        """Have it done after all that was added before, unless somebody else has begun it by then."""
         if self._thread is None:
             self._thread = threading.Thread(target=_work, args=(self._tasks,), name=self._name, daemon=True)
             self._thread.start()
             _workers.add(self)
-        task = Task(act)
         self._tasks.put(task)
-        return task
 
     def abort(self) -> None:
         """End what the thread waits for, and all connections with it; what was added fails."""
@@ -71,8 +72,9 @@ class Worker:
 
     def end(self) -> None:
         """Have the thread end; one that waits for other ranks is freed."""
+        if self._thread is None:
+            return
         self._tasks.put(None)
-        assert self._thread is not None
         self._thread.join(END_S / 10)
         if self._thread.is_alive():
             self.abort()

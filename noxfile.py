@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent
 WHEELS = ("zcore-core", "zcore-comm", "zcore-zero", "zcore-pipe", "zcore-offload", "zcore-infer", "zcore-kernels")
 # The extras that a wheel's own tests use, and those that docs/examples use.
 TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[cli]"}
+COMMAND_EXTRAS = {"zcore-core": "[cli]", "zcore-comm": "[cli]"}  # what the commands of `zcore` need
 EXAMPLE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[examples]"}
 # Sets of wheels that a user may well combine; `alone-*` shows each by itself.
 COMBINATIONS = {
@@ -131,7 +132,7 @@ for each_wheel in WHEELS:
 @nox.parametrize("wheels", [nox.param(wheels, id=name) for name, wheels in COMBINATIONS.items()])
 def matrix(session: nox.Session, wheels: tuple[str, ...]) -> None:
     """Install a combination of wheels from built files and run integration-tests/ there."""
-    install_built(session, *wheels, extras={}, beside=("pytest", "hypothesis"))
+    install_built(session, *wheels, extras=COMMAND_EXTRAS, beside=("pytest", "hypothesis"))
     session.run("pytest", "integration-tests", *session.posargs)
 
 

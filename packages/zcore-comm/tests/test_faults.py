@@ -87,7 +87,7 @@ def test_a_rank_that_is_killed_is_named_by_all_others(ranks, kind, world_size, s
 
 @pytest.mark.parametrize(
     ("how", "state"),
-    [("is_stopped", "is stopped"), ("is_slow", "is alive")],
+    [("is_stopped", "is stopped"), ("is_slow", "is (alive|not seen from here)")],
 )
 @each_kind
 def test_a_rank_that_does_not_come_is_named_with_what_it_did_last(ranks, kind, world_size, how, state):
@@ -99,7 +99,7 @@ def test_a_rank_that_does_not_come_is_named_with_what_it_did_last(ranks, kind, w
     told = " ".join(failures[rank].message for rank in failures if rank != CULPRIT)
     assert "the timeout of 1.5 s has passed" in told
     if kind != "pairwise":  # where another rank of its host sees its process
-        assert re.search(rf"rank 1 \(process \d+ on \S+ {state}\)", told), told
+        assert re.search(rf"[rR]ank 1 \(process \d+ on \S+ {state}\)", told), told
     if how == "is_slow":
         assert "its last call was all_reduce grads.2" in told, told
         assert "in is_slow" in told, told

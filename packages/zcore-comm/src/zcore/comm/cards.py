@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 BEAT_S = 0.5
 RANKS_PER_BEAT_S = 500  # a larger run writes its cards more rarely, to spare the store
 ANSWER_S = 1.0  # how long anybody waits for the store
+SILENT_S = 5.0  # a card that has not changed for so long belongs to a process that gives no sign of life
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,23 @@ class Told:
 
     groups: dict[str, Any]  # by key: what its journal there says
     line: str  # of its program
-    silent_s: float  # since it was seen to change, as far as this rank has looked
+    has_moved: bool | None  # whether it has been seen to change of late; None if it is too early to say
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """The newest card of a process, as this rank has looked."""
+
+    count: int  # of the card
+    since: float  # when it was new
+    is_first: bool  # none was seen before it
+
+    @property
+    def has_moved(self) -> bool | None:
+        """See Told."""
+        if time.monotonic() - self.since >= SILENT_S:
+            return False
+        return None if self.is_first else True
 
 
 class Source(Protocol):
@@ -75,7 +92,7 @@ class Cards:
         self._sources: list[weakref.ref[Source]] = []
         self._count = 0
         self._told: dict[int, dict[str, Any]] = {}  # by life
-        self._seen: dict[int, tuple[int, float]] = {}  # by life: count of the last card, when that was new
+        self._seen: dict[int, _Seen] = {}  # by life
         self._requests: queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="zcore cards", daemon=True)
         self._thread.start()
@@ -101,9 +118,8 @@ class Cards:
         return self._known(lives)
 
     def _known(self, lives: Sequence[int]) -> dict[int, Told]:
-        now = time.monotonic()
         return {
-            life: Told(card["groups"], card["line"], now - self._seen[life][1])
+            life: Told(card["groups"], card["line"], self._seen[life].has_moved)
             for life, card in list(self._told.items())
             if life in lives
         }
@@ -176,8 +192,9 @@ class Cards:
             if not self._store.check([_key(life)]):
                 continue
             card = json.loads(self._store.get(_key(life)))
-            if self._seen.get(life, (0, 0.0))[0] != card["count"]:
-                self._seen[life] = card["count"], time.monotonic()
+            before = self._seen.get(life)
+            if before is None or before.count != card["count"]:
+                self._seen[life] = _Seen(card["count"], time.monotonic(), is_first=before is None)
             self._told[life] = card
 
 

@@ -40,14 +40,16 @@ class Home:
         state = _stat_of(self.process) if self.is_here else None
         return state is not None and state[0] in STOPPED
 
-    def state(self, *, silent: bool = False) -> str:
-        """In words, what is known of the process; `silent` if it has given no sign of life for long."""
+    def state(self, *, has_moved: bool | None = None) -> str:
+        """In words, what is known of the process; `has_moved` if its cards change, None if it is too early to say."""
         if self.has_ended():
             known = "has ended"
         elif self.is_stopped():
             known = "is stopped"
+        elif has_moved is None:
+            known = "is alive" if self.is_here else "is not seen from here"
         else:
-            known = "gives no sign of life" if silent else "is alive"
+            known = "is alive" if has_moved else "gives no sign of life"
         return f"process {self.process} on {self.name} {known}"
 
 

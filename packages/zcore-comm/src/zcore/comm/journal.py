@@ -28,7 +28,6 @@ REMEMBERED_CALLS = 16
 MAX_TAG = (1 << 28) - 1  # gloo has 31 bits; the rest is for steps of a call
 FIRST_LOOK_S, MAX_LOOK_S = 1.0, 8.0  # after which those who wait look what the others do
 TELL_S = 30.0  # a wait of such length is told to the user
-SILENT_S = 5.0  # without a sign of life for so long, a rank is called silent
 RELAYED: dict[str, type[ZcoreError]] = {each.__name__: each for each in (CollectiveError, MismatchError)}
 FIRST_WORDS = "First seen by rank"
 ALIKE = (
@@ -207,7 +206,7 @@ class Journal:
                 groups = card.groups.values() if is_lost or has_ended else [there] if there is not None else []
                 reasons = [group["given_up"] for group in groups if group["given_up"] is not None]
                 if reasons:
-                    return _relayed(reasons[0], home.global_rank)
+                    return self._relayed(reasons[0], home.global_rank, told)
             calls = {index: (digest, words) for index, digest, words in there["calls"]} if there is not None else {}
             different = next((i for i in sorted(own) if i in calls and calls[i][0] != own[i][0]), None)
             if different is not None and card is not None:
@@ -235,7 +234,7 @@ class Journal:
                 continue
             card = told.get(home.life)
             there = card.groups.get(self.key) if card is not None else None
-            state = home.state(silent=card is not None and card.silent_s >= SILENT_S)
+            state = home.state(has_moved=card.has_moved if card is not None else None)
             if card is None or there is None:
                 missing.append(f"rank {home.global_rank} ({state}), it has told nothing of this group")
             elif there["started"] > call.index and not home.has_ended() and not home.is_stopped():
@@ -248,7 +247,24 @@ class Journal:
             words += " The store in which ranks leave word does not answer; rank 0, or the launcher, holds it."
         return words
 
+    def _relayed(self, reason: tuple[str, str], global_rank: int, told: Mapping[int, Told]) -> ZcoreError:
+        """The error of another rank, and what it could not see from its host but is seen from this one.
 
-def _relayed(reason: tuple[str, str], global_rank: int) -> ZcoreError:
-    kind, words = reason
-    return RELAYED[kind](words if words.startswith(FIRST_WORDS) else f"{FIRST_WORDS} {global_rank}: {words}")
+        Ranks that gave up, and ended for that, are no cause of it.
+        """
+        kind, words = reason
+        if not words.startswith(FIRST_WORDS):
+            words = f"{FIRST_WORDS} {global_rank}: {words}"
+        seen = [
+            f"Rank {home.global_rank} ({home.state()})."
+            for home in self.homes
+            if (home.has_ended() or home.is_stopped()) and home.state() not in words and not _gave_up(told, home)
+        ]
+        return RELAYED[kind](
+            " ".join([words, *([f"Seen from rank {self.homes[self.rank].global_rank}:", *seen] if seen else [])])
+        )
+
+
+def _gave_up(told: Mapping[int, Told], home: Home) -> bool:
+    card = told.get(home.life)
+    return card is not None and any(group["given_up"] is not None for group in card.groups.values())

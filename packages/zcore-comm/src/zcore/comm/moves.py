@@ -46,8 +46,15 @@ class Peers:
         """All but this one, beginning with the next: not all ranks send to the same one first."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
-    def sum_slots(self, output: Tensor, slots: Sequence[Tensor], *, tag: int) -> Finish:
-        """`output = sum over ranks of their slots[rank]`, in the order of a tree."""
+    def sum_slots(
+        self,
+        output: Tensor,
+        slots: Sequence[Tensor],
+        *,
+        tag: int,
+        summed: Callable[[Tensor], None] | None = None,
+    ) -> Finish:
+        """`output = sum over ranks of their slots[rank]`, in the order of a tree; each piece of it goes to `summed`."""
         return start_slot_sum(
             output,
             slots,
@@ -56,6 +63,7 @@ class Peers:
             rank=self.rank,
             tag=tag,
             window=WINDOW_PIECES,
+            summed=summed,
         )
 
     def sum_everywhere(self, slots: Sequence[Tensor], *, tag: int) -> Finish:
@@ -65,16 +73,7 @@ class Peers:
         def pass_on(piece: Tensor) -> None:
             passed.extend(self._send(piece, target=each, tag=tag + STEP_TAGS) for each in self.others)
 
-        sum_own = start_slot_sum(
-            slots[self.rank],
-            slots,
-            group=self.group,
-            members=self.members,
-            rank=self.rank,
-            tag=tag,
-            window=WINDOW_PIECES,
-            summed=pass_on,
-        )
+        sum_own = self.sum_slots(slots[self.rank], slots, tag=tag, summed=pass_on)
         # A sum takes the place of what was sent for it: whoever sends one has received all of that before.
         step = max(1, PIECE_BYTES // slots[0].element_size())
         receives = [

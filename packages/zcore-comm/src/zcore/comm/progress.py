@@ -27,7 +27,7 @@ __all__ = [
     "note_open",
 ]
 
-LOOKS = 2000  # about 0.2 ms
+LOOKS = 2000  # some milliseconds, as every look takes what steps can be taken
 LOOKS_WHEN_CROWDED = 20  # more ranks than processors: whoever looks keeps another from working
 YIELDS = 200
 NAP_S = 50e-6

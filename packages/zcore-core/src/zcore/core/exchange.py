@@ -5,7 +5,7 @@
 
 The sum of one piece is taken while the next ones are on their way, and reads what has just come. A tree over the ranks
 gives its order (see collectives.py). gloo's own reduce_scatter is an all_reduce of which a part is kept: 2 ranks and
-16 MiB take it 18 ms, this 7; 64 MiB 84 and 26 (2 cores, loopback).
+1 GiB take it 2.5 times as long as this (docs/benchmarks; `tools/bench_collectives.py` measures both).
 """
 
 from collections.abc import Callable, Sequence

@@ -70,7 +70,7 @@ def test_only_the_ops_named_are_recorded(ranks, tmp_path):
 
 def stop_in_every_way():
     from zcore import zero
-    from zcore.comm.recorded import LISTENERS
+    from zcore.comm.recording.recorded import LISTENERS
     from zcore.core.errors import ConfigError
 
     engine = zero.initialize(a_model(), CONFIG)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from zcore.comm.bench import Report, Row
+from zcore.comm.bench.measure import Report, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 BORN, COPIED = "shared memory", "shared memory, plain tensors"

@@ -32,7 +32,7 @@ from steps.measure import measure_steps  # noqa: E402
 from steps.plot import draw  # noqa: E402
 from steps.trainers import KINDS  # noqa: E402
 
-from zcore.comm.machine import find_machine, find_versions, load  # noqa: E402
+from zcore.comm.bench.machine import find_machine, find_versions, load  # noqa: E402
 from zcore.core.testing import run_ranks  # noqa: E402
 
 MODELS = {

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from gpt import GPT, GPTConfig
 from steps.trainers import Step, build_steps
 
-from zcore.comm.recorder import record
-from zcore.comm.timing import Spread, time_in_turns
+from zcore.comm.bench.timing import Spread, time_in_turns
+from zcore.comm.recording.recorder import record
 from zcore.core.device import device_in_use_bytes
 
 __all__ = ["measure_steps"]

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from zcore import zero
 from zcore.comm.choice import serve
-from zcore.comm.recorded import Recorded
+from zcore.comm.recording.recorded import Recorded
 from zcore.core import compat, extensions
 from zcore.core.collectives import Collectives, Pending
 from zcore.core.mesh import build_mesh

@@ -21,8 +21,8 @@ from gpt import GPT, GPTConfig
 from two_hosts.pair import SENT_BYTES
 
 from zcore import zero
-from zcore.comm.contenders import build_contenders
-from zcore.comm.timing import Spread, time_in_turns
+from zcore.comm.bench.contenders import build_contenders
+from zcore.comm.bench.timing import Spread, time_in_turns
 from zcore.core import extensions
 
 CPU = torch.device("cpu")

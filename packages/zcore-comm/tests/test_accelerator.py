@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from zcore.comm.accelerator import AcceleratorCollectives
-from zcore.comm.algorithms import DEFAULT_TABLE
 from zcore.comm.choice import Parts
-from zcore.comm.meeting import meet
+from zcore.comm.pairs.algorithms import DEFAULT_TABLE
+from zcore.comm.ranks.meeting import meet
 
 
 def served():
@@ -55,7 +55,7 @@ class Told(logging.Handler):
 
 def leave_the_others_alone():
     told = Told()
-    logging.getLogger("zcore.comm.journal").addHandler(told)
+    logging.getLogger("zcore.comm.ranks.journal").addHandler(told)
     group = served()
     group.all_reduce(torch.ones(4), label="grads.0").wait()
     tensor = torch.ones(5)

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from zcore.comm.bench import Plan, Report, measure, rows_of, sizes_up_to
-from zcore.comm.bench_table import tables_of
-from zcore.comm.contenders import COPY, OPS, Case, Contender, build_contenders
-from zcore.comm.tables import write_tables
+from zcore.comm.bench.contenders import COPY, OPS, Case, Contender, build_contenders
+from zcore.comm.bench.measure import Plan, Report, measure, rows_of, sizes_up_to
+from zcore.comm.bench.table import tables_of
+from zcore.comm.recording.tables import write_tables
 from zcore.core.errors import CollectiveError, ConfigError
 
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def test_what_cannot_be_measured_is_refused():
 
 def test_the_command_starts_ranks_and_writes_table_file_and_plot(tmp_path):
     testing = pytest.importorskip("typer.testing")
-    from zcore.comm.command import app, parse_bytes
+    from zcore.comm.bench.command import app, parse_bytes
 
     with pytest.raises(ConfigError, match="'12 parsecs' is no size"):
         parse_bytes("12 parsecs")

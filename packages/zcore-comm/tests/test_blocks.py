@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 import zcore.comm
-from zcore.comm.blocks import Block
-from zcore.comm.pages import own_pages
-from zcore.comm.requests import DeferrableCollectives
+from zcore.comm.calls.blocks import Block
+from zcore.comm.calls.requests import DeferrableCollectives
+from zcore.comm.memory.pages import own_pages
 from zcore.core.errors import ConfigError, LayoutError, StateError, ZcoreError
 from zcore.core.torch_collectives import TorchCollectives
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcore.comm.board import BOARD_BYTES, DTYPE_CODES, OPS, RING_CALLS, Board, Entry
+from zcore.comm.memory.board import BOARD_BYTES, DTYPE_CODES, OPS, RING_CALLS, Board, Entry
 
 entries = st.builds(
     Entry,

@@ -9,7 +9,7 @@ import time
 import pytest
 from torch.distributed import TCPStore
 
-from zcore.comm.cards import Cards
+from zcore.comm.ranks.cards import Cards
 from zcore.core import compat
 
 HOLD_A_STORE = """

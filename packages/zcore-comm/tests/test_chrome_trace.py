@@ -6,8 +6,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcore.comm.chrome_trace import join_traces, plan_lanes, trace_of
-from zcore.comm.totals import CallRecord, Group
+from zcore.comm.recording.chrome_trace import join_traces, plan_lanes, trace_of
+from zcore.comm.recording.totals import CallRecord, Group
 
 GATHER, REDUCE = Group("dp gather", (0, 1)), Group("dp reduce", (0, 1))
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcore.comm.comm_report import SHOWN_RANKS, CommReport, build_report, bus_factor
-from zcore.comm.tables import shown_bytes, shown_seconds
-from zcore.comm.totals import CallRecord, Group, Kind, RankTotals, Totals, size_class
+from zcore.comm.recording.comm_report import SHOWN_RANKS, CommReport, build_report, bus_factor
+from zcore.comm.recording.tables import shown_bytes, shown_seconds
+from zcore.comm.recording.totals import CallRecord, Group, Kind, RankTotals, Totals, size_class
 
 MIB = 2**20
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import zcore.comm
-from zcore.comm.pages import own_pages
+from zcore.comm.memory.pages import own_pages
 from zcore.core.testing import RankFailed
 
 WIDTH = 123

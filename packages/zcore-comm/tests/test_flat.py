@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import zcore.comm
-from zcore.comm.pages import own_pages
+from zcore.comm.memory.pages import own_pages
 from zcore.core import compat
 from zcore.core.collectives import tree_sum
 from zcore.core.errors import ConfigError, LayoutError, StateError, ZcoreError

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import zcore.comm
-from zcore.comm.flow import FLOW, Flow, choose_next
-from zcore.comm.requests import DeferrableCollectives
+from zcore.comm.calls.flow import FLOW, Flow, choose_next
+from zcore.comm.calls.requests import DeferrableCollectives
 from zcore.core.errors import ConfigError
 from zcore.core.torch_collectives import TorchCollectives
 

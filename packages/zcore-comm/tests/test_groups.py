@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from zcore import comm
 from zcore.comm.choice import offer, serve
-from zcore.comm.pages import available_bytes
+from zcore.comm.memory.pages import available_bytes
 from zcore.core import compat
 from zcore.core.errors import ZcoreError
 from zcore.core.testing import RankFailed

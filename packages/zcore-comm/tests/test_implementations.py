@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from zcore.comm.choice import serve
 from zcore.comm.hierarchical import HierarchicalCollectives
-from zcore.comm.pages import available_bytes, own_pages
-from zcore.comm.pairwise import PairwiseCollectives
-from zcore.comm.shared_memory import SMALL_BYTES, SharedMemoryCollectives
+from zcore.comm.memory.pages import available_bytes, own_pages
+from zcore.comm.memory.shared_memory import SMALL_BYTES, SharedMemoryCollectives
+from zcore.comm.pairs.pairwise import PairwiseCollectives
 from zcore.core import compat
 from zcore.core.errors import LayoutError, MismatchError, StateError, ZcoreError
 from zcore.core.torch_collectives import TorchCollectives

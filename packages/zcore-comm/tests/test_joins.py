@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcore.comm.joins import JoinCall, plan_joins
+from zcore.comm.calls.joins import JoinCall, plan_joins
 from zcore.core.errors import ConfigError
 
 calls_of_any_kind = st.lists(

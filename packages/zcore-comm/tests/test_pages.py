@@ -7,7 +7,7 @@ import resource
 import pytest
 import torch
 
-from zcore.comm.pages import OutOfPagesError, Pages, file_bytes_for, map_file
+from zcore.comm.memory.pages import OutOfPagesError, Pages, file_bytes_for, map_file
 
 MIB = 1 << 20
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from zcore.comm import recorder
 from zcore.comm.choice import offer
-from zcore.comm.recorded import LISTENERS, Recorded
-from zcore.comm.recorder import MAX_LABELS, RING_CALLS, record, wall_offset_s
+from zcore.comm.recording import recorder
+from zcore.comm.recording.recorded import LISTENERS, Recorded
+from zcore.comm.recording.recorder import MAX_LABELS, RING_CALLS, record, wall_offset_s
 from zcore.core.errors import CollectiveError, ConfigError
 from zcore.core.recording import OPS
 from zcore.core.torch_collectives import TorchCollectives

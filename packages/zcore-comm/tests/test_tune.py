@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from zcore.comm.algorithms import ALGORITHMS, ANY_BYTES, DEFAULT_TABLE, Rule, Table, read_table
-from zcore.comm.tune import Choice, Found, TunePlan, choose_algorithm, merge_rules, tune, write_table
+from zcore.comm.bench.tune import Choice, Found, TunePlan, choose_algorithm, merge_rules, tune, write_table
+from zcore.comm.pairs.algorithms import ALGORITHMS, ANY_BYTES, DEFAULT_TABLE, Rule, Table, read_table
 
 SIZES = (256, 65_536)
 
@@ -73,7 +73,7 @@ def test_a_written_table_is_the_one_that_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dry", [True, False])
 def test_the_command_shows_what_changes_and_writes_unless_dry(tmp_path, monkeypatch, dry):
     testing = pytest.importorskip("typer.testing")
-    from zcore.comm.command import app
+    from zcore.comm.bench.command import app
 
     path = Path(tmp_path / "table.json")
     monkeypatch.setenv("ZCORE_COMM_TABLE", str(path))

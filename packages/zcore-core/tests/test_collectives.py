@@ -178,13 +178,13 @@ def test_collectives_in_flight_on_two_groups_do_not_disturb_each_other(ranks, wo
 def large_sums_out_of_order():
     """An all_reduce above SMALL_BYTES has a second half; ranks may wait for two of them in either order."""
     group = world()
-    numel = torch_collectives.SMALL_BYTES
-    tensors = [values(numel, torch.float32, 10 * index + group.rank) for index in range(2)]
+    numels = torch_collectives.SMALL_BYTES, 11 * 2**18 + 1  # one is of more pieces than are on their way at a time
+    tensors = [values(numel, torch.float32, 10 * index + group.rank) for index, numel in enumerate(numels)]
     works = [group.all_reduce(tensor, label=f"large {index}") for index, tensor in enumerate(tensors)]
     for index in (0, 1) if group.rank == 0 else (1, 0):
         works[index].wait()
     for index, tensor in enumerate(tensors):
-        parts = [values(numel, torch.float32, 10 * index + each) for each in range(group.size)]
+        parts = [values(tensor.numel(), torch.float32, 10 * index + each) for each in range(group.size)]
         assert same(tensor, in_tree_order(parts))
 
 

@@ -7,12 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from zcore.comm.blocks import coalescing
-    from zcore.comm.ddp import ddp_hook
-    from zcore.comm.flat import all_gather, all_reduce, all_to_all, barrier, broadcast, empty, reduce_scatter
-    from zcore.comm.flow import limit_in_flight
-    from zcore.comm.recorder import record
-    from zcore.comm.served import collectives_of
+    from zcore.comm.calls.blocks import coalescing
+    from zcore.comm.calls.ddp import ddp_hook
+    from zcore.comm.calls.flat import all_gather, all_reduce, all_to_all, barrier, broadcast, empty, reduce_scatter
+    from zcore.comm.calls.flow import limit_in_flight
+    from zcore.comm.calls.served import collectives_of
+    from zcore.comm.recording.chrome_trace import join_traces
+    from zcore.comm.recording.recorder import record
 
 __all__ = [
     "all_gather",
@@ -24,24 +25,26 @@ __all__ = [
     "collectives_of",
     "ddp_hook",
     "empty",
+    "join_traces",
     "limit_in_flight",
     "record",
     "reduce_scatter",
 ]
 
 _MODULES = {
-    "coalescing": "zcore.comm.blocks",
-    "collectives_of": "zcore.comm.served",
-    "ddp_hook": "zcore.comm.ddp",
-    "limit_in_flight": "zcore.comm.flow",
-    "record": "zcore.comm.recorder",
+    "coalescing": "zcore.comm.calls.blocks",
+    "collectives_of": "zcore.comm.calls.served",
+    "ddp_hook": "zcore.comm.calls.ddp",
+    "join_traces": "zcore.comm.recording.chrome_trace",
+    "limit_in_flight": "zcore.comm.calls.flow",
+    "record": "zcore.comm.recording.recorder",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}.")
-    return getattr(import_module(_MODULES.get(name, "zcore.comm.flat")), name)
+    return getattr(import_module(_MODULES.get(name, "zcore.comm.calls.flat")), name)
 
 
 def __dir__() -> list[str]:

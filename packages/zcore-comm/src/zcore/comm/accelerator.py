@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zcore.comm.journal import Journal
+from zcore.comm.ranks.journal import Journal
 from zcore.core import compat
 from zcore.core.collectives import CallLog, Traffic
 from zcore.core.torch_collectives import TorchCollectives, TorchPending

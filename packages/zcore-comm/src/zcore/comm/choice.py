@@ -12,18 +12,18 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from zcore.comm.accelerator import AcceleratorCollectives
-from zcore.comm.algorithms import DEFAULT_TABLE, Table, read_table
-from zcore.comm.cards import cards_of_run
-from zcore.comm.flow import FLOW
+from zcore.comm.calls.flow import FLOW
+from zcore.comm.calls.requests import DeferrableCollectives
 from zcore.comm.hierarchical import HierarchicalCollectives, plan_levels
-from zcore.comm.journal import Journal
-from zcore.comm.meeting import Introduction, agree, meet
-from zcore.comm.moves import Peers
-from zcore.comm.neighbours import Neighbours, open_neighbours
-from zcore.comm.pairwise import PairwiseCollectives
-from zcore.comm.recorded import Recorded
-from zcore.comm.requests import DeferrableCollectives
-from zcore.comm.shared_memory import SharedMemoryCollectives
+from zcore.comm.memory.neighbours import Neighbours, open_neighbours
+from zcore.comm.memory.shared_memory import SharedMemoryCollectives
+from zcore.comm.pairs.algorithms import DEFAULT_TABLE, Table, read_table
+from zcore.comm.pairs.moves import Pairs
+from zcore.comm.pairs.pairwise import PairwiseCollectives
+from zcore.comm.ranks.cards import cards_of_run
+from zcore.comm.ranks.journal import Journal
+from zcore.comm.ranks.meeting import Introduction, agree, meet
+from zcore.comm.recording.recorded import Recorded
 from zcore.core import compat
 from zcore.core.collectives import Collectives
 
@@ -104,7 +104,7 @@ class Parts:
     def pairwise(self, members: Sequence[int], *, of: str) -> PairwiseCollectives:
         """Messages between pairs of `members`."""
         name = f"{self._name}{of}"
-        peers = Peers(self._group, tuple(members), members.index(self.rank))
+        peers = Pairs(self._group, tuple(members), members.index(self.rank))
         return PairwiseCollectives(peers, self.journal(members, name), self._table, name=name)
 
     def journal(self, members: Sequence[int], name: str) -> Journal:

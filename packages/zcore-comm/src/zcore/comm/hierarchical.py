@@ -28,10 +28,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zcore.comm.journal import Journal
-from zcore.comm.pairwise import PairwiseCollectives
+from zcore.comm.memory.shared_memory import SharedMemoryCollectives
+from zcore.comm.pairs.pairwise import PairwiseCollectives
 from zcore.comm.progress import LOCK, Polled, is_reached_napping, note_closed, note_open
-from zcore.comm.shared_memory import SharedMemoryCollectives
+from zcore.comm.ranks.journal import Journal
 from zcore.comm.sizes import check_exchange, check_process, check_slots
 from zcore.core.collectives import Call, CallLog, Pending, Traffic
 from zcore.core.errors import StateError, ZcoreError

@@ -1,7 +1,7 @@
 """How wheels find each other: entry points looked up when used, and the table of which wheel serves which contract.
 
     [project.entry-points."zcore.collectives"]     in a wheel's pyproject.toml: the group is the contract,
-    shared_memory = "zcore.comm.shared_memory"     the name is what users write, the value is loaded on first use
+    comm = "zcore.comm.choice:offer"               the name is what users write, the value is loaded on first use
 
 A wheel that is installed but fails to load is an error that names it, never a silent fall back to something slower.
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 from zcore.core import compat, extensions
 from zcore.core.collectives import Call, CallLog, Collectives, Traffic, failed_collective, tag_of, tree_sum
 from zcore.core.errors import CollectiveError
-from zcore.core.exchange import raw, start_slot_sum
+from zcore.core.exchange import Peers, raw
 
 __all__ = ["TorchCollectives", "TorchPending", "choose_collectives"]
 
@@ -80,6 +80,7 @@ class TorchCollectives:
             _settle_at_exit()
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
+        self._peers = Peers(group, range(self._size), self._rank)
         self._chained: TorchPending | None = (
             None  # the last started call whose second half starts when it is waited for
         )
@@ -140,14 +141,8 @@ class TorchCollectives:
             return TorchPending(call, [])
         if not self._ordered:
             return self._start(call, lambda: compat.reduce_scatter_flat(output, input, group=self._group))
-        slots, members = input.tensor_split(self._size), range(self._size)
-        finish = self._try(
-            call,
-            lambda: start_slot_sum(
-                output, slots, group=self._group, members=members, rank=self._rank, tag=tag_of(call)
-            ),
-        )
-        return TorchPending(call, [], finish)
+        slots = input.tensor_split(self._size)
+        return TorchPending(call, [], self._try(call, lambda: self._peers.sum_slots(output, slots, tag=tag_of(call))))
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> TorchPending:
         """See `Collectives.all_reduce`."""
@@ -164,34 +159,9 @@ class TorchCollectives:
                 lambda: compat.all_gather_flat(self._raw(gathered), self._raw(tensor), group=self._group),
                 finish=lambda: tree_sum(parts, out=tensor),
             )
-        return self._all_reduce_by_exchange(call, tensor)
-
-    def _all_reduce_by_exchange(self, call: Call, tensor: Tensor) -> TorchPending:
-        """Each rank sums its slot of every rank's tensor, then all gather the sums.
-
-        The second half needs the result of the first, so it starts inside `wait()`; in whichever order a rank waits for
-        several, second halves start in the order of the calls.
-        """
-        slot_numel = -(-tensor.numel() // self._size)
-        padded = tensor
-        if slot_numel * self._size != tensor.numel():
-            padded = torch.nn.functional.pad(tensor, (0, slot_numel * self._size - tensor.numel()))
-        received = torch.empty_like(padded)
-        parts = list(received.view(self._size, -1).unbind())
-        own = padded[self._rank * slot_numel : (self._rank + 1) * slot_numel]
-
-        def sum_and_gather() -> None:
-            tree_sum(parts, out=own)
-            gather = compat.all_gather_flat(self._raw(padded), self._raw(own.clone()), group=self._group)
-            TorchPending(call, [gather]).wait()
-            if padded is not tensor:
-                tensor.copy_(padded[: tensor.numel()])
-
-        pending = self._start(
-            call,
-            lambda: compat.all_to_all_flat(self._raw(received), self._raw(padded), group=self._group),
-            finish=sum_and_gather,
-        )
+        slots = tensor.view(-1).tensor_split(self._size)
+        pending = TorchPending(call, [], self._try(call, lambda: self._peers.sum_everywhere(slots, tag=tag_of(call))))
+        # In whichever order a rank waits for several, it brings them to their end in the order of the calls.
         pending.after, self._chained = self._chained, pending
         return pending
 

@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 
-from zcore.comm.requests import DeferrableCollectives, Request, Start, starter_of
+from zcore.comm.calls.requests import DeferrableCollectives, Request, Start, starter_of
 from zcore.core import compat
 from zcore.core.collectives import Collectives, Pending
 from zcore.core.errors import ConfigError

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zcore.comm.blocks import Block, open_block
-from zcore.comm.requests import DeferrableCollectives
-from zcore.comm.served import Served, served_of
+from zcore.comm.calls.blocks import Block, open_block
+from zcore.comm.calls.requests import DeferrableCollectives
+from zcore.comm.calls.served import Served, served_of
 from zcore.core.collectives import Pending
 from zcore.core.errors import ConfigError, LayoutError, StateError
 

@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from zcore.comm.algorithms import Table, read_table
-from zcore.comm.board import BOARD_BYTES, is_store_order_kept
-from zcore.comm.cards import cards_of_run
-from zcore.comm.home import Home, own_home
-from zcore.comm.pages import own_pages
+from zcore.comm.memory.board import BOARD_BYTES, is_store_order_kept
+from zcore.comm.memory.pages import own_pages
+from zcore.comm.pairs.algorithms import Table, read_table
+from zcore.comm.ranks.cards import cards_of_run
+from zcore.comm.ranks.home import Home, own_home
 from zcore.core import compat
 from zcore.core.device import choose_device
 from zcore.core.errors import CollectiveError, ConfigError

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zcore.comm.board import NUM_SLOTS, RING_CALLS, Board, Entry
-from zcore.comm.neighbours import Neighbours
-from zcore.comm.pages import OutOfPagesError, Region, own_pages
+from zcore.comm.memory.board import NUM_SLOTS, RING_CALLS, Board, Entry
+from zcore.comm.memory.neighbours import Neighbours
+from zcore.comm.memory.pages import OutOfPagesError, Region, own_pages
 from zcore.comm.progress import LOCK, Polled, note_closed, note_open
 from zcore.comm.sizes import check_exchange, check_process, check_slots
 from zcore.core import compat

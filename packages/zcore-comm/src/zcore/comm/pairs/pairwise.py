@@ -14,14 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zcore.comm.algorithms import Table
-from zcore.comm.journal import Journal
-from zcore.comm.moves import Finish, Peers
+from zcore.comm.pairs.algorithms import Table
+from zcore.comm.pairs.moves import Pairs
+from zcore.comm.pairs.worker import Task, Worker
 from zcore.comm.progress import Polled, advance_all, has_steps
+from zcore.comm.ranks.journal import Journal
 from zcore.comm.sizes import check_exchange, check_process, check_slots
-from zcore.comm.worker import Task, Worker
 from zcore.core.collectives import Call, CallLog, Pending, Traffic, tree_sum
 from zcore.core.errors import StateError, ZcoreError
+from zcore.core.exchange import WINDOW_PIECES, Finish
 from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["PairwiseCollectives"]
@@ -34,7 +35,7 @@ CLOSING_S = 1.0  # within which the process that ended a connection is seen to h
 class PairwiseCollectives:
     """The contract between ranks that gloo connects; `members` are those of `group` that take part."""
 
-    def __init__(self, peers: Peers, journal: Journal, table: Table, *, name: str) -> None:
+    def __init__(self, peers: Pairs, journal: Journal, table: Table, *, name: str) -> None:
         self._peers = peers
         self._journal = journal
         self._table = table
@@ -99,7 +100,9 @@ class PairwiseCollectives:
         """See `Collectives.reduce_scatter`."""
         check_slots("reduce_scatter", label, whole=input, slot=output, size=self.size)
         call, tag = self._begin("reduce_scatter", label, input)
-        return self._add(call, self._peers.sum_slots(output, input.tensor_split(self.size), tag=tag))
+        return self._add(
+            call, self._peers.sum_slots(output, input.tensor_split(self.size), tag=tag, window=WINDOW_PIECES)
+        )
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_reduce`."""

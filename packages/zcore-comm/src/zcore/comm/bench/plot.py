@@ -4,9 +4,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zcore.comm.bench import Report, Row
-from zcore.comm.contenders import COPY
-from zcore.comm.tables import shown_bytes, shown_seconds
+from zcore.comm.bench.contenders import COPY
+from zcore.comm.bench.measure import Report, Row
+from zcore.comm.recording.tables import shown_bytes, shown_seconds
 from zcore.core.errors import NotInstalledError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zcore.comm.totals import CallRecord, Group
+from zcore.comm.recording.totals import CallRecord, Group
 from zcore.core import compat
 from zcore.core.collectives import Collectives, Pending, Traffic
 

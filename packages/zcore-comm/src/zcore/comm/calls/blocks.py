@@ -19,9 +19,9 @@ from enum import Enum, auto
 import torch
 import torch.distributed as dist
 
-from zcore.comm.joins import JoinCall, plan_joins
-from zcore.comm.requests import DeferrableCollectives, Request, starter_of
-from zcore.comm.served import collectives_of
+from zcore.comm.calls.joins import JoinCall, plan_joins
+from zcore.comm.calls.requests import DeferrableCollectives, Request, starter_of
+from zcore.comm.calls.served import collectives_of
 from zcore.core.collectives import Collectives, Pending
 from zcore.core.errors import LayoutError, StateError, ZcoreError
 
@@ -152,7 +152,7 @@ class _Joined:
             self._requests = ()
 
 
-_open: ContextVar[Mapping[Collectives, Block]] = ContextVar("zcore.comm.blocks", default={})  # noqa: B039 - not mutated
+_open: ContextVar[Mapping[Collectives, Block]] = ContextVar("zcore.comm.calls.blocks", default={})  # noqa: B039 - not mutated
 
 
 def open_block(group: Collectives) -> Block | None:

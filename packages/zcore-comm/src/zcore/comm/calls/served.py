@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from zcore.comm.calls.flow import FLOW
+from zcore.comm.calls.requests import DeferrableCollectives
 from zcore.comm.choice import offer
-from zcore.comm.flow import FLOW
-from zcore.comm.pages import own_pages
-from zcore.comm.requests import DeferrableCollectives
+from zcore.comm.memory.pages import own_pages
 from zcore.core import compat
 from zcore.core.collectives import Collectives
 from zcore.core.errors import StateError

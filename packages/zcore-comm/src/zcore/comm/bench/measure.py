@@ -1,6 +1,6 @@
 """`zcore comm bench` on one rank: every collective of every implementation, in turns, beside torch's own calls.
 
-    python -m zcore.comm.bench [PLAN [FILE]]     under `zcore run` or torchrun: PLAN as JSON, the report into FILE
+    python -m zcore.comm.bench.measure [PLAN [FILE]]   under `zcore run` or torchrun: PLAN as JSON, the report into FILE
 
 Bandwidths are those of nccl-tests, see comm_report.py. The report, as JSON, with `_s` seconds and `_bytes` bytes:
 
@@ -27,10 +27,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zcore.comm.comm_report import bus_factor
-from zcore.comm.contenders import COPY, OPS, Contender, build_contenders, whole_numel
-from zcore.comm.machine import find_machine, find_versions, load
-from zcore.comm.timing import Spread, time_in_turns
+from zcore.comm.bench.contenders import COPY, OPS, Contender, build_contenders, whole_numel
+from zcore.comm.bench.machine import find_machine, find_versions, load
+from zcore.comm.bench.timing import Spread, time_in_turns
+from zcore.comm.recording.comm_report import bus_factor
 from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import CollectiveError, ConfigError, nearest
 from zcore.core.events import progress
@@ -246,7 +246,7 @@ def main(argv: Sequence[str]) -> None:
     dist.init_process_group(backend_for(device))
     try:
         assert dist.group.WORLD is not None
-        command = f"zcore run -n {dist.get_world_size()} -m zcore.comm.bench {shlex.quote(plan.to_json())}"
+        command = f"zcore run -n {dist.get_world_size()} -m zcore.comm.bench.measure {shlex.quote(plan.to_json())}"
         report = measure(dist.group.WORLD, plan, device=device, command=command)
         if dist.get_rank() == 0:
             if len(argv) > 1:

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from zcore.comm.tables import Table, draw_tables, shown_bytes, shown_rate, shown_seconds, write_tables
-from zcore.comm.totals import Group, RankTotals, Totals
+from zcore.comm.recording.tables import Table, draw_tables, shown_bytes, shown_rate, shown_seconds, write_tables
+from zcore.comm.recording.totals import Group, RankTotals, Totals
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

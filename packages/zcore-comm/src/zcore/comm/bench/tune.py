@@ -1,6 +1,6 @@
 """`zcore comm tune` on one rank: which algorithm moves a collective between pairs of ranks fastest, by bytes.
 
-    python -m zcore.comm.tune [PLAN [FILE]]     under `zcore run` or torchrun; what was found goes into FILE, as JSON
+    python -m zcore.comm.bench.tune [PLAN [FILE]]   under `zcore run` or torchrun; what was found goes into FILE: JSON
 
 Every algorithm of an op takes turns with its rivals, at this world's size; times are those of the slowest rank, so all
 ranks come to one table. An algorithm has to win by more than chance: the one that the table in use names stays until
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zcore.comm import tables
-from zcore.comm.algorithms import ALGORITHMS, ANY_BYTES, Rule, Table, read_table, rules_from, table_path
-from zcore.comm.bench import sizes_up_to
-from zcore.comm.contenders import build_case, pairwise_over
+from zcore.comm.bench.contenders import build_case, pairwise_over
+from zcore.comm.bench.measure import sizes_up_to
+from zcore.comm.bench.timing import Spread, time_in_turns
+from zcore.comm.pairs.algorithms import ALGORITHMS, ANY_BYTES, Rule, Table, read_table, rules_from, table_path
+from zcore.comm.recording import tables
 from zcore.comm.texts import exchange_texts
-from zcore.comm.timing import Spread, time_in_turns
 from zcore.core.errors import ConfigError
 from zcore.core.events import progress
 from zcore.core.torch_collectives import TorchCollectives

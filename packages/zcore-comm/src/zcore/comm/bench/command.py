@@ -50,26 +50,26 @@ def bench(
     """Measure every collective and implementation beside plain torch.distributed, in one run."""
     from rich.console import Console
 
-    from zcore.comm import bench as rank_bench
-    from zcore.comm.bench_plot import check_plot, draw_plot
-    from zcore.comm.bench_table import tables_of
-    from zcore.comm.contenders import OPS
-    from zcore.comm.tables import draw_tables
+    from zcore.comm.bench.contenders import OPS
+    from zcore.comm.bench.measure import Plan, Report, sizes_up_to
+    from zcore.comm.bench.plot import check_plot, draw_plot
+    from zcore.comm.bench.table import tables_of
+    from zcore.comm.recording.tables import draw_tables
 
     low, high = parse_bytes(min_bytes), parse_bytes(max_bytes)
     if low > high:
         raise ConfigError(f"--min-bytes {min_bytes} is more than --max-bytes {max_bytes}; expected it to be less.")
-    plan = rank_bench.Plan(
+    plan = Plan(
         ops=tuple(ops.split(",")) if ops else OPS,
-        sizes_bytes=rank_bench.sizes_up_to(high, min_bytes=low),
+        sizes_bytes=sizes_up_to(high, min_bytes=low),
         rounds=rounds,
     )
     if plot_file is not None:
         check_plot()
-    text = _run("zcore.comm.bench", plan.to_json(), num_ranks=num_ranks)
+    text = _run("zcore.comm.bench.measure", plan.to_json(), num_ranks=num_ranks)
     if text is None:
         return
-    report = replace(rank_bench.Report.from_json(text), command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    report = replace(Report.from_json(text), command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     Console().print(draw_tables(tables_of(report)))
     if json_file is not None:
         json_file.write_text(report.to_json(), encoding="utf-8")
@@ -91,13 +91,13 @@ def tune(
     """Measure which algorithm serves which size between ranks that share no memory, and keep the answer for later."""
     from rich.console import Console
 
-    from zcore.comm.bench import sizes_up_to
-    from zcore.comm.tables import draw_tables
-    from zcore.comm.tune import Found, TunePlan, table_of
+    from zcore.comm.bench.measure import sizes_up_to
+    from zcore.comm.bench.tune import Found, TunePlan, table_of
+    from zcore.comm.recording.tables import draw_tables
 
     sizes_bytes = sizes_up_to(parse_bytes(max_bytes), min_bytes=256)
     plan = TunePlan(sizes_bytes=sizes_bytes, rounds=rounds, is_dry=dry_run)
-    text = _run("zcore.comm.tune", json.dumps(asdict(plan)), num_ranks=num_ranks)
+    text = _run("zcore.comm.bench.tune", json.dumps(asdict(plan)), num_ranks=num_ranks)
     if text is not None:
         found = Found.from_json(text)
         Console().print(draw_tables([table_of(found)]))

@@ -1,8 +1,8 @@
 """The report of `zcore comm bench` as tables: for each op its sizes, and at each size every implementation."""
 
-from zcore.comm.bench import Report, Row
-from zcore.comm.contenders import COPY
-from zcore.comm.tables import Table, shown_bytes, shown_rate, shown_seconds
+from zcore.comm.bench.contenders import COPY
+from zcore.comm.bench.measure import Report, Row
+from zcore.comm.recording.tables import Table, shown_bytes, shown_rate, shown_seconds
 
 __all__ = ["tables_of"]
 

@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zcore.comm.algorithms import Table, read_table
 from zcore.comm.choice import Parts, serve
-from zcore.comm.comm_report import bus_factor
 from zcore.comm.hierarchical import HierarchicalCollectives
-from zcore.comm.meeting import meet
-from zcore.comm.pairwise import PairwiseCollectives
-from zcore.comm.shared_memory import SharedMemoryCollectives
+from zcore.comm.memory.shared_memory import SharedMemoryCollectives
+from zcore.comm.pairs.algorithms import Table, read_table
+from zcore.comm.pairs.pairwise import PairwiseCollectives
+from zcore.comm.ranks.meeting import meet
+from zcore.comm.recording.comm_report import bus_factor
 from zcore.core import compat
 from zcore.core.collectives import Collectives
 from zcore.core.torch_collectives import TorchCollectives

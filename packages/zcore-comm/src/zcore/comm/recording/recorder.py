@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from zcore.comm.chrome_trace import trace_of
-from zcore.comm.comm_report import SYMMETRIC_OPS, CommReport, build_report
-from zcore.comm.recorded import LISTENERS, Recorded
-from zcore.comm.requests import DeferrableCollectives
-from zcore.comm.tables import shown_bytes, shown_seconds
+from zcore.comm.calls.requests import DeferrableCollectives
+from zcore.comm.recording.chrome_trace import trace_of
+from zcore.comm.recording.comm_report import SYMMETRIC_OPS, CommReport, build_report
+from zcore.comm.recording.recorded import LISTENERS, Recorded
+from zcore.comm.recording.tables import shown_bytes, shown_seconds
+from zcore.comm.recording.totals import CallRecord, Group, Kind, RankTotals, Totals
 from zcore.comm.texts import exchange_texts
-from zcore.comm.totals import CallRecord, Group, Kind, RankTotals, Totals
 from zcore.core.collectives import Collectives
 from zcore.core.errors import ConfigError, nearest
 from zcore.core.events import log_visibly

@@ -15,17 +15,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from zcore.comm.cards import Cards, Told
-from zcore.comm.home import Home
+from zcore.comm.ranks.cards import Cards, Told
+from zcore.comm.ranks.home import Home
 from zcore.core.collectives import Call, contents_of, tag_of
 from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
+from zcore.core.exchange import STEP_TAGS
 
 __all__ = ["ALIKE", "TELL_S", "Journal"]
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED_CALLS = 16
-MAX_TAG = (1 << 28) - 1  # gloo has 31 bits; the rest is for steps of a call
 FIRST_LOOK_S, MAX_LOOK_S = 1.0, 8.0  # after which those who wait look what the others do
 TELL_S = 30.0  # a wait of such length is told to the user
 RELAYED: dict[str, type[ZcoreError]] = {each.__name__: each for each in (CollectiveError, MismatchError)}
@@ -70,7 +70,7 @@ class Journal:
         self._digest = zlib.crc32(tag_of(call).to_bytes(4, "little"), self._digest)
         self._calls.append((call.index, self._digest, str(call)))
         self._started = call.index + 1
-        return self._digest & MAX_TAG
+        return self._digest % STEP_TAGS
 
     def finish(self, call: Call) -> None:
         """A call is done."""

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zcore.comm.board import Board, Entry
-from zcore.comm.journal import ALIKE, TELL_S, Journal
-from zcore.comm.meeting import Introduction
-from zcore.comm.pages import map_file, own_pages, storage_at
+from zcore.comm.memory.board import Board, Entry
+from zcore.comm.memory.pages import map_file, own_pages, storage_at
 from zcore.comm.progress import is_reached_within
+from zcore.comm.ranks.journal import ALIKE, TELL_S, Journal
+from zcore.comm.ranks.meeting import Introduction
 from zcore.core.collectives import contents_of
 from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # exported, but not in its __all__
 
-from zcore.comm.served import served_of
+from zcore.comm.calls.served import served_of
 from zcore.core import compat
 from zcore.core.collectives import Collectives, Pending
 

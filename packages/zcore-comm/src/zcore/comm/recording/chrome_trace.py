@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from zcore.comm.totals import CallRecord, Group
+from zcore.comm.recording.totals import CallRecord, Group
 
 __all__ = ["join_traces", "plan_lanes", "trace_of"]
 

@@ -1,0 +1,10 @@
+"""`zcore comm bench` and `zcore comm tune`: what collectives take on these machines, beside torch's own.
+
+command      the options; starts ranks
+measure      one rank of a bench -> a Report
+contenders   whom it measures
+timing       turns, rounds and their spread
+machine      what it ran on
+table, plot  a Report as text and as a picture
+tune         the fastest algorithm of messages between pairs -> the table that `pairs.algorithms` reads
+"""

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from zcore.core import cli, ops
-from zcore.core.doctor import Report, draw, examine
+from zcore.core.doctor import Finding, Report, draw, examine
 from zcore.core.extensions import WHEELS
 
 
@@ -42,6 +42,15 @@ def test_a_broken_wheel_is_a_problem_with_its_cause_and_exit_1(
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert "zcore-torn 2 offers `tape`" in problem
     assert "nonesuch" in problem
+
+
+def test_what_a_wheel_finds_on_this_machine_is_shown_under_its_name(add_wheel: Callable[..., None]) -> None:
+    source = "from zcore.core.doctor import Finding\nfind = lambda: [Finding('tapes', 'a robot', 'by hand')]"
+    add_wheel("zcore-tape", "1", {"zcore.findings": {"tape": "tape_module:find"}}, tape_module=source)
+    report = examine()
+    assert report.findings["zcore-tape"] == (Finding("tapes", "a robot", "by hand"),)
+    assert "zcore-tape on this machine" in drawn(report)
+    assert any(line.split() == ["tapes", "a", "robot", "by", "hand"] for line in drawn(report).splitlines())
 
 
 def test_only_wheels_that_hold_work_are_advised() -> None:

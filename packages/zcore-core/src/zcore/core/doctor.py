@@ -6,8 +6,9 @@ nothing yet is said to, and never advised.
 
 import os
 import platform
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,16 @@ from zcore.core.extensions import CONTRACTS, WHEELS, BrokenExtensionError, insta
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Report", "draw", "examine"]
+__all__ = ["Finding", "Report", "draw", "examine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a wheel says of this machine: it offers `() -> Sequence[Finding]` as `zcore.findings`."""
+
+    case: str  # what is to be served, in a word or two: it is never broken
+    served_by: str
+    otherwise: str  # what others would give there, or what keeps a better one from serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,7 @@ class Report:
     wheels: dict[str, str | None]  # version, None where not installed
     contracts: dict[str, tuple[str, ...]]  # who serves each, the core's default first
     ops: dict[str, dict[str, str]]  # op -> device type -> the source that serves fp32 there
+    findings: dict[str, tuple[Finding, ...]]  # by whoever offers them
     gains: dict[str, str]  # pip command -> what it brings
     problems: tuple[str, ...]  # what is installed and does not load
 
@@ -44,16 +55,21 @@ def examine() -> Report:
     gains = {f"pip install {wheel.name}": wheel.gives for wheel in missing}
     if not installed("pyyaml"):
         gains["pip install 'zcore-core[yaml]'"] = "reads configurations in YAML"
-    contracts, problems = {}, []
+    contracts: dict[str, tuple[str, ...]] = {}
+    findings: dict[str, tuple[Finding, ...]] = {}
+    problems: list[str] = []
     for contract in CONTRACTS.values():
         served_by = [contract.default]
         for offer in offered(contract.group):
             try:
-                offer.load()
+                loaded = offer.load()
             except BrokenExtensionError as error:
                 problems.append(str(error))
             else:
                 served_by.append(f"{offer.name} ({offer.wheel})")
+                if contract.group == "zcore.findings":
+                    find = cast("Callable[[], Sequence[Finding]]", loaded)
+                    findings[offer.wheel] = tuple(find())
         contracts[contract.group] = tuple(served_by)
     return Report(
         python=f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -69,6 +85,7 @@ def examine() -> Report:
             op: {device: _source(served, device) for device in device_types}
             for op, served in ops.implementations().items()
         },
+        findings=findings,
         gains=gains,
         problems=tuple(problems),
     )
@@ -120,6 +137,11 @@ def draw(report: Report) -> "RenderableType":
     contracts = table("Contracts", "name", "purpose", "served by")
     for group, served_by in report.contracts.items():
         contracts.add_row(group, CONTRACTS[group].purpose, ", ".join(served_by))
+
+    for wheel, findings in report.findings.items():
+        found = table(f"{wheel} on this machine", "case", "served by", "otherwise")
+        for finding in findings:
+            found.add_row(finding.case, finding.served_by, finding.otherwise)
 
     if report.ops:
         served = table("Ops in fp32", "name", *next(iter(report.ops.values())))

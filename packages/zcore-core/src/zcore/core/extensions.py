@@ -60,6 +60,7 @@ CONTRACTS = {
         Contract("zcore.ops", "numeric ops by device and dtype", "torch references", "zcore-kernels"),
         Contract("zcore.sinks", "where metrics go", "log, jsonl, memory"),
         Contract("zcore.commands", "commands of `zcore`", "doctor"),
+        Contract("zcore.findings", "tells what would serve on this machine", "devices and wheels"),
     )
 }
 

@@ -1,6 +1,7 @@
 """How the ranks of a new group get to know each other: each shows a card with where it lives and what it can share."""
 
 import logging
+import platform
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from zcore.core.device import choose_device
 from zcore.core.errors import CollectiveError, ConfigError
 from zcore.core.torch_collectives import TorchCollectives
 
-__all__ = ["NUM_BOARDS", "Introduction", "agree", "meet"]
+__all__ = ["NUM_BOARDS", "Introduction", "agree", "make_boards", "meet"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,9 @@ def meet(group: dist.ProcessGroup, *, name: str) -> list[Introduction]:
     Raises ConfigError on every rank if one of them has a table of algorithms that cannot be read; CollectiveError if a
     rank does not come before the group's timeout.
     """
-    boards = _make_boards(name) if compat.backend_name(group) == "gloo" else ()
+    boards, refusal = make_boards() if compat.backend_name(group) == "gloo" else ((), None)
+    if refusal is not None:
+        logger.warning("%s: ranks share no memory: %s. Data go through the loopback device.", name, refusal)
     file, file_bytes = (own_pages().file, own_pages().file_bytes) if boards else (0, 0)
     table, problem = _own_table()
     number = _numbers.get(group, 0)
@@ -94,19 +97,18 @@ def _own_table() -> tuple[Table | None, str]:
         return None, str(error)
 
 
-def _make_boards(name: str) -> tuple[int, ...]:
+def make_boards() -> tuple[tuple[int, ...], str | None]:
+    """Places of boards in this process's pages; or none, and why this process cannot share memory."""
     if not is_store_order_kept():
-        logger.info("%s: shared memory needs a processor that keeps the order of stores, as x86-64 does.", name)
-        return ()
+        return (), f"{platform.machine()} does not keep the order of stores, as x86-64 does"
     try:
         pages = own_pages()
         regions = [pages.take(BOARD_BYTES) for _ in range(NUM_BOARDS)]
     except (OSError, AttributeError, MemoryError) as error:  # AttributeError: no memfd in this system
-        logger.warning("%s: no memory to share between ranks (%s); data go through the loopback device.", name, error)
-        return ()
+        return (), f"{type(error).__name__}: {error}"
     for region in regions:
         pages.tensor(region, BOARD_BYTES, torch.uint8).zero_()
-    return tuple(region.offset for region in regions)
+    return tuple(region.offset for region in regions), None
 
 
 def _exchange(group: dist.ProcessGroup, message: bytes, *, name: str) -> Sequence[bytes]:

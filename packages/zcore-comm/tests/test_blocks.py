@@ -5,12 +5,13 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
+from hosts import message_of
 
 import zcore.comm
 from zcore.comm.calls.blocks import Block
 from zcore.comm.calls.requests import DeferrableCollectives
 from zcore.comm.memory.pages import own_pages
-from zcore.core.errors import ConfigError, LayoutError, StateError, ZcoreError
+from zcore.core.errors import ConfigError, LayoutError, StateError
 from zcore.core.torch_collectives import TorchCollectives
 
 CPU = torch.device("cpu")
@@ -112,14 +113,6 @@ def prioritize():
 def test_calls_start_by_priority_and_large_ones_alone(ranks):
     # By priority: urgent sum, weights, sum 0, large sum, sum 1, sum 2. Three of 40 bytes fit into 120.
     assert ranks(2, prioritize) == [["urgent sum and 2 more", "weights", "large sum", "sum 2"]] * 2
-
-
-def message_of(act):
-    try:
-        act()
-    except ZcoreError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was refused"
 
 
 def misuse_a_block():

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hosts import move_to_hosts_of
 
 from zcore.comm.choice import serve
 from zcore.core.testing import RankFailed
 
 DEADLINE_S = 1.5
 CULPRIT = 1
-HOSTS = {"shared memory": lambda rank: 0, "pairwise": lambda rank: rank, "two levels": lambda rank: rank // 2}
 each_kind = pytest.mark.parametrize(
     ("kind", "world_size"),
     [("shared memory", 2), ("shared memory", 4), ("pairwise", 2), ("pairwise", 4), ("two levels", 4)],
@@ -24,7 +24,7 @@ each_kind = pytest.mark.parametrize(
 
 
 def go_wrong(kind, how, size):
-    os.environ["ZCORE_COMM_HOST"] = str(HOSTS[kind](dist.get_rank()))
+    move_to_hosts_of(kind)
     world = dist.new_group(timeout=timedelta(seconds=DEADLINE_S))
     group = serve(world, name="dp")
     tensor = torch.ones(size)

@@ -7,12 +7,13 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from hosts import message_of
 
 import zcore.comm
 from zcore.comm.memory.pages import own_pages
 from zcore.core import compat
 from zcore.core.collectives import tree_sum
-from zcore.core.errors import ConfigError, LayoutError, StateError, ZcoreError
+from zcore.core.errors import ConfigError, LayoutError, StateError
 from zcore.core.torch_collectives import TorchCollectives
 
 NUMELS = [0, 1, 7, 123, 20_001]
@@ -155,14 +156,6 @@ def test_groups_know_a_source_by_its_global_rank_or_by_its_rank_in_the_group(ran
         assert (tensor, gathered) == ([2.0] * 5 + [1.0] * 5, [1.0, 2.0])  # torch sorts the ranks of a group
         assert "src is 0; expected one of the group's global ranks" in refusals[0]
         assert "group_src is 2; expected one of the group's global ranks" in refusals[1]
-
-
-def message_of(act):
-    try:
-        act()
-    except ZcoreError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was refused"
 
 
 ones = torch.ones

@@ -7,33 +7,20 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from hosts import message_of, move_to_hosts_of
 
 from zcore import comm
 from zcore.comm.choice import offer, serve
 from zcore.comm.memory.pages import available_bytes
 from zcore.core import compat
-from zcore.core.errors import ZcoreError
 from zcore.core.testing import RankFailed
 
 CPU = torch.device("cpu")
-KINDS = {"shared memory": lambda rank: 0, "pairwise": lambda rank: rank}
-each_kind = pytest.mark.parametrize("kind", list(KINDS))
-
-
-def of_kind(kind):
-    os.environ["ZCORE_COMM_HOST"] = str(KINDS[kind](dist.get_rank()))
-
-
-def message_of(act):
-    try:
-        act()
-    except ZcoreError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was refused"
+each_kind = pytest.mark.parametrize("kind", ["shared memory", "pairwise"])
 
 
 def reduce_in_two_groups_of_one_name(kind):
-    of_kind(kind)
+    move_to_hosts_of(kind)
     first, second = (offer(dist.group.WORLD, name="dp gather") for _ in range(2))
     found = []
     for _ in range(3):
@@ -51,7 +38,7 @@ def test_groups_of_one_name_do_not_take_each_others_data(ranks, kind):
 
 
 def use_in_a_forked_child(kind):
-    of_kind(kind)
+    move_to_hosts_of(kind)
     kept = comm.empty(1_000, torch.float32).fill_(1.0)
     reading, writing = os.pipe()
     child = os.fork()
@@ -134,7 +121,7 @@ def test_each_thread_may_use_a_group_of_its_own(ranks):
 
 
 def live_twice(kind):
-    of_kind(kind)
+    move_to_hosts_of(kind)
     found, store, rank = [], compat.default_store(), dist.get_rank()
     for life in range(2):
         if life:

@@ -18,6 +18,7 @@ import hypothesis
 import pytest
 import torch
 import torch.distributed as dist
+from hosts import message_of, move_to_hosts_of
 from hypothesis import strategies as st
 
 from zcore.comm.choice import serve
@@ -26,7 +27,7 @@ from zcore.comm.memory.pages import available_bytes, own_pages
 from zcore.comm.memory.shared_memory import SMALL_BYTES, SharedMemoryCollectives
 from zcore.comm.pairs.pairwise import PairwiseCollectives
 from zcore.core import compat
-from zcore.core.errors import LayoutError, MismatchError, StateError, ZcoreError
+from zcore.core.errors import LayoutError, MismatchError, StateError
 from zcore.core.torch_collectives import TorchCollectives
 
 CPU = torch.device("cpu")
@@ -35,7 +36,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64]
 MOVED = [*DTYPES, torch.int16, torch.bool, torch.float8_e4m3fn]
 
 
-HOSTS = {"shared memory": lambda rank: 0, "pairwise": lambda rank: rank, "two levels": lambda rank: rank // 2}
 KINDS = {
     "shared memory": SharedMemoryCollectives,
     "pairwise": PairwiseCollectives,
@@ -44,7 +44,7 @@ KINDS = {
 
 
 def both(kind="shared memory"):
-    os.environ["ZCORE_COMM_HOST"] = str(HOSTS[kind](dist.get_rank()))
+    move_to_hosts_of(kind)
     served = serve(dist.group.WORLD, name="served")
     assert isinstance(served, KINDS[kind])
     return TorchCollectives(dist.group.WORLD, name="gloo"), served
@@ -280,14 +280,6 @@ def forget_to_wait(kind):
 @each_kind
 def test_calls_that_nobody_waits_for_do_not_block_later_ones(ranks, kind):
     assert ranks(4, forget_to_wait, kind) == [4.0] * 4
-
-
-def message_of(act):
-    try:
-        act()
-    except ZcoreError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was refused"
 
 
 def make_different_calls(kind, how):

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from zcore.core.collectives import Collectives, Pending, Traffic
+from zcore.comm.around import Around
+from zcore.core.collectives import Collectives, Pending
 
 __all__ = ["DEFAULT_PRIORITIES", "DeferrableCollectives", "Request", "Start", "starter_of"]
 
@@ -55,47 +55,16 @@ class Request:
 Start = Callable[[Request], Pending]
 
 
-class DeferrableCollectives:
+class DeferrableCollectives(Around):
     """The contract over `group`, whose five collectives go to `start`; `flush` starts what that holds back.
 
     Each of the five takes a `priority` beyond what the contract asks for; None is the one of `DEFAULT_PRIORITIES`.
     """
 
     def __init__(self, group: Collectives, *, start: Start, flush: Callable[[], None]) -> None:
-        self.inner = group
+        super().__init__(group)
         self.start = start
         self._flush = flush
-
-    @property
-    def rank(self) -> int:
-        """This process's rank in the group."""
-        return self.inner.rank
-
-    @property
-    def size(self) -> int:
-        """How many ranks the group has."""
-        return self.inner.size
-
-    @property
-    def traffic(self) -> Traffic:
-        """What went through the group so far: calls that were started, joined ones as one."""
-        return self.inner.traffic
-
-    def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See `Collectives.empty`."""
-        return self.inner.empty(numel, dtype=dtype, device=device)
-
-    def free_storage(self, buffer: Tensor) -> None:
-        """See `Collectives.free_storage`."""
-        self.inner.free_storage(buffer)
-
-    def alloc_storage(self, buffer: Tensor) -> None:
-        """See `Collectives.alloc_storage`."""
-        self.inner.alloc_storage(buffer)
-
-    def own_storage(self, buffer: Tensor) -> None:
-        """See `Collectives.own_storage`."""
-        self.inner.own_storage(buffer)
 
     def all_gather(self, output: Tensor, input: Tensor, *, label: str, priority: int | None = None) -> Pending:
         """See `Collectives.all_gather`."""

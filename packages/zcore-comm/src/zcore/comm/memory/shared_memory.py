@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zcore.comm.memory.board import NUM_SLOTS, RING_CALLS, Board, Entry
+from zcore.comm.memory.board import RING_CALLS, Board, Entry
+from zcore.comm.memory.buffers import Buffers, num_bytes_of
 from zcore.comm.memory.neighbours import Neighbours
-from zcore.comm.memory.pages import OutOfPagesError, Region, own_pages
+from zcore.comm.memory.pages import Region, own_pages
 from zcore.comm.progress import LOCK, Polled, note_closed, note_open
 from zcore.comm.sizes import check_exchange, check_process, check_slots
 from zcore.core import compat
@@ -62,14 +63,13 @@ class SharedMemoryCollectives:
         self._members = members
         self._log = CallLog(name)
         self._plain = TorchCollectives(group, name=name)  # send and receive; and plain memory
-        self.can_hold_together = compat.CAN_SWAP_MEMORY  # else buffers are plain, and copied to be shown
+        self._buffers = Buffers(self._plain, neighbours.boards, name=name)
         self._pages = own_pages()
         self._process = os.getpid()
         self._name = name
         self._next = 0
         self._open: dict[int, _Open] = {}  # in the order of starting
         self._beginning: _Open  # what is not announced yet, and leaves nothing behind if it never is
-        self._slots: dict[int, int] = {}  # of memory that ranks hold together: by slot, with the count of the call
 
     @property
     def rank(self) -> int:
@@ -92,31 +92,24 @@ class SharedMemoryCollectives:
 
     def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A flat buffer in pages that the other ranks can read."""
-        if not self.can_hold_together:
-            return self._plain.empty(numel, dtype=dtype, device=device)
-        return _flat(self._pages.storage(max(1, numel * dtype.itemsize)), numel, dtype)
+        return self._buffers.empty(numel, dtype=dtype, device=device)
 
     def free_storage(self, buffer: Tensor) -> None:
         """Give the pages back; every view of the buffer goes on existing, without memory."""
-        if self.can_hold_together:
-            compat.swap_memory(buffer.untyped_storage(), torch.UntypedStorage(0))
-        else:
-            self._plain.free_storage(buffer)
+        self._buffers.free_storage(buffer)
 
     def alloc_storage(self, buffer: Tensor) -> None:
         """Find pages for the buffer again."""
-        storage = buffer.untyped_storage()
-        if not self.can_hold_together:
-            self._plain.alloc_storage(buffer)
-        elif not storage.nbytes():
-            compat.swap_memory(storage, self._pages.storage(max(1, _num_bytes(buffer))))
+        self._buffers.alloc_storage(buffer)
 
     def own_storage(self, buffer: Tensor) -> None:
         """Copy what ranks hold together."""
-        if self.can_hold_together and buffer.untyped_storage().nbytes() and self._pages.find(buffer) is None:
-            own = self._pages.storage(_num_bytes(buffer))
-            _flat(own, buffer.numel(), buffer.dtype).copy_(buffer)
-            compat.swap_memory(buffer.untyped_storage(), own)
+        self._buffers.own_storage(buffer)
+
+    @property
+    def can_hold_together(self) -> bool:
+        """Whether a gathered buffer can be one memory for all ranks."""
+        return self._buffers.can_hold_together
 
     def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_gather`; into memory that all ranks hold together if `output` has none."""
@@ -147,14 +140,14 @@ class SharedMemoryCollectives:
 
         def write() -> None:
             freed = partial(self._neighbours.board.set_freed, leader.slot_of(index), index + 1)
-            memory = self._neighbours.storage_of(LEADER, index, _num_bytes(output), when_gone=freed)
+            memory = self._neighbours.storage_of(LEADER, index, num_bytes_of(output), when_gone=freed)
             compat.swap_memory(output.untyped_storage(), memory)
             fill()
 
         index = self._begin("all_gather", label, output, variant=TOGETHER)
         place, slot = None, 0
         if self.rank == LEADER:
-            region, slot = self._take_together(index, _num_bytes(output))
+            region, slot = self._buffers.take_together(index, num_bytes_of(output))
             place = region.offset
         this = self._beginning
         pending = self._announce(write, _nothing, place=place, slot=slot)
@@ -179,7 +172,7 @@ class SharedMemoryCollectives:
         """See `Collectives.all_reduce`."""
         numel = tensor.numel()
         index = self._begin("all_reduce", label, tensor)
-        if _num_bytes(tensor) <= SMALL_BYTES:
+        if num_bytes_of(tensor) <= SMALL_BYTES:
             return self._show(index, tensor, lambda: tree_sum(self._parts(index, tensor, 0, numel), out=tensor))
         bounds = [rank * numel // self.size for rank in range(self.size + 1)]
 
@@ -253,22 +246,6 @@ class SharedMemoryCollectives:
             for rank in range(self.size)
         ]
 
-    def _take_together(self, index: int, num_bytes: int) -> tuple[Region, int]:
-        """Memory for a result of call `index` that every rank will hold, and its slot on the boards."""
-        boards = self._neighbours.boards
-        self._slots = {slot: count for slot, count in self._slots.items() if _is_held(boards, slot, count)}
-        slot = next((each for each in range(NUM_SLOTS) if each not in self._slots), None)
-        if slot is None:
-            raise OutOfPagesError(
-                f"{self._name} holds {NUM_SLOTS} gathered buffers at a time, and there is no place for another. Free "
-                "some, or gather larger ones."
-            )
-        region = self._pages.take(num_bytes)
-        self._slots[slot] = index + 1
-        region.readers[id(self), slot] = partial(_is_held, boards, slot, index + 1)
-        self._pages.give_back(region)  # to be taken again when nobody holds it
-        return region, slot
-
     def _begin(self, op: str, label: str, tensor: Tensor, *, variant: int = 0) -> int:
         """The index of a call that is to be announced next. `tensor` is its larger side."""
         check_process(self._process, f"{op} {label}")
@@ -282,12 +259,12 @@ class SharedMemoryCollectives:
     ) -> Polled:
         """Announce call `index` with this rank's data: where they are if that is in shared pages, else as a copy."""
         this = self._beginning
-        found = self._pages.find(shown) if _num_bytes(shown) > SMALL_BYTES else None
+        found = self._pages.find(shown) if num_bytes_of(shown) > SMALL_BYTES else None
         if found is not None:
             region, place = found
             this.shows_own = True
         else:
-            region = this.staged = self._pages.take(max(1, _num_bytes(shown)))
+            region = this.staged = self._pages.take(max(1, num_bytes_of(shown)))
             place = region.offset
             if shown.numel():
                 self._pages.tensor(region, shown.numel(), shown.dtype).copy_(shown)
@@ -429,22 +406,8 @@ def _may_be_read(others: Sequence[tuple[int, Board]], index: int) -> bool:
     return any(board.finished <= index for _, board in others)
 
 
-def _is_held(boards: Sequence[Board], slot: int, count: int) -> bool:
-    return any(board.freed(slot) < count for board in boards)
-
-
 def _has_come(board: Board, index: int, stage: int) -> bool:
     return board.finished > index or board.stage_of(index) >= stage
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _flat(storage: torch.UntypedStorage, numel: int, dtype: torch.dtype) -> Tensor:
-    tensor: Tensor = torch.empty(0, dtype=dtype)
-    tensor.set_(storage, 0, (numel,), (1,))
-    return tensor
 
 
 def _nothing() -> None:

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zcore.comm.around import Around
 from zcore.comm.recording.totals import CallRecord, Group
 from zcore.core import compat
-from zcore.core.collectives import Collectives, Pending, Traffic
+from zcore.core.collectives import Collectives, Pending
 
 __all__ = ["LISTENERS", "Listener", "NamesAlgorithm", "Recorded"]
 
@@ -57,32 +57,17 @@ class NamesAlgorithm(Protocol):
         ...
 
 
-class Recorded:
+class Recorded(Around):
     """`inner`, which serves `group`, with its calls seen by whoever records. `name` is what reports call the group."""
 
     def __init__(
         self, inner: Collectives, group: dist.ProcessGroup, *, name: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self._group = Group(name, tuple(dist.get_process_group_ranks(group)))
         self._otherwise = f"torch {compat.backend_name(group)}"
         self._clock = clock
         self._index = -1  # of the last collective; sends and receives do not count, as not all ranks make them
-
-    @property
-    def rank(self) -> int:
-        """This process's rank in the group."""
-        return self.inner.rank
-
-    @property
-    def size(self) -> int:
-        """How many ranks the group has."""
-        return self.inner.size
-
-    @property
-    def traffic(self) -> Traffic:
-        """What went through the group so far, recorded or not."""
-        return self.inner.traffic
 
     def algorithm_for(self, op: str, payload_bytes: int) -> str:
         """What `inner` says; the backend's name if it says nothing."""
@@ -90,73 +75,40 @@ class Recorded:
             return self.inner.algorithm_for(op, payload_bytes)
         return self._otherwise
 
-    def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See `Collectives.empty`."""
-        return self.inner.empty(numel, dtype=dtype, device=device)
-
-    def free_storage(self, buffer: Tensor) -> None:
-        """See `Collectives.free_storage`."""
-        self.inner.free_storage(buffer)
-
-    def alloc_storage(self, buffer: Tensor) -> None:
-        """See `Collectives.alloc_storage`."""
-        self.inner.alloc_storage(buffer)
-
-    def own_storage(self, buffer: Tensor) -> None:
-        """See `Collectives.own_storage`."""
-        self.inner.own_storage(buffer)
-
     def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
         """See `Collectives.all_gather`."""
-        self._index += 1
-        if not LISTENERS:
-            return self.inner.all_gather(output, input, label=label)
         return self._record("all_gather", label, output, lambda: self.inner.all_gather(output, input, label=label))
 
     def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
         """See `Collectives.reduce_scatter`."""
-        self._index += 1
-        if not LISTENERS:
-            return self.inner.reduce_scatter(output, input, label=label)
         return self._record(
             "reduce_scatter", label, input, lambda: self.inner.reduce_scatter(output, input, label=label)
         )
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> Pending:
         """See `Collectives.all_reduce`."""
-        self._index += 1
-        if not LISTENERS:
-            return self.inner.all_reduce(tensor, label=label)
         return self._record("all_reduce", label, tensor, lambda: self.inner.all_reduce(tensor, label=label))
 
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
         """See `Collectives.all_to_all`."""
-        self._index += 1
-        if not LISTENERS:
-            return self.inner.all_to_all(output, input, label=label)
         return self._record("all_to_all", label, input, lambda: self.inner.all_to_all(output, input, label=label))
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.broadcast`."""
-        self._index += 1
-        if not LISTENERS:
-            return self.inner.broadcast(tensor, src=src, label=label)
         return self._record("broadcast", label, tensor, lambda: self.inner.broadcast(tensor, src=src, label=label))
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`."""
-        if not LISTENERS:
-            return self.inner.send(tensor, dst=dst, label=label)
         return self._record("send", label, tensor, lambda: self.inner.send(tensor, dst=dst, label=label))
 
     def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.recv`."""
-        if not LISTENERS:
-            return self.inner.recv(tensor, src=src, label=label)
         return self._record("recv", label, tensor, lambda: self.inner.recv(tensor, src=src, label=label))
 
     def _record(self, op: str, label: str, larger: Tensor, start: Callable[[], Pending]) -> Pending:
-        listeners = tuple(each for each in tuple(LISTENERS) if each.takes(op))
+        if op not in ("send", "recv"):
+            self._index += 1
+        listeners = tuple(each for each in tuple(LISTENERS) if each.takes(op)) if LISTENERS else ()
         if not listeners:
             return start()
         payload_bytes = larger.numel() * larger.element_size()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from zcore.comm.bench.contenders import COPY, OPS, Case, Contender, build_contenders
+from zcore.comm.bench.contenders import COPY, OPS, SOCKETS, Case, Contender, build_contenders
 from zcore.comm.bench.measure import Plan, Report, measure, rows_of, sizes_up_to
 from zcore.comm.bench.table import tables_of
 from zcore.comm.recording.tables import write_tables
@@ -16,7 +16,7 @@ from zcore.core.errors import CollectiveError, ConfigError
 CPU = torch.device("cpu")
 PLAN = Plan(sizes_bytes=(1000, 200_000), rounds=2, slice_s=1e-4)  # below and above what is copied in shared memory
 KINDS = {
-    2: ["torch gloo", "core", "pairwise", "shared memory", "shared memory, plain tensors", COPY],
+    2: ["torch gloo", "core", "pairwise", "shared memory", "shared memory, plain tensors", SOCKETS, COPY],
     4: ["torch gloo", "core", "pairwise", "shared memory", "shared memory, plain tensors", "two levels", COPY],
 }
 

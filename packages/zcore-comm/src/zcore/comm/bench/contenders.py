@@ -6,7 +6,8 @@ pairwise                       messages between pairs of ranks
 shared memory                  buffers born in the group: shown where they lie, gathered into one memory for all
 shared memory, plain tensors   copied into shared pages first
 two levels                     with the ranks of one host set apart as if they were on two
-memory copy                    no collective: each rank copies as many bytes as its link would carry
+plain sockets                  no collective: 2 ranks of a host send each other what their link would carry, see wire.py
+memory copy                    no collective: each rank copies as many bytes
 """
 
 import os
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zcore.comm.bench.wire import Wire
 from zcore.comm.choice import Parts, serve
 from zcore.comm.hierarchical import HierarchicalCollectives
 from zcore.comm.memory.shared_memory import SharedMemoryCollectives
@@ -30,10 +32,20 @@ from zcore.core import compat
 from zcore.core.collectives import Collectives
 from zcore.core.torch_collectives import TorchCollectives
 
-__all__ = ["COPY", "OPS", "Case", "Contender", "build_case", "build_contenders", "pairwise_over", "whole_numel"]
+__all__ = [
+    "COPY",
+    "OPS",
+    "SOCKETS",
+    "Case",
+    "Contender",
+    "build_case",
+    "build_contenders",
+    "pairwise_over",
+    "whole_numel",
+]
 
 OPS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "barrier")
-COPY = "memory copy"
+COPY, SOCKETS = "memory copy", "plain sockets"
 DTYPE = torch.float32
 
 
@@ -100,6 +112,8 @@ def build_contenders(group: dist.ProcessGroup, device: torch.device) -> list[Con
             levels = serve(group, name="two levels")
         if isinstance(levels, HierarchicalCollectives):
             found.append(over("two levels", levels, levels, _barrier_by_sum(levels, device)))
+        if isinstance(shared, SharedMemoryCollectives) and size == 2:
+            found.append(Contender(SOCKETS, _Sent(Wire(group)).prepare))
     copies = _Copies(size=size, device=device)
     return [*found, Contender(COPY, copies.prepare)]
 
@@ -285,6 +299,18 @@ class _Cases:
         if self._born is None:
             return self._tensors.take("whole", numel)
         return self._born.empty(numel, dtype=DTYPE, device=self._tensors.device)
+
+
+class _Sent:
+    """What connections allow: the bytes that a link would carry, between 2 ranks."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    def prepare(self, op: str, payload_bytes: int) -> Case:
+        """See `Contender`; a barrier is a byte each."""
+        num_bytes = int(bus_factor(op, 2) * whole_numel(payload_bytes, 2) * DTYPE.itemsize) if op != "barrier" else 1
+        return Case(self._wire.prepare(num_bytes, is_one_way=op == "broadcast"), lambda: True)
 
 
 class _Copies:

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zcore.comm.bench.contenders import COPY
+from zcore.comm.bench.contenders import COPY, SOCKETS
 from zcore.comm.bench.measure import Report, Row
 from zcore.comm.recording.tables import shown_bytes, shown_seconds
 from zcore.core.errors import NotInstalledError
@@ -21,6 +21,7 @@ STYLES = {
     "shared memory": ("#2ca02c", "-", "D"),
     "shared memory, plain tensors": ("#2ca02c", "--", "d"),
     "two levels": ("#ff7f0e", "-", "^"),
+    SOCKETS: ("#999999", "--", ""),
     COPY: ("#999999", ":", ""),
 }
 PLAIN_STYLE = ("#d62728", "-", "x")
@@ -94,6 +95,6 @@ def _told_barriers(report: Report) -> str:
     told = [
         f"{row.implementation} {shown_seconds(row.time_s.median)}"
         for row in report.rows
-        if row.op == "barrier" and "plain tensors" not in row.implementation
+        if row.op == "barrier" and "plain" not in row.implementation
     ]
     return f"\nbarrier: {', '.join(told)}" if told else ""

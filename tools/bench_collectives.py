@@ -1,6 +1,6 @@
 """Measures every collective of every implementation on 2 ranks of this host, and judges what zcore-comm promises.
 
-    python tools/bench_collectives.py [--max-bytes 1GiB] [--rounds 9] [--out FILE]
+    python tools/bench_collectives.py [--max-bytes 1GiB] [--rounds 9] [--turn 0.1] [--out FILE]
 
 One `zcore comm bench -n 2`, beside plain torch.distributed over gloo. Writes its report to
 docs/benchmarks/collectives-cpu-2-ranks.json with one more key, and the plot beside it (needs matplotlib):
@@ -77,16 +77,18 @@ def main() -> None:
         "--max-bytes", default="1GiB", help="the largest payload; by default %(default)s, 12 GiB in all"
     )
     parser.add_argument("--rounds", type=int, default=9, help="turns of each implementation")
+    parser.add_argument("--turn", type=float, default=0.1, help="seconds of a turn: now and then a call waits for 4 ms")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/collectives-cpu-2-ranks.json")
     options = parser.parse_args()
     command = ["comm", "bench", "-n", "2", "--max-bytes", options.max_bytes, "--rounds", str(options.rounds)]
+    command += ["--turn", str(options.turn)]
     command += ["--json", str(options.out), "--plot", str(options.out.with_suffix(".png"))]
     start = "from zcore.core.cli import main; main()"
     subprocess.run([sys.executable, "-c", start, *command], check=True)
     text = options.out.read_text()
     report = Report.from_json(text)
     targets = [judged for target in TARGETS if (judged := judge(report, target)) is not None]
-    asked = f"--max-bytes {options.max_bytes} --rounds {options.rounds}"
+    asked = f"--max-bytes {options.max_bytes} --rounds {options.rounds} --turn {options.turn}"
     told = {**json.loads(text), "command": f"python tools/bench_collectives.py {asked}", "targets": targets}
     options.out.write_text(json.dumps(told, indent=1) + "\n")
     for each in targets:

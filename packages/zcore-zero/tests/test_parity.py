@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from parity import (
     SMALL_NUMEL,
     Recipe,
@@ -109,6 +110,33 @@ def test_ranks_are_torch_adding_the_same_parts_to_the_bit(ranks: Ranks, world_si
         for run in runs[2 * index : 2 * index + 2]:
             assert bits_that_differ(replace(run, norms=in_parts.norms), in_parts) == []
             assert beyond(run, in_parts, rtol=2e-7) == {}  # the norms
+
+
+def train_ddp(recipe: Recipe) -> list[float]:
+    """A rank's losses under torch's own data parallelism."""
+    model = nn.parallel.DistributedDataParallel(recipe.build())
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, **dict(recipe.hyper), fused=True)
+    losses = []
+    for step in range(recipe.steps):
+        optimizer.zero_grad()
+        batch = part_of(recipe.batch(step, 0), part=dist.get_rank(), parts=dist.get_world_size())
+        loss = model(**batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_two_ranks_have_the_losses_of_ddp_to_the_bit(ranks: Ranks) -> None:
+    """With one micro-batch and no clipping; a sum of two has one order, so that DDP's is zcore's."""
+    recipe = Recipe(steps=10)
+    of_ddp = ranks(2, train_ddp, recipe)
+    mean_of_ddp = [sum(each) / len(each) for each in zip(*of_ddp, strict=True)]
+    for label, run in zip(
+        labels([*STAGES]), by_row(ranks(2, train_rows, [(recipe, row) for row in STAGES])), strict=True
+    ):
+        assert run.losses == mean_of_ddp, label
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -44,6 +44,7 @@ def bench(
     min_bytes: Annotated[str, typer.Option(help="The smallest payload.")] = "1KiB",
     max_bytes: Annotated[str, typer.Option(help="The largest; a rank needs memory for six of it.")] = "64MiB",
     rounds: Annotated[int, typer.Option(min=1, help="How often every implementation has its turn.")] = 7,
+    turn_s: Annotated[float, typer.Option("--turn", min=0.0, help="Seconds of a turn; at least one call.")] = 0.02,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw it into this PNG file.")] = None,
 ) -> None:
@@ -63,6 +64,7 @@ def bench(
         ops=tuple(ops.split(",")) if ops else OPS,
         sizes_bytes=sizes_up_to(high, min_bytes=low),
         rounds=rounds,
+        slice_s=turn_s,
     )
     if plot_file is not None:
         check_plot()

@@ -24,7 +24,8 @@ class Task:
     def __init__(self, act: Callable[[], None]) -> None:
         self._act: Callable[[], None] | None = act
         self._claim = threading.Lock()
-        self._done = threading.Event()
+        self._open = threading.Lock()  # held until it is done; quicker to make than an Event, for each call anew
+        self._open.acquire()
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -38,11 +39,14 @@ class Task:
         except Exception as error:  # noqa: BLE001 - passed on to whoever waits
             self.error = error
         del act
-        self._done.set()
+        self._open.release()
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it is done within that time."""
-        return self._done.wait(timeout_s)
+        is_done = self._open.acquire(timeout=timeout_s)
+        if is_done:
+            self._open.release()  # for whoever else waits
+        return is_done
 
 
 class Worker:

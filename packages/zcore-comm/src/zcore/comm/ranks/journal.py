@@ -58,7 +58,7 @@ class Journal:
         self.key = key
         self._started = self._finished = 0
         self._digest = zlib.crc32(key.encode())
-        self._calls: deque[tuple[int, int, str]] = deque(maxlen=REMEMBERED_CALLS)
+        self._calls: deque[tuple[Call, int]] = deque(maxlen=REMEMBERED_CALLS)  # with the digest after each
         self._given_up: tuple[str, str] | None = None  # kind and words of the error that ended this rank's part
         self._followed: deque[tuple[Call, Callable[[], bool], float]] = deque()
         self._next_look_s = FIRST_LOOK_S
@@ -68,7 +68,7 @@ class Journal:
     def start(self, call: Call) -> int:
         """A call begins. What is returned tells its messages apart; equal on ranks that have made the same calls."""
         self._digest = zlib.crc32(tag_of(call).to_bytes(4, "little"), self._digest)
-        self._calls.append((call.index, self._digest, str(call)))
+        self._calls.append((call, self._digest))
         self._started = call.index + 1
         return self._digest % STEP_TAGS
 
@@ -81,7 +81,7 @@ class Journal:
         return {
             "started": self._started,
             "finished": self._finished,
-            "calls": list(self._calls),
+            "calls": [(call.index, digest, str(call)) for call, digest in tuple(self._calls)],
             "given_up": self._given_up,
         }
 
@@ -194,7 +194,7 @@ class Journal:
         return self._cards.read([home.life for home in self.homes])
 
     def _trouble_in(self, call: Call, told: Mapping[int, Told], *, is_lost: bool) -> ZcoreError | None:
-        own = {index: (digest, words) for index, digest, words in tuple(self._calls)}
+        own = {call.index: (digest, str(call)) for call, digest in tuple(self._calls)}
         ended = []
         for rank, home in enumerate(self.homes):
             card = told.get(home.life)

@@ -3,10 +3,12 @@
 import mmap
 import os
 import resource
+from pathlib import Path
 
 import pytest
 import torch
 
+from zcore.comm.memory import pages as pages_module
 from zcore.comm.memory.pages import OutOfPagesError, Pages, file_bytes_for, map_file
 
 MIB = 1 << 20
@@ -99,3 +101,28 @@ def test_memory_that_the_system_does_not_have_is_an_error_and_nothing_is_lost(pa
 def test_a_file_has_addresses_for_twice_the_memory_of_the_machine(memory_bytes, expected):
     assert file_bytes_for(memory_bytes) == expected
     assert file_bytes_for(24 << 30) % mmap.PAGESIZE == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/user/job", "user/job", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:memory:/user/job",
+            "memory/user/job",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_what_a_control_group_has_left_counts_what_its_files_hold(tmp_path, monkeypatch, line, folder, names):
+    limit, used, unused = names
+    for group, most in ((folder, "unlimited"), (str(Path(folder).parent), str(100 * MIB))):  # the outer one binds
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / group / limit).write_text(f"{most if most != 'unlimited' else 1 << 50}\n")
+        (tmp_path / group / used).write_text(f"{90 * MIB}\n")
+        (tmp_path / group / "memory.stat").write_text(f"anon 1\n{unused} {30 * MIB}\n")
+    own = tmp_path / "own"
+    own.write_text(f"9:cpu:/elsewhere\n{line}\n")
+    monkeypatch.setattr(pages_module, "OWN_GROUPS", own)
+    monkeypatch.setattr(pages_module, "CGROUP", tmp_path)
+    assert pages_module.available_bytes() == 40 * MIB

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from zcore.core import torch_collectives
 from zcore.core.collectives import Call, failed_collective, last_collective, tree_sum
+from zcore.core.errors import LayoutError
 from zcore.core.extensions import installed
 from zcore.core.testing import RankFailed
 from zcore.core.torch_collectives import TorchCollectives, choose_collectives
@@ -190,6 +191,50 @@ def large_sums_out_of_order():
 
 def test_large_sums_may_be_waited_for_in_any_order(ranks):
     ranks(2, large_sums_out_of_order, group_timeout_s=5.0)
+
+
+def sum_in_two_groups_of_one_name():
+    first, second = (torch_collectives.TorchCollectives(dist.group.WORLD, name="dp reduce") for _ in range(2))
+    tensors = torch.full((11 * 2**18,), 1.0), torch.full((11 * 2**18,), 100.0)
+    pending = first.all_reduce(tensors[0], label="w"), second.all_reduce(tensors[1], label="w")
+    for each in pending:
+        each.wait()
+    return [tensor.unique().tolist() for tensor in tensors]
+
+
+def test_groups_of_one_name_over_one_process_group_do_not_share_messages(ranks):
+    assert ranks(2, sum_in_two_groups_of_one_name, group_timeout_s=5.0) == [[[2.0], [200.0]]] * 2
+
+
+def sum_on_two_groups_out_of_order():
+    groups = [torch_collectives.TorchCollectives(dist.new_group(), name=f"g{index}") for index in range(2)]
+    tensors = [torch.ones(2**18) for _ in groups]
+    pending = [group.all_reduce(tensor, label="w") for group, tensor in zip(groups, tensors, strict=True)]
+    for index in (0, 1) if groups[0].rank == 0 else (1, 0):
+        pending[index].wait()
+    return [tensor.unique().tolist() for tensor in tensors]
+
+
+def test_large_sums_of_two_groups_may_be_waited_for_in_any_order(ranks):
+    assert ranks(2, sum_on_two_groups_out_of_order, group_timeout_s=5.0) == [[[2.0], [2.0]]] * 2
+
+
+def wait_for_the_last_of_many():
+    pending = [world().all_reduce(torch.ones(20_000), label=f"{index}") for index in range(1200)]
+    pending[-1].wait()
+
+
+def test_waiting_for_the_last_of_many_sums_ends_all_before_it(ranks):
+    ranks(2, wait_for_the_last_of_many)
+
+
+def scatter_what_does_not_divide():
+    with pytest.raises(LayoutError, match="a whole of 7 elements and a part of 3 over 2 ranks"):
+        world().reduce_scatter(torch.empty(3), torch.ones(7), label="w")
+
+
+def test_a_reduce_scatter_that_does_not_divide_is_refused(ranks):
+    ranks(2, scatter_what_does_not_divide)
 
 
 def count_calls():

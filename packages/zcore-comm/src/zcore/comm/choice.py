@@ -39,6 +39,7 @@ def offer(group: dist.ProcessGroup, *, name: str) -> DeferrableCollectives | Non
     """
     if dist.get_world_size(group) == 1 or compat.backend_name(group) not in ("gloo", "nccl"):
         return None
+    FLOW.start_all()  # the ranks wait for each other as they meet
     return FLOW.around(Recorded(serve(group, name=name), group, name=name))
 
 

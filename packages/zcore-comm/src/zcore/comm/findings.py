@@ -34,8 +34,8 @@ def _on_one_host() -> Finding:
     case = "one host"
     _, refusal = make_boards()
     if refusal is not None:
-        return Finding(case, _pairs(), f"shared memory would be 10 to 30 times as fast; what keeps it: {refusal}")
-    otherwise = "gloo takes 10 to 30 times as long"
+        return Finding(case, _pairs(), f"shared memory would be 3 to 60 times as fast; what keeps it: {refusal}")
+    otherwise = "gloo takes 3 to 60 times as long, by op and size"
     if not compat.CAN_SWAP_MEMORY:
         otherwise += f"; torch 2.13 would gather without a copy, {torch.__version__} cannot"
     if os.environ.get(APART):
@@ -52,7 +52,7 @@ def _over_hosts() -> Finding:
 
 
 def _uneven() -> Finding:
-    return Finding("other ranks", _pairs(), "gloo takes as long up to 16 MiB, up to 7 times as long above")
+    return Finding("other ranks", _pairs(), "gloo takes 0.3 to 6 times as long, by op and size")
 
 
 def _on_accelerators() -> Finding:

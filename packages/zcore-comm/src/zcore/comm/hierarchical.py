@@ -16,8 +16,9 @@
 Sums stay those of one tree over all ranks, since a host's ranks are one of its branches: they are neighbours, as many
 on each host, and a power of two. Other groups are not served here.
 
-A step of a call begins when its step before is done, and when every earlier call has begun that step, so that all ranks
-begin them in one order. It is taken by whoever waits, or starts another call.
+A step of a call begins when its step before is done, when every earlier call has begun that step, so that all ranks
+begin them in one order, and when it would not have to wait for room. It is taken by whoever waits, or starts another
+call.
 """
 
 import os
@@ -32,8 +33,8 @@ from zcore.comm.memory.shared_memory import SharedMemoryCollectives
 from zcore.comm.pairs.pairwise import PairwiseCollectives
 from zcore.comm.progress import LOCK, Polled, is_reached_napping, note_closed, note_open
 from zcore.comm.ranks.journal import Journal
-from zcore.comm.sizes import check_exchange, check_process, check_slots
-from zcore.core.collectives import Call, CallLog, Pending, Traffic
+from zcore.comm.sizes import check_exchange, check_process
+from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots
 from zcore.core.errors import StateError, ZcoreError
 
 __all__ = ["HierarchicalCollectives", "plan_levels"]
@@ -244,7 +245,11 @@ class HierarchicalCollectives:
     def _advance(self) -> None:
         begun_by_all = NUM_STEPS
         for each in tuple(self._open):
-            while each.begun < min(begun_by_all, len(each.steps)) and _is_done(each.under_way):
+            while (
+                each.begun < min(begun_by_all, len(each.steps))
+                and _is_done(each.under_way)
+                and self._has_room(each.begun)
+            ):
                 each.under_way = list(each.steps[each.begun]())
                 each.begun += 1
             if each.begun < len(each.steps):
@@ -254,6 +259,12 @@ class HierarchicalCollectives:
                 if not self._open:
                     note_closed(self)
                 self._journal.finish(each.call)
+
+    def _has_room(self, step: int) -> bool:
+        """Whether what serves that step has room for its calls: one in the host first, one for each host last."""
+        if step == 0:
+            return self._first.has_room(1)
+        return step != NUM_STEPS - 1 or self._last.has_room(self._column.size)
 
     def _break(self, error: Exception) -> None:
         self._broken = error

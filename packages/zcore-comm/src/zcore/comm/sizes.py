@@ -6,7 +6,7 @@ from torch import Tensor
 
 from zcore.core.errors import LayoutError, StateError
 
-__all__ = ["check_exchange", "check_process", "check_slots"]
+__all__ = ["check_exchange", "check_process"]
 
 
 def check_process(process: int, what: str) -> None:
@@ -15,15 +15,6 @@ def check_process(process: int, what: str) -> None:
         raise StateError(
             f"{what} was used in a forked child of a rank, which is no rank itself. Use it in the process that made "
             "the group; what a worker needs it takes as an ordinary tensor."
-        )
-
-
-def check_slots(op: str, label: str, *, whole: Tensor, slot: Tensor, size: int) -> None:
-    """Raise LayoutError where `whole` is not one slot for each rank."""
-    if whole.numel() != size * slot.numel():
-        raise LayoutError(
-            f"{op} {label}: a whole of {whole.numel()} elements and a part of {slot.numel()} over {size} "
-            "ranks; the whole has to be as many equal parts as there are ranks. Pad it."
         )
 
 

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zcore.core.errors import CollectiveError
+from zcore.core.errors import CollectiveError, LayoutError
 
 __all__ = [
     "Call",
@@ -32,6 +32,7 @@ __all__ = [
     "Collectives",
     "Pending",
     "Traffic",
+    "check_slots",
     "contents_of",
     "failed_collective",
     "last_collective",
@@ -65,6 +66,15 @@ def tag_of(call: Call) -> int:
     """A number for messages of `call`, equal on ranks that make the same one: others' are never taken for them."""
     told_apart = call.group, call.index, call.op, call.label, call.numel, call.dtype
     return zlib.crc32(repr(told_apart).encode()) >> 4  # less than exchange.STEP_TAGS
+
+
+def check_slots(op: str, label: str, *, whole: Tensor, slot: Tensor, size: int) -> None:
+    """Raise LayoutError where `whole` is not one slot for each rank."""
+    if whole.numel() != size * slot.numel():
+        raise LayoutError(
+            f"{op} {label}: a whole of {whole.numel()} elements and a part of {slot.numel()} over {size} "
+            "ranks; the whole has to be as many equal parts as there are ranks. Pad it."
+        )
 
 
 _recent: deque[Call] = deque(maxlen=1)  # for the report on a hung process, which must not need its cooperation

@@ -2,18 +2,20 @@
 
 import atexit
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from zcore.core import compat, extensions
-from zcore.core.collectives import Call, CallLog, Collectives, Traffic, failed_collective, tag_of, tree_sum
+from zcore.core.collectives import Call, CallLog, Collectives, Traffic, check_slots, failed_collective, tag_of, tree_sum
 from zcore.core.errors import CollectiveError
-from zcore.core.exchange import Peers, raw
+from zcore.core.exchange import STEP_TAGS, Peers, raw
 
 __all__ = ["TorchCollectives", "TorchPending", "choose_collectives"]
 
@@ -25,11 +27,10 @@ SMALL_BYTES = 64 * 1024  # an all_reduce up to here is one all_gather and a loca
 class TorchPending:
     """Works of torch, waited for in order, then whatever arithmetic is left."""
 
-    __slots__ = ("_call", "_finish", "_works", "after")
+    __slots__ = ("_call", "_finish", "_works")
 
     def __init__(self, call: Call, works: Sequence[dist.Work | None], finish: Callable[[], None] | None = None) -> None:
         self._call = call
-        self.after: TorchPending | None = None  # what has to be finished first, where finishing communicates
         self._works = [work for work in works if work is not None]
         self._finish = finish
 
@@ -40,9 +41,11 @@ class TorchPending:
 
     def wait(self) -> None:
         """Wait, and name the collective if it failed."""
-        after, self.after = self.after, None
-        if after is not None:
-            after.wait()
+        while self in _to_finish_in_order:
+            _to_finish_in_order.popleft()._end()
+        self._end()
+
+    def _end(self) -> None:
         works, self._works = self._works, []
         finish, self._finish = self._finish, None
         try:
@@ -54,6 +57,13 @@ class TorchPending:
             raise  # of a second half
         except RuntimeError as error:
             raise failed_collective(self._call, error) from error
+
+
+# Calls of this process, over any group, whose last part is sent when they are waited for. In whichever order a rank
+# waits for several, it brings them to their end in the order of their starts, or ranks would wait for each other.
+_to_finish_in_order: deque[TorchPending] = deque()
+
+_num_sums: "WeakKeyDictionary[dist.ProcessGroup, int]" = WeakKeyDictionary()  # made over each process group
 
 
 @cache
@@ -81,9 +91,6 @@ class TorchCollectives:
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
         self._peers = Peers(group, range(self._size), self._rank)
-        self._chained: TorchPending | None = (
-            None  # the last started call whose second half starts when it is waited for
-        )
 
     @property
     def rank(self) -> int:
@@ -141,8 +148,9 @@ class TorchCollectives:
             return TorchPending(call, [])
         if not self._ordered:
             return self._start(call, lambda: compat.reduce_scatter_flat(output, input, group=self._group))
-        slots = input.tensor_split(self._size)
-        return TorchPending(call, [], self._try(call, lambda: self._peers.sum_slots(output, slots, tag=tag_of(call))))
+        check_slots("reduce_scatter", label, whole=input, slot=output, size=self._size)
+        slots, tag = input.tensor_split(self._size), self._tag(call)
+        return TorchPending(call, [], self._try(call, lambda: self._peers.sum_slots(output, slots, tag=tag)))
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> TorchPending:
         """See `Collectives.all_reduce`."""
@@ -159,10 +167,9 @@ class TorchCollectives:
                 lambda: compat.all_gather_flat(self._raw(gathered), self._raw(tensor), group=self._group),
                 finish=lambda: tree_sum(parts, out=tensor),
             )
-        slots = tensor.view(-1).tensor_split(self._size)
-        pending = TorchPending(call, [], self._try(call, lambda: self._peers.sum_everywhere(slots, tag=tag_of(call))))
-        # In whichever order a rank waits for several, it brings them to their end in the order of the calls.
-        pending.after, self._chained = self._chained, pending
+        slots, tag = tensor.view(-1).tensor_split(self._size), self._tag(call)
+        pending = TorchPending(call, [], self._try(call, lambda: self._peers.sum_everywhere(slots, tag=tag)))
+        _to_finish_in_order.append(pending)
         return pending
 
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> TorchPending:
@@ -186,6 +193,11 @@ class TorchCollectives:
         """See `Collectives.recv`."""
         call = self._log.note("recv", label, tensor)
         return self._start(call, lambda: dist.irecv(self._raw(tensor), group=self._group, group_src=src))
+
+    def _tag(self, call: Call) -> int:
+        """Equal on ranks that make the same sums, and another one for each, whichever object makes them."""
+        count = _num_sums[self._group] = _num_sums.get(self._group, 0) + 1
+        return (tag_of(call) + count) % STEP_TAGS
 
     def _raw(self, tensor: Tensor) -> Tensor:
         """The same bytes in a type every backend moves: gloo knows no int16 and no float8."""

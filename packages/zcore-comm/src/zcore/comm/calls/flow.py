@@ -16,6 +16,7 @@ though each had called both. So the limit is one on what runs ahead of the waits
 start before the step begins to collect, and lets gathers overtake sums.
 """
 
+import threading
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -100,6 +101,7 @@ class Flow:
 
     def __init__(self, limit_bytes: int | None = None) -> None:
         self._limit_bytes = _checked(limit_bytes)
+        self._lock = threading.RLock()  # a program may use groups from several threads, each group from one
         self._held: list[_Call] = []  # in the order of the calls
         self._in_flight_bytes = 0
 
@@ -110,8 +112,9 @@ class Flow:
 
     @limit_bytes.setter
     def limit_bytes(self, limit_bytes: int | None) -> None:
-        self._limit_bytes = _checked(limit_bytes)
-        self._start_what_fits()
+        with self._lock:
+            self._limit_bytes = _checked(limit_bytes)
+            self._start_what_fits()
 
     @property
     def in_flight_bytes(self) -> int:
@@ -130,17 +133,20 @@ class Flow:
 
     def start_all(self) -> None:
         """Start everything that is held back. To be called before ranks wait for each other by other means."""
-        while self._held:
-            self._start(self._next())
+        with self._lock:
+            while self._held:
+                self._start(self._next())
 
     def count(self, more_bytes: int) -> None:
         """So many bytes more, or fewer, are in flight."""
-        self._in_flight_bytes += more_bytes
+        with self._lock:
+            self._in_flight_bytes += more_bytes
 
     def _take(self, start: Start, request: Request) -> _Call:
         call = _Call(self, start, request)
-        self._held.append(call)
-        self._start_what_fits()
+        with self._lock:
+            self._held.append(call)
+            self._start_what_fits()
         if call.error is not None:
             raise call.error
         return call

@@ -26,7 +26,9 @@ class Screen:
             prefix = f"\x1b[{colour}m{prefix}\x1b[0m"
         stream = self._streams[name]
         try:
-            stream.write(f"{prefix}{text}\n")
+            line = f"{prefix}{text}\n"
+            encoding = stream.encoding or "utf-8"
+            stream.write(line.encode(encoding, errors="backslashreplace").decode(encoding))  # whatever ranks write
             stream.flush()
         except BrokenPipeError:
             self.is_closed = True

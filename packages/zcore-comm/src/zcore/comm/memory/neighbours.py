@@ -70,7 +70,7 @@ class Neighbours:
         if is_reached():
             return
         began, has_told = time.monotonic(), False
-        while not is_reached_within(is_reached, CHECK_EVERY_S, crowd=self.size):
+        while not is_reached_within(is_reached, CHECK_EVERY_S):
             waited_s = time.monotonic() - began
             missing = [(rank, board) for rank, board in self.others if lacks(board)]
             ended = [self._homes[rank].global_rank for rank, _ in missing if self._homes[rank].has_ended()]
@@ -96,6 +96,15 @@ class Neighbours:
                 )
                 raise self._journal.give_up(MismatchError(words))
 
+    def check_nobody(self, has_given_up: Callable[[Board], bool], *, what: str) -> None:
+        """Raise CollectiveError if another rank has given the call up."""
+        for rank, board in self.others:
+            if has_given_up(board):
+                raise CollectiveError(
+                    f"{what} did not complete: rank {self._homes[rank].global_rank} has given it up. Look for the "
+                    "first error in its output, mend it, and restart all ranks from the last checkpoint."
+                )
+
     def _failure(self, what: str, label: str, missing: list[tuple[int, Board]], reason: str) -> ZcoreError:
         return self._journal.give_up(
             CollectiveError(
@@ -108,9 +117,10 @@ class Neighbours:
         lines = []
         for rank, board in missing:
             home = self._homes[rank]
-            last = f"its last call was {board.entry(board.started - 1)}" if board.started else "it made no call"
-            line = self._journal.line_of(rank)
-            lines.append(f"rank {home.global_rank} ({home.state()}), {last} (call {board.started - 1}), {line}")
+            last = "it made no call"
+            if board.started:
+                last = f"its last call was {board.entry(board.started - 1)} (call {board.started - 1})"
+            lines.append(f"rank {home.global_rank} ({home.state()}), {last}, {self._journal.line_of(rank)}")
         waiting = {rank for rank, _ in missing} | {self.rank}
         arrived = [str(home.global_rank) for rank, home in enumerate(self._homes) if rank not in waiting]
         return f"Missing: {'; '.join(lines) or 'none'}. Arrived: {', '.join([*arrived, 'this one'])}."

@@ -14,7 +14,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -36,7 +36,7 @@ __all__ = [
     "storage_at",
 ]
 
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+MEMINFO, OWN_GROUPS, CGROUP = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 CHECKED_BYTES = 16 << 20  # smaller regions are not worth a look at what is available
 MAX_FILE_BYTES = 1 << 42  # of address space, not of memory; 16 processes that map each other still fit
 
@@ -209,13 +209,39 @@ def _punch(file: int, offset: int, num_bytes: int) -> None:
 
 
 def available_bytes() -> int:
-    """What the system, and this process's control group, could give without ending a process."""
+    """What the system, and each control group that this process is in, could give without ending a process."""
     (line,) = (line for line in MEMINFO.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:"))
-    found = int(line.split()[1]) << 10
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.exists() and (most := limit.read_text(encoding="ascii").strip()) != "max":
-        found = min(found, int(most) - int(used.read_text(encoding="ascii")))
-    return found
+    return min([int(line.split()[1]) << 10, *(_left_in(group) for group in _control_groups())])
+
+
+def _control_groups() -> Iterator[Path]:
+    """Folders of the groups that count this process's memory, of both versions, as far as a container sees them."""
+    for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = CGROUP / controllers
+        group = root / path.lstrip("/")
+        yield from (each for each in [group, *group.parents] if each == root or root in each.parents)
+
+
+def _left_in(group: Path) -> int:
+    """What a group has left; what its files hold in memory can be had, too."""
+    for limit, used, unused in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, taken = (
+                (group / limit).read_text(encoding="ascii").strip(),
+                (group / used).read_text(encoding="ascii"),
+            )
+            stat = dict(each.split() for each in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        except FileNotFoundError:  # of the other version, or not seen from inside a container
+            continue
+        if most != "max":
+            return int(most) - int(taken) + int(stat.get(unused, 0))
+    return MAX_FILE_BYTES
 
 
 @cache

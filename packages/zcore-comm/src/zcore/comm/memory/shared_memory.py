@@ -25,10 +25,10 @@ from zcore.comm.memory.board import RING_CALLS, Board, Entry
 from zcore.comm.memory.buffers import Buffers, num_bytes_of
 from zcore.comm.memory.neighbours import Neighbours
 from zcore.comm.memory.pages import Region, own_pages
-from zcore.comm.progress import LOCK, Polled, note_closed, note_open
-from zcore.comm.sizes import check_exchange, check_process, check_slots
+from zcore.comm.progress import LOCK, Polled, Stepping, note_closed, note_open
+from zcore.comm.sizes import check_exchange, check_process
 from zcore.core import compat
-from zcore.core.collectives import Call, CallLog, Pending, Traffic, tree_sum
+from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, tree_sum
 from zcore.core.errors import ZcoreError
 from zcore.core.torch_collectives import TorchCollectives
 
@@ -37,7 +37,8 @@ __all__ = ["SharedMemoryCollectives"]
 SMALL_BYTES = 32 * 1024  # up to here everybody sums everything, and what lies in shared pages is copied all the same
 TOGETHER = 1  # variant of an all_gather: into one memory that every rank holds
 LEADER = 0  # the rank in whose file memory lies that ranks hold together
-STARTED, HALF, READ = range(3)  # stages of a call: announced; own part of the result is there; no more is to be read
+# Stages of a call: announced; own part of the result is there; no more is to be read; given up, with data as they were.
+STARTED, HALF, READ, FAILED = range(4)
 
 
 @dataclass(slots=True)
@@ -139,7 +140,12 @@ class SharedMemoryCollectives:
         leader = self._neighbours.boards[LEADER]
 
         def write() -> None:
-            freed = partial(self._neighbours.board.set_freed, leader.slot_of(index), index + 1)
+            slot, process = leader.slot_of(index), self._process
+
+            def freed() -> None:
+                if os.getpid() == process:  # a forked child lets go of its own mapping only
+                    self._neighbours.board.set_freed(slot, index + 1)
+
             memory = self._neighbours.storage_of(LEADER, index, num_bytes_of(output), when_gone=freed)
             compat.swap_memory(output.untyped_storage(), memory)
             fill()
@@ -217,11 +223,21 @@ class SharedMemoryCollectives:
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`; over gloo."""
-        return self._plain.send(tensor, dst=self._members[dst], label=label)
+        return Stepping(self._plain.send(tensor, dst=self._members[dst], label=label))
 
     def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.recv`; over gloo."""
-        return self._plain.recv(tensor, src=self._members[src], label=label)
+        return Stepping(self._plain.recv(tensor, src=self._members[src], label=label))
+
+    def has_room(self, count: int) -> bool:
+        """Whether `count` calls, or as many as ever are open at a time, can start now without waiting."""
+        oldest = self._next + min(count, RING_CALLS // 2 - 1) - RING_CALLS - 1
+        if len(self._open) + min(count, RING_CALLS // 2 - 1) > RING_CALLS // 2:
+            return False
+        return oldest < 0 or (
+            all(board.finished > oldest for _, board in self._neighbours.others)
+            and next(iter(self._open), self._next) > oldest
+        )
 
     def advance(self) -> None:
         """Do what open calls need, as far as the others have come."""
@@ -300,7 +316,7 @@ class SharedMemoryCollectives:
                 needed = STARTED if this.read_halves is None else HALF
                 self._neighbours.wait_until(
                     lambda: index not in self._open,
-                    lambda board: board.started <= index or not _has_come(board, index, needed),
+                    lambda board: board.started <= index or board.stage_of(index) not in (needed, HALF, READ),
                     what=str(this.call),
                     label=this.call.label,
                 )
@@ -341,10 +357,13 @@ class SharedMemoryCollectives:
                 self._neighbours.check_same(index, this.entry)
                 this.is_same = True
             self._read(this)
-            if this.read_halves is not None and all(_has_come(board, index, HALF) for _, board in others):
+            # As long as the call is open here, the others' entries are those of this call.
+            if this.read_halves is not None and all(board.stage_of(index) in (HALF, READ) for _, board in others):
                 read_halves, this.read_halves = this.read_halves, None
                 read_halves()
                 self._neighbours.board.set_stage(index, READ)
+            if index in self._open:  # what a rank shows that has given up may be anything
+                self._neighbours.check_nobody(lambda board: board.stage_of(index) == FAILED, what=str(this.call))
         except Exception as error:  # noqa: BLE001 - raised by `wait_for`
             self._fail(this, error)
         if this.read_halves is None:
@@ -358,7 +377,9 @@ class SharedMemoryCollectives:
             self._neighbours.board.set_stage(this.index, READ if this.read_halves is None else HALF)
 
     def _fail(self, this: _Open, error: Exception) -> None:
-        """Nothing more is done for the call, now or when a late rank comes after all."""
+        """Nothing more is done for the call, now or when a late rank comes after all; the others are told."""
+        if this.index in self._open:
+            self._neighbours.board.set_stage(this.index, FAILED)
         this.error = error
         this.read = this.read_halves = None
         self._close(this)
@@ -378,6 +399,8 @@ class SharedMemoryCollectives:
             self.wait_for(next(iter(self._open.values())))  # a call that nobody waited for
         oldest = self._next - RING_CALLS
         if oldest >= 0:
+            while self._open and next(iter(self._open)) <= oldest:
+                self.wait_for(next(iter(self._open.values())))
             self._neighbours.wait_until(
                 lambda: all(board.finished > oldest for _, board in self._neighbours.others),
                 lambda board: board.finished <= oldest,

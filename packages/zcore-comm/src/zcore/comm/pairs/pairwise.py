@@ -8,7 +8,7 @@ call which ranks made differently none completes: they wait, and it is found.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -17,17 +17,16 @@ from torch import Tensor
 from zcore.comm.pairs.algorithms import Table
 from zcore.comm.pairs.moves import Pairs
 from zcore.comm.pairs.worker import Task, Worker
-from zcore.comm.progress import Polled, advance_all, has_steps
+from zcore.comm.progress import STEP_S, Polled, Stepping, advance_all, has_steps
 from zcore.comm.ranks.journal import Journal
-from zcore.comm.sizes import check_exchange, check_process, check_slots
-from zcore.core.collectives import Call, CallLog, Pending, Traffic, tree_sum
+from zcore.comm.sizes import check_exchange, check_process
+from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, tree_sum
 from zcore.core.errors import StateError, ZcoreError
 from zcore.core.exchange import WINDOW_PIECES, Finish
 from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["PairwiseCollectives"]
 
-STEP_S = 0.5e-3  # between looks at what other groups need meanwhile
 DIRECT_BYTES = 1 << 20  # a call of one step up to here is ended by who waits for it: waking a thread takes 0.1 ms
 CLOSING_S = 1.0  # within which the process that ended a connection is seen to have ended
 
@@ -93,30 +92,34 @@ class PairwiseCollectives:
         """An all_gather into slots that may lie apart; the own one is filled. `whole` is what they belong to."""
         call, tag = self._begin("all_gather", label, whole)
         if self._choice(call) == "ring":
-            return self._add(call, self._peers.gather_in_ring(slots, tag=tag), has_one_step=False)
-        return self._add(call, self._peers.gather(slots, tag=tag))
+            return self._add(call, lambda: self._peers.gather_in_ring(slots, tag=tag), has_one_step=False)
+        return self._add(call, lambda: self._peers.gather(slots, tag=tag))
 
     def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.reduce_scatter`."""
         check_slots("reduce_scatter", label, whole=input, slot=output, size=self.size)
         call, tag = self._begin("reduce_scatter", label, input)
-        return self._add(
-            call, self._peers.sum_slots(output, input.tensor_split(self.size), tag=tag, window=WINDOW_PIECES)
-        )
+        slots = input.tensor_split(self.size)
+        return self._add(call, lambda: self._peers.sum_slots(output, slots, tag=tag, window=WINDOW_PIECES))
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_reduce`."""
         call, tag = self._begin("all_reduce", label, tensor)
         if self._choice(call) == "gather":
             parts = [tensor if each == self.rank else torch.empty_like(tensor) for each in range(self.size)]
-            gather = self._peers.gather(parts, tag=tag)
 
-            def finish() -> None:
-                gather()
-                tree_sum(parts, out=tensor)
+            def start() -> Finish:
+                gather = self._peers.gather(parts, tag=tag)
 
-            return self._add(call, finish)
-        return self._add(call, self._peers.sum_everywhere(tensor.tensor_split(self.size), tag=tag), has_one_step=False)
+                def finish() -> None:
+                    gather()
+                    tree_sum(parts, out=tensor)
+
+                return finish
+
+            return self._add(call, start)
+        slots = tensor.tensor_split(self.size)
+        return self._add(call, lambda: self._peers.sum_everywhere(slots, tag=tag), has_one_step=False)
 
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_to_all`."""
@@ -124,22 +127,22 @@ class PairwiseCollectives:
         call, tag = self._begin("all_to_all", label, input)
         receives, sends = output.tensor_split(self.size), input.tensor_split(self.size)
         receives[self.rank].copy_(sends[self.rank])
-        return self._add(call, self._peers.exchange(receives, sends, tag=tag))
+        return self._add(call, lambda: self._peers.exchange(receives, sends, tag=tag))
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Polled:
         """See `Collectives.broadcast`."""
         call, tag = self._begin("broadcast", f"{label} from rank {src}", tensor)
         if self._choice(call) == "scatter":
-            return self._add(call, self._peers.scatter_to_all(tensor, src=src, tag=tag), has_one_step=False)
-        return self._add(call, self._peers.send_to_all(tensor, src=src, tag=tag))
+            return self._add(call, lambda: self._peers.scatter_to_all(tensor, src=src, tag=tag), has_one_step=False)
+        return self._add(call, lambda: self._peers.send_to_all(tensor, src=src, tag=tag))
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`."""
-        return self._plain.send(tensor, dst=self._peers.members[dst], label=label)
+        return Stepping(self._plain.send(tensor, dst=self._peers.members[dst], label=label))
 
     def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.recv`."""
-        return self._plain.recv(tensor, src=self._peers.members[src], label=label)
+        return Stepping(self._plain.recv(tensor, src=self._peers.members[src], label=label))
 
     def _begin(self, op: str, label: str, tensor: Tensor) -> tuple[Call, int]:
         """A new call, and the tag of its messages."""
@@ -154,8 +157,12 @@ class PairwiseCollectives:
     def _choice(self, call: Call) -> str:
         return self._table.choose(call.op, size=self.size, num_bytes=call.payload_bytes)
 
-    def _add(self, call: Call, finish: Finish, *, has_one_step: bool = True) -> Polled:
+    def _add(self, call: Call, start: Callable[[], Finish], *, has_one_step: bool = True) -> Polled:
         journal = self._journal
+        try:
+            finish = start()
+        except RuntimeError as error:  # of gloo: another rank has closed the connections
+            raise self._broken_by(call, error) from error
 
         def act() -> None:
             finish()
@@ -194,9 +201,12 @@ class PairwiseCollectives:
                 self._break(error)
                 raise
         if task.error is not None:
-            lost = self._journal.give_up(self._lost(call, task.error))
-            self._break(lost)
-            raise lost from task.error
+            raise self._broken_by(call, task.error) from task.error
+
+    def _broken_by(self, call: Call, error: Exception) -> ZcoreError:
+        lost = self._journal.give_up(self._lost(call, error))
+        self._break(lost)
+        return lost
 
     def _break(self, error: ZcoreError) -> None:
         self._broken = error

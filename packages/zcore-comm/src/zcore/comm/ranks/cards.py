@@ -163,7 +163,7 @@ class Cards:
                     last_s = time.monotonic()
                     self._write()
                     for source in self._living():
-                        source.look_after()
+                        self._look_after(source)
                     continue
                 if request is None:
                     self._write()
@@ -173,6 +173,14 @@ class Cards:
                 done.set()
         except RuntimeError as error:  # whoever holds the store is gone; what others know of us stays as it is
             logger.debug("The store takes no more cards: %s", error)
+
+    def _look_after(self, source: Source) -> None:
+        try:
+            source.look_after()
+        except RuntimeError:
+            raise  # of the store
+        except Exception:  # one group's fault must not end the watch of the others
+            logger.exception("Looking after the calls of %s failed. Report this.", source.key)
 
     def _living(self) -> list[Source]:
         found = [(each, each()) for each in tuple(self._sources)]

@@ -32,7 +32,7 @@ class Home:
 
     def has_ended(self) -> bool:
         """Whether the process is gone; False where that cannot be seen from this host."""
-        state = _stat_of(self.process) if self.is_here else (ALIVE, self.began)
+        state = _stat_of(self.process) if self.is_here and self.began else (ALIVE, self.began)
         return state is None or state[1] != self.began or state[0] in ENDED
 
     def is_stopped(self) -> bool:
@@ -54,7 +54,7 @@ class Home:
 
 
 def own_home(life: int) -> Home:
-    """Where this rank lives. Raises OSError without /proc."""
+    """Where this rank lives."""
     process = os.getpid()
     state = _stat_of(process)
     return Home(_host(), socket.gethostname(), process, state[1] if state else 0, dist.get_rank(), life)
@@ -71,8 +71,11 @@ def _host() -> bytes:
 
 @cache
 def _host_named(name: str) -> bytes:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-    spaces = [Path("/proc/self/ns", kind).stat().st_ino for kind in ("pid", "net")]
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        spaces = [Path("/proc/self/ns", kind).stat().st_ino for kind in ("pid", "net")]
+    except OSError:  # a system without /proc: each process is by itself, and sees no other's state
+        boot, spaces = socket.gethostname(), [os.getpid()]
     return hashlib.sha256(f"{boot} {spaces} {name}".encode()).digest()[:16]
 
 

@@ -25,9 +25,11 @@ __all__ = ["ALIKE", "TELL_S", "Journal"]
 
 logger = logging.getLogger(__name__)
 
-REMEMBERED_CALLS = 16
+REMEMBERED_CALLS, MAX_REMEMBERED_CALLS = 16, 512  # those that are done; with those that are not
+NEVER_S = float("inf")
 FIRST_LOOK_S, MAX_LOOK_S = 1.0, 8.0  # after which those who wait look what the others do
 TELL_S = 30.0  # a wait of such length is told to the user
+HEAD_START_S = 2.0  # words on a call over NCCL come so long before torch's watchdog ends the process
 RELAYED: dict[str, type[ZcoreError]] = {each.__name__: each for each in (CollectiveError, MismatchError)}
 FIRST_WORDS = "First seen by rank"
 ALIKE = (
@@ -44,7 +46,17 @@ class Wait:
     abort: Callable[[], None]
     began: float
     next_look_s: float
+    has_told: bool = False
     trouble: ZcoreError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A call of this rank."""
+
+    call: Call
+    fingerprint: int  # of the call alone
+    digest: int  # of all calls up to it
 
 
 class Journal:
@@ -58,7 +70,7 @@ class Journal:
         self.key = key
         self._started = self._finished = 0
         self._digest = zlib.crc32(key.encode())
-        self._calls: deque[tuple[Call, int]] = deque(maxlen=REMEMBERED_CALLS)  # with the digest after each
+        self._calls: deque[_Made] = deque(maxlen=MAX_REMEMBERED_CALLS)
         self._given_up: tuple[str, str] | None = None  # kind and words of the error that ended this rank's part
         self._followed: deque[tuple[Call, Callable[[], bool], float]] = deque()
         self._next_look_s = FIRST_LOOK_S
@@ -67,21 +79,23 @@ class Journal:
 
     def start(self, call: Call) -> int:
         """A call begins. What is returned tells its messages apart; equal on ranks that have made the same calls."""
-        self._digest = zlib.crc32(tag_of(call).to_bytes(4, "little"), self._digest)
-        self._calls.append((call, self._digest))
+        fingerprint = tag_of(call)
+        self._digest = zlib.crc32(fingerprint.to_bytes(4, "little"), self._digest)
+        self._calls.append(_Made(call, fingerprint, self._digest))
+        while len(self._calls) > REMEMBERED_CALLS and self._calls[0].call.index < self._finished:
+            self._calls.popleft()
         self._started = call.index + 1
         return self._digest % STEP_TAGS
 
     def finish(self, call: Call) -> None:
         """A call is done."""
-        self._finished = call.index + 1
+        self._finished = max(self._finished, call.index + 1)
 
     def as_card(self) -> dict[str, Any]:
         """What the others read."""
         return {
             "started": self._started,
-            "finished": self._finished,
-            "calls": [(call.index, digest, str(call)) for call, digest in tuple(self._calls)],
+            "calls": [(each.call.index, each.fingerprint, each.digest, str(each.call)) for each in tuple(self._calls)],
             "given_up": self._given_up,
         }
 
@@ -142,16 +156,19 @@ class Journal:
 
     def _look_after_wait(self, wait: Wait) -> None:
         waited_s = time.monotonic() - wait.began
-        if waited_s < wait.next_look_s:
+        is_over = waited_s >= self.deadline_s
+        if waited_s < wait.next_look_s and not is_over:
             return
-        is_told = waited_s >= TELL_S > wait.next_look_s / 2
-        wait.next_look_s *= 2
+        wait.next_look_s += min(wait.next_look_s, MAX_LOOK_S)
         told = self._cards.read_here([home.life for home in self.homes])
         trouble = self._trouble_in(wait.call, told, is_lost=False)
+        if trouble is None and is_over:  # gloo's own deadline is one for each message
+            trouble = self._failure(wait.call, f"the timeout of {self.deadline_s:.3g} s has passed", told)
         if trouble is not None and self._wait is wait:
             wait.trouble = trouble
             wait.abort()
-        elif is_told:
+        elif waited_s >= TELL_S and not wait.has_told:
+            wait.has_told = True
             logger.warning("Waiting for %s since %.0f s. %s", wait.call, waited_s, self._whom_it_lacks(wait.call, told))
 
     def _look_after_followed(self) -> None:
@@ -163,16 +180,20 @@ class Journal:
             return
         call, _, began = self._followed[0]
         waited_s = time.monotonic() - began
-        if waited_s < self._next_look_s:
+        is_over = waited_s >= self.deadline_s - min(HEAD_START_S, self.deadline_s / 4)
+        if waited_s < self._next_look_s and not (is_over and self._next_look_s < NEVER_S):
             return
-        self._next_look_s *= 2
+        is_told = waited_s >= TELL_S > self._next_look_s - MAX_LOOK_S
+        self._next_look_s += min(self._next_look_s, MAX_LOOK_S)
         told = self._cards.read_here([home.life for home in self.homes])
         trouble = self._trouble_in(call, told, is_lost=False)
-        if trouble is None and waited_s >= self.deadline_s:
-            trouble = self._failure(call, f"the timeout of {self.deadline_s:.3g} s has passed", told)
+        if trouble is None and is_over:
+            trouble = self._failure(call, f"the timeout of {self.deadline_s:.3g} s is about to pass", told)
         if trouble is not None:
-            self._next_look_s = float("inf")
+            self._next_look_s = NEVER_S
             logger.error("%s: %s", type(trouble).__name__, trouble)
+        elif is_told:
+            logger.warning("%s is under way since %.0f s. %s", call, waited_s, self._whom_it_lacks(call, told))
 
     def find_trouble(self, call: Call, *, is_lost: bool = False) -> ZcoreError | None:
         """Why `call`, for which this rank waits, cannot complete; None as long as it still may.
@@ -194,7 +215,7 @@ class Journal:
         return self._cards.read([home.life for home in self.homes])
 
     def _trouble_in(self, call: Call, told: Mapping[int, Told], *, is_lost: bool) -> ZcoreError | None:
-        own = {call.index: (digest, str(call)) for call, digest in tuple(self._calls)}
+        own = {each.call.index: each for each in tuple(self._calls)}
         ended = []
         for rank, home in enumerate(self.homes):
             card = told.get(home.life)
@@ -207,17 +228,24 @@ class Journal:
                 reasons = [group["given_up"] for group in groups if group["given_up"] is not None]
                 if reasons:
                     return self._relayed(reasons[0], home.global_rank, told)
-            calls = {index: (digest, words) for index, digest, words in there["calls"]} if there is not None else {}
-            different = next((i for i in sorted(own) if i in calls and calls[i][0] != own[i][0]), None)
-            if different is not None and card is not None:
-                return MismatchError(
-                    f"Call {different} of this group is {own[different][1]} on rank "
-                    f"{self.homes[self.rank].global_rank}, and {calls[different][1]} on rank {home.global_rank}, which "
-                    f"is {card.line}. {ALIKE}"
-                )
+            if there is not None and card is not None:
+                mismatch = self._mismatch(own, there["calls"], home)
+                if mismatch is not None:
+                    return MismatchError(f"{mismatch}, which is {card.line}. {ALIKE}")
             if has_ended and (is_lost or there is None or there["started"] <= call.index):
                 ended.append(home.global_rank)
         return self._failure(call, f"rank {ended[0]} has raised, was killed, or left", told) if ended else None
+
+    def _mismatch(self, own: Mapping[int, _Made], theirs: Sequence[Sequence[Any]], home: Home) -> str | None:
+        """In words, the first call that the rank at `home` made differently; None as far as nothing differs."""
+        here, there = f"rank {self.homes[self.rank].global_rank}", f"rank {home.global_rank}"
+        common = [(own[index], *told) for index, *told in theirs if index in own]
+        for mine, fingerprint, _, words in common:
+            if mine.fingerprint != fingerprint:
+                return f"Call {mine.call.index} of this group is {mine.call} on {here}, and {words} on {there}"
+        if common and common[0][0].digest != common[0][2]:
+            return f"Before {common[0][0].call} of this group {here} made other calls than {there}"
+        return None
 
     def _failure(self, call: Call, reason: str, told: Mapping[int, Told]) -> ZcoreError:
         return CollectiveError(
@@ -240,7 +268,7 @@ class Journal:
             elif there["started"] > call.index and not home.has_ended() and not home.is_stopped():
                 arrived.append(str(home.global_rank))
             else:
-                last = f"its last call was {there['calls'][-1][2]}" if there["calls"] else "it had told of no call"
+                last = f"its last call was {there['calls'][-1][-1]}" if there["calls"] else "it had told of no call"
                 missing.append(f"rank {home.global_rank} ({state}), {last}, {card.line}")
         words = f"Missing: {'; '.join(missing) or 'none'}. Arrived: {', '.join([*arrived, 'this one'])}."
         if not self._cards.answers:
@@ -260,7 +288,7 @@ class Journal:
             for home in self.homes
             if (home.has_ended() or home.is_stopped()) and home.state() not in words and not _gave_up(told, home)
         ]
-        return RELAYED[kind](
+        return RELAYED.get(kind, CollectiveError)(
             " ".join([words, *([f"Seen from rank {self.homes[self.rank].global_rank}:", *seen] if seen else [])])
         )
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from zcore.comm.memory.board import BOARD_BYTES, is_store_order_kept
 from zcore.comm.memory.pages import own_pages
 from zcore.comm.pairs.algorithms import Table, read_table
+from zcore.comm.progress import advance_all
 from zcore.comm.ranks.cards import cards_of_run
 from zcore.comm.ranks.home import Home, own_home
 from zcore.core import compat
@@ -133,6 +134,7 @@ def _wait_for_all(group: dist.ProcessGroup, is_done: Callable[[], bool], occasio
     deadline_s = compat.timeout_of(group).total_seconds()
     while not is_done():
         time.sleep(NAP_S)
+        advance_all()
         waited_s = time.monotonic() - began
         is_over = waited_s > deadline_s - NAP_S * 100
         if is_over or (waited_s > TELL_S and not has_told):

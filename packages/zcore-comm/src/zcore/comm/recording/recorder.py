@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from zcore.comm.calls.flow import FLOW
 from zcore.comm.calls.requests import DeferrableCollectives
 from zcore.comm.recording.chrome_trace import trace_of
 from zcore.comm.recording.comm_report import SYMMETRIC_OPS, CommReport, build_report
@@ -201,6 +202,7 @@ def _global_rank() -> int:
 
 
 def _exchange(text: bytes, group: Collectives, device: torch.device) -> list[bytes]:
+    FLOW.start_all()  # what some ranks hold back, others may have started
     served = group
     while isinstance(served, DeferrableCollectives | Recorded):
         served = served.inner  # the exchange is no part of what is recorded

@@ -1,0 +1,184 @@
+"""Ranks far ahead of others, late ones, and ranks that wait in another order: results stay right, and nobody hangs."""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from hosts import message_of, move_to_hosts_of
+
+import zcore.comm
+from zcore.comm.choice import serve
+
+CPU = torch.device("cpu")
+SUM = 3  # of 1 and 2, the ranks + 1
+
+
+def served(kind, *, timeout_s=60.0):
+    move_to_hosts_of(kind)
+    return serve(dist.new_group(timeout=timedelta(seconds=timeout_s)), name="dp")
+
+
+def come_after_the_timeout():
+    """Rank 0 gives up; the others come afterwards, and read what it never summed."""
+    group = served("shared memory", timeout_s=0.5)
+    tensor = torch.full((60_000,), float(group.rank + 1))
+    if group.rank == 0:
+        message = message_of(lambda: group.all_reduce(tensor, label="grads").wait())
+        dist.barrier()
+        return message
+    dist.barrier()
+    return message_of(lambda: group.all_reduce(tensor, label="grads").wait())
+
+
+def test_what_another_rank_has_given_up_is_not_taken_for_its_sum(ranks):
+    first, *others = ranks(3, come_after_the_timeout)
+    assert "the timeout of 0.5 s has passed" in first
+    assert all("CollectiveError: all_reduce grads" in each and "rank 0 has given it up" in each for each in others)
+
+
+def keep_a_call_open_over_a_ring():
+    """Rank 1 always comes last, and waits for its first call after 128 others."""
+    group = served("shared memory")
+    held = group.all_gather(torch.empty(2000), torch.full((1000,), float(group.rank)), label="held")
+    if group.rank == 0:
+        held.wait()
+    for _ in range(127):
+        if group.rank == 1:
+            time.sleep(0.001)  # the order of arrival is what is tried
+        group.all_reduce(torch.ones(4), label="small").wait()
+    large = torch.full((100_000,), float(group.rank + 1))
+    pending = group.all_reduce(large, label="large")
+    if group.rank == 1:
+        held.wait()
+    pending.wait()
+    return large.unique().tolist()
+
+
+def test_a_call_open_over_a_whole_ring_of_others_marks_none_of_them(ranks):
+    assert ranks(2, keep_a_call_open_over_a_ring) == [[float(SUM)]] * 2
+
+
+def start_many_before_waiting(kind):
+    """Even ranks start 90 sums and then wait; odd ones wait for each."""
+    group = served(kind)
+    tensors = [torch.full((20_000,), float(group.rank + 1)) for _ in range(90)]
+    if group.rank % 2 == 0:
+        for pending in [group.all_reduce(each, label="grads") for each in tensors]:
+            pending.wait()
+    else:
+        for each in tensors:
+            group.all_reduce(each, label="grads").wait()
+    return {value for each in tensors for value in each.unique().tolist()}
+
+
+@pytest.mark.parametrize("kind", ["shared memory", "pairwise", "two levels"])
+def test_ranks_may_start_more_calls_than_a_board_holds(ranks, kind):
+    assert ranks(4, start_many_before_waiting, kind) == [{10.0}] * 4
+
+
+def differ_long_ago(how):
+    group = served("pairwise")
+    num_elements = 101 if group.rank else 100
+    pending = [group.all_reduce(torch.ones(num_elements if n == 3 else 100), label=f"g{n}") for n in range(40)]
+    waited = pending if group.rank == 0 or how == "both ahead" else pending[:4]
+    return message_of(lambda: [each.wait() for each in waited])
+
+
+@pytest.mark.parametrize("how", ["both ahead", "one ahead"])
+def test_a_difference_many_calls_ago_is_told_with_both_sides(ranks, how):
+    for message in ranks(2, differ_long_ago, how):
+        assert "MismatchError" in message
+        assert (
+            "all_reduce g3 (#3 of dp: 100 x float32" in message and "all_reduce g3 (#3 of dp: 101 x float32" in message
+        )
+
+
+def wait_in_another_order(how):
+    """Rank 0 waits for rank 1 by other means before it waits for its sum; rank 1 waits for its sum first."""
+    group = zcore.comm.collectives_of()
+    other = dist.new_group()
+    total, message = torch.ones(100_000), torch.ones(3)
+    pending = group.all_reduce(total, label="grads")
+    if how == "first use":
+        acts = [lambda: zcore.comm.all_reduce(message, group=other)] * 2
+    else:
+        acts = [
+            lambda: group.recv(message, src=1, label="m").wait(),
+            lambda: group.send(message, dst=0, label="m").wait(),
+        ]
+    if group.rank == 0:
+        acts[0]()
+        pending.wait()
+    else:
+        pending.wait()
+        acts[1]()
+    return total.unique().tolist()
+
+
+@pytest.mark.parametrize("how", ["message", "first use"])
+def test_steps_go_on_while_a_rank_waits_for_a_message_or_a_new_group(ranks, how):
+    assert ranks(2, wait_in_another_order, how, group_timeout_s=10.0) == [[2.0]] * 2
+
+
+def report_while_calls_are_held():
+    group = zcore.comm.collectives_of()
+    with zcore.comm.record() as recording:
+        zcore.comm.limit_in_flight(1 << 20)
+        pending = [group.all_reduce(torch.ones(1 << 18), label=label) for label in ("first", "second")]
+        if group.rank == 1:
+            pending[0].wait()  # starts what is held back here, not on rank 0
+        report = recording.report(group)
+        for each in pending:
+            each.wait()
+        zcore.comm.limit_in_flight(None)
+    return report is not None
+
+
+def test_a_report_does_not_overtake_what_is_held_back(ranks):
+    assert ranks(2, report_while_calls_are_held) == [True] * 2
+
+
+def free_in_a_child():
+    """A forked child lets go of a gathered buffer; its parent still reads it when the leader gathers another."""
+    group = served("shared memory")
+
+    def gathered(value):
+        buffer = group.empty(200_000, dtype=torch.float32, device=CPU)
+        group.free_storage(buffer)
+        group.all_gather(buffer, torch.full((100_000,), value), label="w").wait()
+        return buffer
+
+    kept = gathered(1.0)
+    dist.barrier()
+    if group.rank == 1:
+        child = os.fork()
+        if child == 0:
+            group.free_storage(kept)
+            os._exit(0)
+        os.waitpid(child, 0)
+    else:
+        group.free_storage(kept)
+    dist.barrier()
+    gathered(7.0)
+    return kept.unique().tolist() if group.rank == 1 else [1.0]
+
+
+def test_a_child_cannot_free_what_its_parent_holds(ranks):
+    assert ranks(2, free_in_a_child) == [[1.0]] * 2
+
+
+def come_after_connections_are_closed():
+    """Rank 2 calls when the others have given up: an error that names the first, not the backend's."""
+    group = served("pairwise", timeout_s=1.5)
+    group.all_reduce(torch.ones(4), label="warm").wait()
+    if group.rank == 2:
+        time.sleep(2.5)  # past the others' deadline
+    return message_of(lambda: group.all_reduce(torch.ones(100), label="grads").wait())
+
+
+def test_who_comes_after_the_others_gave_up_is_told_why(ranks):
+    messages = ranks(3, come_after_connections_are_closed)
+    assert all("CollectiveError" in each and "the timeout of 1.5 s has passed" in each for each in messages), messages

@@ -1,7 +1,6 @@
 """Ranks far ahead of others, late ones, and ranks that wait in another order: results stay right, and nobody hangs."""
 
 import os
-import time
 from datetime import timedelta
 
 import pytest
@@ -13,7 +12,6 @@ import zcore.comm
 from zcore.comm.choice import serve
 
 CPU = torch.device("cpu")
-SUM = 3  # of 1 and 2, the ranks + 1
 
 
 def served(kind, *, timeout_s=60.0):
@@ -37,28 +35,6 @@ def test_what_another_rank_has_given_up_is_not_taken_for_its_sum(ranks):
     first, *others = ranks(3, come_after_the_timeout)
     assert "the timeout of 0.5 s has passed" in first
     assert all("CollectiveError: all_reduce grads" in each and "rank 0 has given it up" in each for each in others)
-
-
-def keep_a_call_open_over_a_ring():
-    """Rank 1 always comes last, and waits for its first call after 128 others."""
-    group = served("shared memory")
-    held = group.all_gather(torch.empty(2000), torch.full((1000,), float(group.rank)), label="held")
-    if group.rank == 0:
-        held.wait()
-    for _ in range(127):
-        if group.rank == 1:
-            time.sleep(0.001)  # the order of arrival is what is tried
-        group.all_reduce(torch.ones(4), label="small").wait()
-    large = torch.full((100_000,), float(group.rank + 1))
-    pending = group.all_reduce(large, label="large")
-    if group.rank == 1:
-        held.wait()
-    pending.wait()
-    return large.unique().tolist()
-
-
-def test_a_call_open_over_a_whole_ring_of_others_marks_none_of_them(ranks):
-    assert ranks(2, keep_a_call_open_over_a_ring) == [[float(SUM)]] * 2
 
 
 def start_many_before_waiting(kind):
@@ -175,8 +151,11 @@ def come_after_connections_are_closed():
     group = served("pairwise", timeout_s=1.5)
     group.all_reduce(torch.ones(4), label="warm").wait()
     if group.rank == 2:
-        time.sleep(2.5)  # past the others' deadline
-    return message_of(lambda: group.all_reduce(torch.ones(100), label="grads").wait())
+        dist.barrier()
+    message = message_of(lambda: group.all_reduce(torch.ones(100), label="grads").wait())
+    if group.rank != 2:
+        dist.barrier()
+    return message
 
 
 def test_who_comes_after_the_others_gave_up_is_told_why(ranks):

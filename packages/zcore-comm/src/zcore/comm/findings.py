@@ -34,8 +34,8 @@ def _on_one_host() -> Finding:
     case = "one host"
     _, refusal = make_boards()
     if refusal is not None:
-        return Finding(case, _pairs(), f"shared memory would be 3 to 60 times as fast; what keeps it: {refusal}")
-    otherwise = "gloo takes 3 to 60 times as long, by op and size"
+        return Finding(case, _pairs(), f"shared memory would be 2 to 60 times as fast; what keeps it: {refusal}")
+    otherwise = "gloo takes 2 to 60 times as long, by op and size"
     if not compat.CAN_SWAP_MEMORY:
         otherwise += f"; torch 2.13 would gather without a copy, {torch.__version__} cannot"
     if os.environ.get(APART):

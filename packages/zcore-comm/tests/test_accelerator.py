@@ -6,10 +6,13 @@ import time
 import torch
 import torch.distributed as dist
 
+import zcore.comm
 from zcore.comm.accelerator import AcceleratorCollectives
+from zcore.comm.calls.flow import FLOW
 from zcore.comm.choice import Parts
 from zcore.comm.pairs.algorithms import DEFAULT_TABLE
 from zcore.comm.ranks.meeting import meet
+from zcore.comm.recording.recorded import Recorded
 
 
 def served():
@@ -42,6 +45,37 @@ def test_calls_are_those_of_torch(ranks):
         ]
         * 2
     )
+
+
+def call_in_a_block():
+    """Calls of each op that the backend starts together: what was recorded, and the results."""
+    group = FLOW.around(Recorded(served(), dist.group.WORLD, name="dp"))
+    own = group.rank + 1.0
+    gathered = [torch.empty(2), torch.empty(4, dtype=torch.float64), torch.empty(4, dtype=torch.float64)]
+    summed = [torch.empty(1), torch.empty(2)]
+    reduced = [torch.full((numel,), own) for numel in (1, 2)]
+    with zcore.comm.record() as recording:
+        with zcore.comm.coalescing(group) as block:
+            pending = [
+                *(block.all_gather(output, torch.full((output.numel() // 2,), own), label="w") for output in gathered),
+                *(block.reduce_scatter(output, torch.full((2 * output.numel(),), own), label="g") for output in summed),
+                *(block.all_reduce(tensor, label="n") for tensor in reduced),
+            ]
+        for each in pending:
+            each.wait()
+    recorded = [(call.op, call.label, call.payload_bytes) for call in recording.calls]
+    return recorded, [each.tolist() for each in (*gathered, *summed, *reduced)]
+
+
+def test_what_joins_is_started_by_the_backend_where_it_lies(ranks):
+    recorded = [
+        ("all_gather", "w", 8),
+        ("all_gather", "w and 1 more", 64),  # of another type
+        ("reduce_scatter", "g and 1 more", 24),
+        ("all_reduce", "n and 1 more", 12),
+    ]
+    results = [[1.0, 2.0], [1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0], [3.0], [3.0] * 2, [3.0], [3.0] * 2]
+    assert ranks(2, call_in_a_block) == [(recorded, results)] * 2
 
 
 class Told(logging.Handler):

@@ -64,10 +64,19 @@ def test_a_place_on_the_host_may_be_given_where_the_launcher_does_not_tell():
     assert find_place({**alone, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == Place("MPICH", 1, 2, 1, 2)
 
 
-def plan(environment, *, program=("train.py", "-x"), **options):
+def test_a_rank_of_srun_is_told_its_place_by_slurm_and_one_of_mpirun_inside_of_it_by_mpirun():
+    pmi2 = {"PMI_RANK": "5", "PMI_SIZE": "8"}
+    assert find_place({**SRUN, **pmi2}) == Place("srun", rank=5, world_size=8, local_rank=1, local_world_size=4)
+    daemon = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    assert find_place({**daemon, **MPICH}) == find_place(MPICH)
+
+
+def plan(environment, *, program=("train.py", "-x"), num_own_cores=10, **options):
     place = find_place(environment)
     assert place is not None
-    return plan_rank(Job(program, python="/opt/python", **options), place, environment, num_cores=10)
+    return plan_rank(
+        Job(program, python="/opt/python", **options), place, environment, num_cores=10, num_own_cores=num_own_cores
+    )
 
 
 def test_the_process_becomes_the_program_with_torchs_variables():
@@ -99,3 +108,21 @@ def test_where_ranks_meet_is_derived_or_asked_for():
     assert plan({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}).variables["MASTER_ADDR"] == "127.0.0.1"
     with pytest.raises(ConfigError, match=r"Open MPI started 8 ranks, 4 of them on this host.*--master-addr worker-1"):
         plan(OPEN_MPI)
+
+
+@pytest.mark.parametrize(
+    ("environment", "other"),
+    [
+        ({**SRUN, "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}, {"SLURM_STEP_ID": "1"}),
+        ({**MPICH, "SLURM_JOB_ID": "1", "MASTER_ADDR": "a"}, {"SLURM_JOB_ID": "2"}),
+        ({**OPEN_MPI, "PMIX_NAMESPACE": "prterun-a-1@1", "MASTER_ADDR": "a"}, {"PMIX_NAMESPACE": "prterun-a-2@1"}),
+    ],
+)
+def test_runs_that_have_a_name_meet_at_ports_of_their_own(environment, other):
+    ports = [plan(each).variables["MASTER_PORT"] for each in (environment, environment, {**environment, **other})]
+    assert ports[0] == ports[1] != ports[2]
+    assert all(20_000 <= int(port) < 30_000 for port in ports)
+
+
+def test_a_rank_that_is_bound_to_fewer_cores_takes_these():
+    assert plan(SRUN, num_own_cores=1).variables["OMP_NUM_THREADS"] == "1"

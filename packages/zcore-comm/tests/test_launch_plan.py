@@ -99,14 +99,14 @@ def test_under_slurm_srun_starts_one_launcher_on_each_node_and_the_job_has_a_por
     assert str(plan_slurm(replace(JOB, num_ranks=8), SLURM)) == (
         "srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --cpu-bind=none "
         f"""sh -c 'PET_NODE_RANK=$SLURM_NODEID exec "$@"' sh {AGENT} --nnodes=3 --master-addr=node08 """
-        "--master-port=24567 --rdzv-conf=timeout=300 --nproc-per-node=8 -- train.py --lr 3"
+        "--master-port=20927 --rdzv-conf=timeout=300 --nproc-per-node=8 -- train.py --lr 3"
     )
 
 
 def test_under_slurm_restarts_need_no_node_rank():
     assert str(plan_slurm(replace(JOB, max_restarts=1), SLURM)) == (
         f"srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --cpu-bind=none {AGENT} --nnodes=3 --rdzv-backend=c10d "
-        "--rdzv-endpoint=node08:24567 --max-restarts=1 -- train.py --lr 3"
+        "--rdzv-endpoint=node08:20927 --max-restarts=1 -- train.py --lr 3"
     )
 
 

@@ -242,7 +242,10 @@ def test_under_slurm_every_node_takes_part(place):
 def test_a_rank_of_mpirun_becomes_the_program(place):
     place.environment.update(PMI_RANK="1", PMI_SIZE="2", MPI_LOCALRANKID="1", MPI_LOCALNRANKS="2")
     done = place.run(what="train.py alive show -x")
-    assert done.stdout[0] == f"args ['-x'] of 2 threads {max(1, (os.cpu_count() or 1) // 2)}"
+    assert (
+        done.stdout[0]
+        == f"args ['-x'] of 2 threads {max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // 2))}"
+    )
 
 
 def invoke(*options: str) -> typer_testing.Result:

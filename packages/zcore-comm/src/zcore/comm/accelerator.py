@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zcore.comm.calls.requests import Request
 from zcore.comm.ranks.journal import Journal
 from zcore.core import compat
 from zcore.core.collectives import CallLog, Traffic
@@ -103,6 +104,21 @@ class AcceleratorCollectives:
     def recv(self, tensor: Tensor, *, src: int, label: str) -> TorchPending:
         """See `Collectives.recv`."""
         return self._inner.recv(tensor, src=src, label=label)
+
+    def starts_together(self, op: str) -> bool:
+        """See `StartsTogether`."""
+        return op in ("all_gather", "reduce_scatter", "all_reduce")
+
+    def start_together(self, request: Request) -> TorchPending:
+        """See `StartsTogether`."""
+        parts = request.parts
+        calls = [self._log.note(part.op, part.label, part.larger) for part in parts]
+        for call in calls:
+            self._journal.start(call)
+        pending = self._inner.start_together(request.op, [(part.output, part.input, part.label) for part in parts])
+        for call in calls:
+            self._journal.follow(call, pending.completion())
+        return pending
 
     def _follow(self, op: str, label: str, tensor: Tensor, start: Callable[[], TorchPending]) -> TorchPending:
         call = self._log.note(op, label, tensor)

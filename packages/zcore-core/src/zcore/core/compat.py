@@ -4,7 +4,7 @@ torch 2.13 renamed the flat collectives (`all_gather_into_tensor` -> `all_gather
 the wheels support torch 2.9 and later. Nothing here decides anything.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ __all__ = [
     "queue_backward_callback",
     "reduce_scatter_flat",
     "sequence_number",
+    "start_together",
     "storage_key",
     "swap_memory",
     "timeout_of",
@@ -57,6 +58,22 @@ def reduce_scatter_flat(output: torch.Tensor, input: torch.Tensor, *, group: dis
 def all_to_all_flat(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup) -> dist.Work | None:
     """Start the exchange of equal slots: slot r of `input` goes to rank r, slot r of `output` comes from it."""
     return cast("dist.Work | None", dist.all_to_all_single(output, input, group=group, async_op=True))
+
+
+def start_together(
+    op: str, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], *, group: dist.ProcessGroup
+) -> dist.Work | None:
+    """Start several calls of one `op`, a sum in place or a flat gather or sum, as one launch of the backend's."""
+    work: dist.Work | None
+    if op == "all_reduce":
+        work = group.allreduce_coalesced(list(outputs))
+        return work
+    names = {
+        "all_gather": ("all_gather_single_coalesced", "allgather_into_tensor_coalesced"),
+        "reduce_scatter": ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
+    }[op]
+    work = next(getattr(group, name) for name in names if hasattr(group, name))(list(outputs), list(inputs))
+    return work
 
 
 def name_of(group: dist.ProcessGroup) -> str:

@@ -127,12 +127,7 @@ class TorchCollectives:
     def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> TorchPending:
         """See `Collectives.all_gather`."""
         call = self._log.note("all_gather", label, output)
-        self.alloc_storage(output)
-        source = input
-        if self._size == 1 or input.dtype != output.dtype:
-            source = output[self._rank * input.numel() : (self._rank + 1) * input.numel()]
-            if source.data_ptr() != input.data_ptr():
-                source.copy_(input)
+        source = self._sent_to(output, input)
         if self._size == 1:
             return TorchPending(call, [])
         return self._start(
@@ -193,6 +188,27 @@ class TorchCollectives:
         """See `Collectives.recv`."""
         call = self._log.note("recv", label, tensor)
         return self._start(call, lambda: dist.irecv(self._raw(tensor), group=self._group, group_src=src))
+
+    def start_together(self, op: str, parts: Sequence[tuple[Tensor, Tensor, str]]) -> TorchPending:
+        """Start several calls of one `op` (output, input, label) as one launch of the backend's, which sums by itself.
+
+        `op` is all_gather, reduce_scatter or all_reduce, whose output is its input.
+        """
+        gathers = op == "all_gather"
+        calls = [self._log.note(op, label, output if gathers else sent) for output, sent, label in parts]
+        outputs = [output for output, _, _ in parts]
+        inputs = [self._sent_to(output, sent) if gathers else sent for output, sent, _ in parts]
+        return self._start(calls[0], lambda: compat.start_together(op, outputs, inputs, group=self._group))
+
+    def _sent_to(self, output: Tensor, input: Tensor) -> Tensor:
+        """What is gathered from this rank: `input`, or its copy in `output` where the type is another one."""
+        self.alloc_storage(output)
+        if self._size > 1 and input.dtype == output.dtype:
+            return input
+        slot = output[self._rank * input.numel() : (self._rank + 1) * input.numel()]
+        if slot.data_ptr() != input.data_ptr():
+            slot.copy_(input)
+        return slot
 
     def _tag(self, call: Call) -> int:
         """Equal on ranks that make the same sums, and another one for each, whichever object makes them."""

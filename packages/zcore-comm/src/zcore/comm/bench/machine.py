@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from zcore.comm.launch.agent import num_cores
+
 __all__ = ["find_machine", "find_versions", "load"]
 
 
@@ -15,7 +17,7 @@ def find_machine(device: torch.device) -> dict[str, object]:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "memory_bytes": pages,
         "system": f"{platform.system()} {platform.release()}",
         "accelerator": None if device.type == "cpu" else torch.get_device_module(device.type).get_device_name(device),

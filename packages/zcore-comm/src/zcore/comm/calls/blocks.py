@@ -7,7 +7,8 @@
     all_to_all      |a0 b0|a1 b1|                   both
 
 Sums have the core's order over ranks, wherever an element lies, so joined ones are equal to single ones to the bit.
-What joins is copied twice, into memory of the group's and out of it. Nothing starts before the end of the block, so
+What joins is copied twice, into memory of the group's and out of it; but where the backend itself starts several calls
+as one, as NCCL does, each stays where it lies. Nothing starts before the end of the block, so
 nobody may wait inside it, and no call of a block may need what another one brings. joins.py decides who joins whom.
 """
 
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from zcore.comm.calls.joins import JoinCall, plan_joins
-from zcore.comm.calls.requests import DeferrableCollectives, Request, starter_of
+from zcore.comm.calls.requests import DeferrableCollectives, Request, joined_label, starter_of
 from zcore.comm.calls.served import collectives_of
 from zcore.core.collectives import Collectives, Pending
 from zcore.core.errors import LayoutError, StateError, ZcoreError
@@ -98,6 +99,8 @@ class Block:
     def _start_joined(self, requests: Sequence[Request]) -> Pending:
         if len(requests) == 1:
             return self._start(requests[0])
+        if isinstance(self._group, DeferrableCollectives) and self._group.starts_together(requests[0].op):
+            return self._start(Request.together(requests))
         joined = _pack(requests, self._group)
         return _Joined(self._start(joined), requests, joined, self._group.size)
 
@@ -219,8 +222,7 @@ def _pack(requests: Sequence[Request], group: Collectives) -> Request:
     if first.output is not first.input:
         numel = numel // slots * (group.size if output_by_rank else 1)
         received = group.empty(numel, dtype=first.output.dtype, device=first.output.device)
-    label = f"{first.label} and {len(requests) - 1} more"
-    return Request(first.op, received, sent, label, first.priority, first.src)
+    return Request(first.op, received, sent, joined_label(requests), first.priority, first.src)
 
 
 def _unpack(joined: Request, requests: Sequence[Request], size: int) -> None:

@@ -6,16 +6,25 @@
 Here nothing is decided. Sending and receiving are not deferred, as only some ranks of a group make them.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from zcore.comm.around import Around
 from zcore.core.collectives import Collectives, Pending
 
-__all__ = ["DEFAULT_PRIORITIES", "DeferrableCollectives", "Request", "Start", "starter_of"]
+__all__ = [
+    "DEFAULT_PRIORITIES",
+    "DeferrableCollectives",
+    "Request",
+    "Start",
+    "StartsTogether",
+    "joined_label",
+    "starter_of",
+]
 
 # Lower goes first. A step waits for what it gathers before it can go on, and for its sums at its end.
 DEFAULT_PRIORITIES = {"all_gather": 0, "broadcast": 0, "all_to_all": 0, "reduce_scatter": 1, "all_reduce": 1}
@@ -31,15 +40,29 @@ class Request:
     label: str
     priority: int  # lower goes first; equal on every rank
     src: int = 0  # of a broadcast
+    parts: tuple["Request", ...] = ()  # calls of one op that go out as one, each where its memory lies
+
+    @classmethod
+    def together(cls, parts: Sequence["Request"]) -> "Request":
+        """One request for several of one op, for a group that `starts_together`."""
+        return replace(parts[0], label=joined_label(parts), parts=tuple(parts))
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of the larger side, as reports count them."""
-        whole = self.output if self.op == "all_gather" else self.input
-        return whole.numel() * whole.element_size()
+        parts = self.parts or (self,)
+        return sum(part.larger.numel() * part.larger.element_size() for part in parts)
+
+    @property
+    def larger(self) -> Tensor:
+        """The larger side."""
+        return self.output if self.op == "all_gather" else self.input
 
     def start_on(self, group: Collectives) -> Pending:
         """Make the call."""
+        if self.parts:
+            assert isinstance(group, StartsTogether)
+            return group.start_together(self)
         match self.op:
             case "all_gather":
                 return group.all_gather(self.output, self.input, label=self.label)
@@ -53,6 +76,24 @@ class Request:
 
 
 Start = Callable[[Request], Pending]
+
+
+@runtime_checkable
+class StartsTogether(Protocol):
+    """What a group may have beyond `Collectives`: it starts several calls as one without copying them together."""
+
+    def starts_together(self, op: str) -> bool:
+        """Whether it does so for calls of `op`; equal on every rank."""
+        ...
+
+    def start_together(self, request: Request) -> Pending:
+        """Start the parts of `request`."""
+        ...
+
+
+def joined_label(requests: Sequence[Request]) -> str:
+    """What several calls are called that go out as one."""
+    return f"{requests[0].label} and {len(requests) - 1} more"
 
 
 class DeferrableCollectives(Around):
@@ -95,6 +136,10 @@ class DeferrableCollectives(Around):
         """See `Collectives.recv`; at once, after what the group holds back."""
         self._flush()
         return self.inner.recv(tensor, src=src, label=label)
+
+    def starts_together(self, op: str) -> bool:
+        """See `StartsTogether`: whether what serves does so."""
+        return isinstance(self.inner, StartsTogether) and self.inner.starts_together(op)
 
     def _hand_over(
         self, op: str, output: Tensor, input: Tensor, *, label: str, priority: int | None, src: int = 0

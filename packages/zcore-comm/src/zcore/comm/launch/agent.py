@@ -63,7 +63,7 @@ def _launch(options: Sequence[str], program: str, arguments: Sequence[str]) -> i
     # Not parsed: argparse would take a `--` among them as its own.
     parsed.training_script_args = list(arguments)
     num_ranks = determine_local_world_size(parsed.nproc_per_node)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // num_ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_ranks)))
     config, entrypoint, entry_arguments = config_from_args(parsed)
     streams = RankStreams()
     config.logs_specs = streams
@@ -121,7 +121,7 @@ def _num_accelerators() -> int:
     return torch.accelerator.device_count()
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Those this process may use, where the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from zcore.comm.launch.agent import num_cores
 from zcore.comm.launch.follow import run
 from zcore.comm.launch.hosts import Host, parse_hostfile, select_hosts
 from zcore.comm.launch.mpi import find_place, plan_rank
@@ -68,7 +69,7 @@ def command(
                 f"{place.launcher} has started this process as rank {place.rank} of {place.world_size}; -n, --hostfile "
                 "and --slurm would start ranks within a rank. Leave them out, or start zcore once, by itself."
             )
-        commands = [plan_rank(job, place, os.environ, num_cores=os.cpu_count() or 1)]
+        commands = [plan_rank(job, place, os.environ, num_cores=os.cpu_count() or 1, num_own_cores=num_cores())]
     elif hostfile:
         hosts = select_hosts(_read_hostfile(hostfile), include=include, exclude=exclude)
         commands = plan_ssh(job, hosts, ssh=ssh, environment=os.environ, directory=str(Path.cwd()))

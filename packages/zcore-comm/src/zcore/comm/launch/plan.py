@@ -11,13 +11,14 @@ orders hosts by address.
 
 import re
 import shlex
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from zcore.comm.launch.hosts import Host, expand_nodelist
 from zcore.core.errors import ConfigError
 
-__all__ = ["Command", "Job", "parse_variables", "plan_local", "plan_slurm", "plan_ssh"]
+__all__ = ["PORT", "Command", "Job", "parse_variables", "plan_local", "plan_slurm", "plan_ssh", "port_of_job"]
 
 PORT = 29500  # torchrun's own, so that a firewall that lets torchrun through lets this through
 MEETING_S = 300  # for all hosts to come; torchrun's 900 s look like a hang
@@ -114,8 +115,7 @@ def plan_slurm(job: Job, environment: Mapping[str, str]) -> Command:
             "script and `sbatch` it with the same options."
         )
     nodes = expand_nodelist(environment["SLURM_JOB_NODELIST"])
-    # A job's own port: two jobs may share a node. Below 32768, where Linux begins to give out ports by itself.
-    port = job.master_port or 20000 + int(environment["SLURM_JOB_ID"]) % 10000
+    port = job.master_port or port_of_job(environment["SLURM_JOB_ID"])
     options = _meeting(job, num_hosts=len(nodes), master_addr=job.master_addr or nodes[0], master_port=port)
     tasks = environment.get("SLURM_NTASKS_PER_NODE", "")
     num_ranks = job.num_ranks or (int(tasks) if tasks.isdigit() and int(tasks) > 1 else None)
@@ -123,6 +123,11 @@ def plan_slurm(job: Job, environment: Mapping[str, str]) -> Command:
     # Only the task knows which node it is on; torchrun reads PET_NODE_RANK where --node-rank is not given.
     node_rank = () if job.max_restarts else ("sh", "-c", 'PET_NODE_RANK=$SLURM_NODEID exec "$@"', "sh")
     return Command((*srun, *node_rank, *_agent(job, num_ranks=num_ranks, options=options)), job.variables)
+
+
+def port_of_job(name: str) -> int:
+    """A port of its own, since two jobs may share a node; below 32768, where Linux begins to give out ports itself."""
+    return 20000 + zlib.crc32(name.encode()) % 10000
 
 
 def _agent(job: Job, *, num_ranks: int | None, options: Sequence[str]) -> tuple[str, ...]:

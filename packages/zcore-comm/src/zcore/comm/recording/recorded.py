@@ -10,13 +10,15 @@ the device was.
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch.distributed as dist
 from torch import Tensor
 
 from zcore.comm.around import Around
+from zcore.comm.calls.requests import Request, StartsTogether
 from zcore.comm.recording.totals import CallRecord, Group
 from zcore.core import compat
 from zcore.core.collectives import Collectives, Pending
@@ -77,47 +79,58 @@ class Recorded(Around):
 
     def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
         """See `Collectives.all_gather`."""
-        return self._record("all_gather", label, output, lambda: self.inner.all_gather(output, input, label=label))
+        start = partial(self.inner.all_gather, output, input, label=label)
+        return self._record("all_gather", label, [output], start)
 
     def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
         """See `Collectives.reduce_scatter`."""
-        return self._record(
-            "reduce_scatter", label, input, lambda: self.inner.reduce_scatter(output, input, label=label)
-        )
+        start = partial(self.inner.reduce_scatter, output, input, label=label)
+        return self._record("reduce_scatter", label, [input], start)
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> Pending:
         """See `Collectives.all_reduce`."""
-        return self._record("all_reduce", label, tensor, lambda: self.inner.all_reduce(tensor, label=label))
+        return self._record("all_reduce", label, [tensor], partial(self.inner.all_reduce, tensor, label=label))
 
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
         """See `Collectives.all_to_all`."""
-        return self._record("all_to_all", label, input, lambda: self.inner.all_to_all(output, input, label=label))
+        start = partial(self.inner.all_to_all, output, input, label=label)
+        return self._record("all_to_all", label, [input], start)
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.broadcast`."""
-        return self._record("broadcast", label, tensor, lambda: self.inner.broadcast(tensor, src=src, label=label))
+        return self._record("broadcast", label, [tensor], partial(self.inner.broadcast, tensor, src=src, label=label))
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`."""
-        return self._record("send", label, tensor, lambda: self.inner.send(tensor, dst=dst, label=label))
+        return self._record("send", label, [tensor], partial(self.inner.send, tensor, dst=dst, label=label))
 
     def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.recv`."""
-        return self._record("recv", label, tensor, lambda: self.inner.recv(tensor, src=src, label=label))
+        return self._record("recv", label, [tensor], partial(self.inner.recv, tensor, src=src, label=label))
 
-    def _record(self, op: str, label: str, larger: Tensor, start: Callable[[], Pending]) -> Pending:
+    def starts_together(self, op: str) -> bool:
+        """See `StartsTogether`: whether `inner` does so."""
+        return isinstance(self.inner, StartsTogether) and self.inner.starts_together(op)
+
+    def start_together(self, request: Request) -> Pending:
+        """See `StartsTogether`; recorded as one call."""
+        assert isinstance(self.inner, StartsTogether)
+        larger = [part.larger for part in request.parts]
+        return self._record(request.op, request.label, larger, partial(self.inner.start_together, request))
+
+    def _record(self, op: str, label: str, larger: Sequence[Tensor], start: Callable[[], Pending]) -> Pending:
         if op not in ("send", "recv"):
             self._index += 1
         listeners = tuple(each for each in tuple(LISTENERS) if each.takes(op)) if LISTENERS else ()
         if not listeners:
             return start()
-        payload_bytes = larger.numel() * larger.element_size()
+        payload_bytes = sum(each.numel() * each.element_size() for each in larger)
         record = CallRecord(
             group=self._group,
             op=op,
             label=label,
             caller=_caller() if any(each.names_callers for each in listeners) else "",
-            dtype=str(larger.dtype).removeprefix("torch."),
+            dtype=str(larger[0].dtype).removeprefix("torch."),
             payload_bytes=payload_bytes,
             algorithm=self.algorithm_for(op, payload_bytes),
             index=self._index,

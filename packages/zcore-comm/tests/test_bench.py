@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 
 from zcore.comm.bench.contenders import COPY, OPS, SOCKETS, Case, Contender, build_contenders
-from zcore.comm.bench.measure import Plan, Report, measure, rows_of, sizes_up_to
+from zcore.comm.bench.measure import Plan, Report, leave_out_too_large, measure, rows_of, sizes_up_to
 from zcore.comm.bench.table import tables_of
 from zcore.comm.recording.tables import write_tables
 from zcore.core.errors import CollectiveError, ConfigError
+from zcore.core.testing import RankFailed
 
 CPU = torch.device("cpu")
 PLAN = Plan(sizes_bytes=(1000, 200_000), rounds=2, slice_s=1e-4)  # below and above what is copied in shared memory
@@ -98,6 +99,16 @@ def test_what_cannot_be_measured_is_refused():
         Plan(ops=("all_gahter",))
     with pytest.raises(ConfigError, match="measures nothing"):
         Plan(sizes_bytes=())
+
+
+def plan_for_more_than_there_is(sizes_bytes):
+    return leave_out_too_large(Plan(sizes_bytes=sizes_bytes), CPU).sizes_bytes
+
+
+def test_payloads_for_which_there_is_no_memory_are_left_out(ranks):
+    assert ranks(2, plan_for_more_than_there_is, (64, 1 << 40)) == [(64,)] * 2
+    with pytest.raises(RankFailed, match="ConfigError: Every payload is too large"):
+        ranks(2, plan_for_more_than_there_is, (1 << 40,))
 
 
 def test_the_command_starts_ranks_and_writes_table_file_and_plot(tmp_path):

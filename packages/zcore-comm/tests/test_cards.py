@@ -9,7 +9,7 @@ import time
 import pytest
 from torch.distributed import TCPStore
 
-from zcore.comm.ranks.cards import Cards
+from zcore.comm.ranks.cards import CallWord, Cards, GroupWord
 from zcore.core import compat
 
 HOLD_A_STORE = """
@@ -21,11 +21,14 @@ sys.stdin.read()
 """
 
 
+WORD = GroupWord(started=3, calls=(CallWord(2, 17, 18, "all_reduce grads"),), given_up=("CollectiveError", "lost"))
+
+
 class Source:
     key = "dp"
 
-    def as_card(self):
-        return {"started": 3}
+    def word(self):
+        return WORD
 
     def look_after(self):
         """There is nothing to look after."""
@@ -45,7 +48,7 @@ def test_cards_are_read_until_the_store_stops_and_then_nobody_waits_for_long(hol
     source = Source()
     others.add(source)
     others.write()
-    assert cards.read([others.life])[others.life].groups == {"dp": {"started": 3}}
+    assert cards.read([others.life])[others.life].groups == {"dp": WORD}
     assert "test_cards.py" in cards.read([others.life])[others.life].line
     cards.tell("here")
     assert cards.told(["here", "there"]) == {"here"}
@@ -54,7 +57,7 @@ def test_cards_are_read_until_the_store_stops_and_then_nobody_waits_for_long(hol
     began = time.monotonic()
     known = cards.read([others.life])
     assert not cards.answers
-    assert known[others.life].groups == {"dp": {"started": 3}}
+    assert known[others.life].groups == {"dp": WORD}
     assert cards.told(["here"]) == set()
     assert time.monotonic() - began < 10  # not for ever
     os.kill(holder.pid, signal.SIGCONT)

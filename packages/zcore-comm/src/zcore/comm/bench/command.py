@@ -42,13 +42,16 @@ def bench(
     num_ranks: Annotated[int, typer.Option("-n", min=2, help="Ranks to start on this host.")] = 2,
     ops: Annotated[str, typer.Option(help="Some collectives only: all_gather,barrier; by default all.")] = "",
     min_bytes: Annotated[str, typer.Option(help="The smallest payload.")] = "1KiB",
-    max_bytes: Annotated[str, typer.Option(help="The largest; a rank needs memory for six of it.")] = "64MiB",
+    max_bytes: Annotated[str, typer.Option(help="The largest; a rank needs memory for six of it.")] = "1GiB",
     rounds: Annotated[int, typer.Option(min=1, help="How often every implementation has its turn.")] = 7,
     turn_s: Annotated[float, typer.Option("--turn", min=0.0, help="Seconds of a turn; at least one call.")] = 0.02,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw it into this PNG file.")] = None,
 ) -> None:
-    """Measure every collective and implementation beside plain torch.distributed, in one run."""
+    """Measure every collective and implementation beside plain torch.distributed, in one run.
+
+    On 2 ranks this takes some 10 minutes; with --max-bytes 64MiB, 2.
+    """
     from rich.console import Console
 
     from zcore.comm.bench.contenders import OPS

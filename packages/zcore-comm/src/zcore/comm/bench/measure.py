@@ -16,10 +16,12 @@ A wrong result ends the bench: what is fast and wrong has no time.
 """
 
 import json
+import logging
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,19 @@ import torch.distributed as dist
 from zcore.comm.bench.contenders import COPY, OPS, Contender, build_contenders, whole_numel
 from zcore.comm.bench.machine import find_machine, find_versions, load
 from zcore.comm.bench.timing import Spread, time_in_turns
+from zcore.comm.memory.pages import available_bytes
 from zcore.comm.recording.comm_report import bus_factor
+from zcore.comm.recording.tables import shown_bytes
 from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import CollectiveError, ConfigError, nearest
 from zcore.core.events import progress
 
-__all__ = ["Plan", "Report", "Row", "main", "measure", "sizes_up_to"]
+__all__ = ["Plan", "Report", "Row", "leave_out_too_large", "main", "measure", "sizes_up_to"]
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+BUFFERS = 6  # as large as a payload, on each rank
 
 
 def sizes_up_to(max_bytes: int, *, min_bytes: int = 1024) -> tuple[int, ...]:
@@ -57,7 +64,7 @@ class Plan:
     """What to measure."""
 
     ops: tuple[str, ...] = OPS
-    sizes_bytes: tuple[int, ...] = sizes_up_to(64 << 20)  # each rank needs memory for six of the largest
+    sizes_bytes: tuple[int, ...] = sizes_up_to(1 << 30)
     rounds: int = 7
     slice_s: float = 0.02  # hundreds of the shortest calls; the meeting before them takes 0.1 ms
 
@@ -187,6 +194,28 @@ def measure(
     )
 
 
+def leave_out_too_large(plan: Plan, device: torch.device) -> Plan:
+    """`plan` without payloads for which a rank has no memory; every rank calls this and gets the same.
+
+    Raises ConfigError where nothing is left.
+    """
+    if device.type == "cpu":
+        free_bytes = available_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    else:
+        free_bytes = torch.cuda.mem_get_info(device)[0]
+    least = torch.tensor([free_bytes], device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    sizes_bytes = tuple(each for each in plan.sizes_bytes if each * BUFFERS <= least.item())
+    if sizes_bytes == plan.sizes_bytes:
+        return plan
+    told = f"a rank needs memory for {BUFFERS} payloads, and one of them has {shown_bytes(least.item())}"
+    if not sizes_bytes:
+        raise ConfigError(f"Every payload is too large: {told}. Ask for smaller ones.")
+    if dist.get_rank() == 0:
+        logger.warning("Payloads above %s are left out: %s.", shown_bytes(sizes_bytes[-1]), told)
+    return replace(plan, sizes_bytes=sizes_bytes)
+
+
 def _time(
     contenders: Sequence[Contender],
     op: str,
@@ -247,7 +276,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         assert dist.group.WORLD is not None
         command = f"zcore run -n {dist.get_world_size()} -m zcore.comm.bench.measure {shlex.quote(plan.to_json())}"
-        report = measure(dist.group.WORLD, plan, device=device, command=command)
+        report = measure(dist.group.WORLD, leave_out_too_large(plan, device), device=device, command=command)
         if dist.get_rank() == 0:
             if len(argv) > 1:
                 Path(argv[1]).write_text(report.to_json(), encoding="utf-8")

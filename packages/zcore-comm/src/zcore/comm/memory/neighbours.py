@@ -3,7 +3,6 @@
 import logging
 import mmap
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from torch import Tensor
 from zcore.comm.memory.board import Board, Entry
 from zcore.comm.memory.pages import map_file, own_pages, storage_at
 from zcore.comm.progress import is_reached_within
-from zcore.comm.ranks.journal import ALIKE, TELL_S, Journal
+from zcore.comm.ranks.journal import Journal
 from zcore.comm.ranks.meeting import Introduction
-from zcore.core.collectives import contents_of
-from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
+from zcore.comm.ranks.patience import Patience
+from zcore.comm.ranks.words import AFTER_FAILURE, ALIKE, about_missing, failed, has_left, has_passed
+from zcore.core.errors import CollectiveError, MismatchError
 
 __all__ = ["Neighbours", "open_neighbours"]
 
@@ -69,18 +69,17 @@ class Neighbours:
         """
         if is_reached():
             return
-        began, has_told = time.monotonic(), False
+        patience = Patience(self._deadline_s)
         while not is_reached_within(is_reached, CHECK_EVERY_S):
-            waited_s = time.monotonic() - began
             missing = [(rank, board) for rank, board in self.others if lacks(board)]
             ended = [self._homes[rank].global_rank for rank, _ in missing if self._homes[rank].has_ended()]
             if ended and not is_reached():
-                raise self._failure(what, label, missing, f"rank {ended[0]} has raised, was killed, or left")
-            if waited_s > self._deadline_s:
-                raise self._failure(what, label, missing, f"the timeout of {self._deadline_s:.3g} s has passed")
-            if waited_s > TELL_S and not has_told:
-                has_told = True
-                logger.warning("Waiting for %s since %.0f s. %s", what, waited_s, self._describe(missing))
+                raise self._journal.give_up(failed(what, has_left(ended[0]), self._describe(missing), label=label))
+            if patience.is_over:
+                reason = has_passed(self._deadline_s)
+                raise self._journal.give_up(failed(what, reason, self._describe(missing), label=label))
+            if patience.tells_now():
+                logger.warning("Waiting for %s since %.0f s. %s", what, patience.waited_s, self._describe(missing))
 
     def go_on(self) -> None:
         """This rank takes part again, after an error that it told the others of."""
@@ -102,16 +101,8 @@ class Neighbours:
             if has_given_up(board):
                 raise CollectiveError(
                     f"{what} did not complete: rank {self._homes[rank].global_rank} has given it up. Look for the "
-                    "first error in its output, mend it, and restart all ranks from the last checkpoint."
+                    f"first error in its output, {AFTER_FAILURE}"
                 )
-
-    def _failure(self, what: str, label: str, missing: list[tuple[int, Board]], reason: str) -> ZcoreError:
-        return self._journal.give_up(
-            CollectiveError(
-                f"{what} did not complete: {reason}. {self._describe(missing)}{contents_of(label)} Look for the first "
-                "error in the output of the ranks named, mend it, and restart all ranks from the last checkpoint."
-            )
-        )
 
     def _describe(self, missing: list[tuple[int, Board]]) -> str:
         lines = []
@@ -122,8 +113,8 @@ class Neighbours:
                 last = f"its last call was {board.entry(board.started - 1)} (call {board.started - 1})"
             lines.append(f"rank {home.global_rank} ({home.state()}), {last}, {self._journal.line_of(rank)}")
         waiting = {rank for rank, _ in missing} | {self.rank}
-        arrived = [str(home.global_rank) for rank, home in enumerate(self._homes) if rank not in waiting]
-        return f"Missing: {'; '.join(lines) or 'none'}. Arrived: {', '.join([*arrived, 'this one'])}."
+        arrived = [home.global_rank for rank, home in enumerate(self._homes) if rank not in waiting]
+        return about_missing(lines, arrived)
 
 
 def open_neighbours(cards: Sequence[Introduction], *, rank: int, board: int, journal: Journal) -> Neighbours | None:

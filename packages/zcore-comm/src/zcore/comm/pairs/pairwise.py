@@ -19,6 +19,7 @@ from zcore.comm.pairs.moves import Pairs
 from zcore.comm.pairs.worker import Task, Worker
 from zcore.comm.progress import STEP_S, Polled, Stepping, advance_all, has_steps
 from zcore.comm.ranks.journal import Journal
+from zcore.comm.ranks.words import has_passed
 from zcore.comm.sizes import check_exchange, check_process
 from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, tree_sum
 from zcore.core.errors import StateError, ZcoreError
@@ -215,7 +216,7 @@ class PairwiseCollectives:
     def _lost(self, call: Call, error: Exception) -> ZcoreError:
         """A connection broke: whoever ended it says why, or is seen to have ended, a moment later."""
         if "Timed out" in str(error):  # gloo's words for its own wait
-            return self._journal.failure(call, f"the timeout of {self._journal.deadline_s:.3g} s has passed")
+            return self._journal.failure(call, has_passed(self._journal.deadline_s))
         began = time.monotonic()
         while time.monotonic() - began < CLOSING_S:
             trouble = self._journal.find_trouble(call, is_lost=True)

@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,21 +28,46 @@ import torch.distributed as dist
 
 from zcore.core import compat
 
-__all__ = ["Cards", "Told", "cards_of_run", "program_line"]
+__all__ = ["CallWord", "Cards", "GroupWord", "Told", "cards_of_run", "program_line"]
 
 logger = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 RANKS_PER_BEAT_S = 500  # a larger run writes its cards more rarely, to spare the store
 ANSWER_S = 1.0  # how long anybody waits for the store
-SILENT_S = 5.0  # a card that has not changed for so long belongs to a process that gives no sign of life
+SILENT_BEATS = 10  # a card that has not changed for so long belongs to a process that gives no sign of life
+
+
+@dataclass(frozen=True, slots=True)
+class CallWord:
+    """One call of a rank in a group."""
+
+    index: int
+    fingerprint: int  # of the call alone
+    digest: int  # of all calls up to it
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupWord:
+    """What a rank leaves word of in one group."""
+
+    started: int  # how many calls
+    calls: tuple[CallWord, ...]  # the last ones
+    given_up: tuple[str, str] | None  # kind and words of the error that ended its part
+
+    @classmethod
+    def from_plain(cls, plain: Sequence[Any]) -> "GroupWord":
+        """Of what `dataclasses.astuple` gave, in types of JSON."""
+        started, calls, given_up = plain
+        return cls(started, tuple(CallWord(*each) for each in calls), given_up and tuple(given_up))
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
     """A card of another rank."""
 
-    groups: dict[str, Any]  # by key: what its journal there says
+    groups: Mapping[str, GroupWord]  # by key
     line: str  # of its program
     has_moved: bool | None  # whether it has been seen to change of late; None if it is too early to say
 
@@ -54,13 +79,8 @@ class _Seen:
     count: int  # of the card
     since: float  # when it was new
     is_first: bool  # none was seen before it
-
-    @property
-    def has_moved(self) -> bool | None:
-        """See Told."""
-        if time.monotonic() - self.since >= SILENT_S:
-            return False
-        return None if self.is_first else True
+    groups: Mapping[str, GroupWord]
+    line: str
 
 
 class Source(Protocol):
@@ -71,8 +91,8 @@ class Source(Protocol):
         """Under which the others find it."""
         ...
 
-    def as_card(self) -> dict[str, Any]:
-        """What is said, in types of JSON."""
+    def word(self) -> GroupWord:
+        """What is said."""
         ...
 
     def look_after(self) -> None:
@@ -83,15 +103,16 @@ class Source(Protocol):
 class Cards:
     """This process's card, and the others'."""
 
-    def __init__(self, store: compat.Store, *, world_size: int) -> None:
+    def __init__(self, store: compat.Store, *, world_size: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.life = secrets.randbits(63)
         self.process = os.getpid()
         self.answers = True  # whether the store answered the last question
         self._store = store
+        self._clock = clock
         self._interval_s = max(BEAT_S, world_size / RANKS_PER_BEAT_S)
+        self._silent_s = SILENT_BEATS * self._interval_s
         self._sources: list[weakref.ref[Source]] = []
         self._count = 0
-        self._told: dict[int, dict[str, Any]] = {}  # by life
         self._seen: dict[int, _Seen] = {}  # by life
         self._requests: queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="zcore cards", daemon=True)
@@ -119,10 +140,16 @@ class Cards:
 
     def _known(self, lives: Sequence[int]) -> dict[int, Told]:
         return {
-            life: Told(card["groups"], card["line"], self._seen[life].has_moved)
-            for life, card in list(self._told.items())
+            life: Told(seen.groups, seen.line, self._has_moved(seen))
+            for life, seen in list(self._seen.items())
             if life in lives
         }
+
+    def _has_moved(self, seen: _Seen) -> bool | None:
+        """See Told."""
+        if self._clock() - seen.since >= self._silent_s:
+            return False
+        return None if seen.is_first else True
 
     def tell(self, key: str) -> None:
         """Leave word under a key of the caller's."""
@@ -191,7 +218,7 @@ class Cards:
 
     def _write(self) -> None:
         self._count += 1
-        groups = {source.key: source.as_card() for source in self._living()}
+        groups = {source.key: astuple(source.word()) for source in self._living()}
         card = {"count": self._count, "line": program_line(), "groups": groups}
         self._store.set(_key(self.life), json.dumps(card))
 
@@ -202,8 +229,9 @@ class Cards:
             card = json.loads(self._store.get(_key(life)))
             before = self._seen.get(life)
             if before is None or before.count != card["count"]:
-                self._seen[life] = _Seen(card["count"], time.monotonic(), is_first=before is None)
-            self._told[life] = card
+                groups = {key: GroupWord.from_plain(plain) for key, plain in card["groups"].items()}
+                is_first = before is None
+                self._seen[life] = _Seen(card["count"], self._clock(), is_first, groups, card["line"])
 
 
 def _key(life: int) -> str:

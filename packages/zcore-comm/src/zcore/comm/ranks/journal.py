@@ -7,35 +7,28 @@ given up, and, when the deadline has passed, for who never came.
 """
 
 import logging
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from zcore.comm.ranks.cards import Cards, Told
+from zcore.comm.ranks.cards import CallWord, Cards, GroupWord, Told
 from zcore.comm.ranks.home import Home
-from zcore.core.collectives import Call, contents_of, tag_of
+from zcore.comm.ranks.patience import Patience
+from zcore.comm.ranks.words import ALIKE, about_missing, failed, has_left, has_passed
+from zcore.core.collectives import Call, tag_of
 from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
 from zcore.core.exchange import STEP_TAGS
 
-__all__ = ["ALIKE", "TELL_S", "Journal"]
+__all__ = ["Journal"]
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED_CALLS, MAX_REMEMBERED_CALLS = 16, 512  # those that are done; with those that are not
-NEVER_S = float("inf")
-FIRST_LOOK_S, MAX_LOOK_S = 1.0, 8.0  # after which those who wait look what the others do
-TELL_S = 30.0  # a wait of such length is told to the user
 HEAD_START_S = 2.0  # words on a call over NCCL come so long before torch's watchdog ends the process
 RELAYED: dict[str, type[ZcoreError]] = {each.__name__: each for each in (CollectiveError, MismatchError)}
 FIRST_WORDS = "First seen by rank"
-ALIKE = (
-    "Every rank makes the same calls, of the same sizes, in the same order: look for a branch that ranks take "
-    "differently, or data of different shapes."
-)
 
 
 @dataclass(slots=True)
@@ -44,10 +37,18 @@ class Wait:
 
     call: Call
     abort: Callable[[], None]
-    began: float
-    next_look_s: float
-    has_told: bool = False
+    patience: Patience
     trouble: ZcoreError | None = None
+
+
+@dataclass(slots=True)
+class _Followed:
+    """A call that no host waits for."""
+
+    call: Call
+    is_done: Callable[[], bool]
+    patience: Patience
+    is_explained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,7 @@ class Journal:
         self._digest = zlib.crc32(key.encode())
         self._calls: deque[_Made] = deque(maxlen=MAX_REMEMBERED_CALLS)
         self._given_up: tuple[str, str] | None = None  # kind and words of the error that ended this rank's part
-        self._followed: deque[tuple[Call, Callable[[], bool], float]] = deque()
-        self._next_look_s = FIRST_LOOK_S
+        self._followed: deque[_Followed] = deque()
         self._wait: Wait | None = None
         cards.add(self)
 
@@ -91,13 +91,12 @@ class Journal:
         """A call is done."""
         self._finished = max(self._finished, call.index + 1)
 
-    def as_card(self) -> dict[str, Any]:
+    def word(self) -> GroupWord:
         """What the others read."""
-        return {
-            "started": self._started,
-            "calls": [(each.call.index, each.fingerprint, each.digest, str(each.call)) for each in tuple(self._calls)],
-            "given_up": self._given_up,
-        }
+        calls = [
+            CallWord(each.call.index, each.fingerprint, each.digest, str(each.call)) for each in tuple(self._calls)
+        ]
+        return GroupWord(self._started, tuple(calls), self._given_up)
 
     def give_up(self, error: ZcoreError) -> ZcoreError:
         """Tell the others at once of an error that ends this rank's part in the group; the same error."""
@@ -115,29 +114,22 @@ class Journal:
         Raises MismatchError for a call that another rank made differently, CollectiveError if a rank has ended or the
         deadline has passed.
         """
-        if is_done_within(FIRST_LOOK_S):
-            return
-        began, look_s, has_told = time.monotonic() - FIRST_LOOK_S, FIRST_LOOK_S, False
-        while True:
-            trouble = self.find_trouble(call)
-            waited_s = time.monotonic() - began
-            if trouble is None and waited_s >= self.deadline_s:
-                trouble = self.failure(call, f"the timeout of {self.deadline_s:.3g} s has passed")
+        patience = Patience(self.deadline_s)
+        while not is_done_within(patience.pause_s):
+            if not patience.looks_now():
+                continue
+            told = self._read()
+            trouble = self._trouble_after(patience, call, told)
             if is_done_within(0):
                 return
             if trouble is not None:
                 raise self.give_up(trouble)
-            if waited_s >= TELL_S and not has_told:
-                has_told = True
-                logger.warning("Waiting for %s since %.0f s. %s", call, waited_s, self._whom_it_lacks(call))
-            if is_done_within(max(0.0, min(look_s, self.deadline_s - waited_s))):
-                return
-            look_s = min(2 * look_s, MAX_LOOK_S)
+            self._tell_after(patience, call, told)
 
     @contextmanager
     def looking_after(self, call: Call, abort: Callable[[], None]) -> Iterator[Wait]:
         """Have the cards' thread look after the others while this one waits, whom only `abort` can interrupt."""
-        wait = self._wait = Wait(call, abort, time.monotonic(), FIRST_LOOK_S)
+        wait = self._wait = Wait(call, abort, Patience(self.deadline_s))
         try:
             yield wait
         finally:
@@ -145,55 +137,53 @@ class Journal:
 
     def follow(self, call: Call, is_done: Callable[[], bool]) -> None:
         """Have the cards' thread look after a call that no host waits for, and tell of trouble in the log."""
-        self._followed.append((call, is_done, time.monotonic()))
+        deadline_s = self.deadline_s - min(HEAD_START_S, self.deadline_s / 4)
+        self._followed.append(_Followed(call, is_done, Patience(deadline_s)))
 
     def look_after(self) -> None:
         """In the cards' thread, with every beat: what keeps a wait, and calls that no host waits for."""
         wait = self._wait
-        if wait is not None:
-            self._look_after_wait(wait)
+        if wait is not None and wait.patience.looks_now():
+            told = self._read_here()
+            trouble = self._trouble_after(wait.patience, wait.call, told)  # gloo's own deadline is one for each message
+            if trouble is not None and self._wait is wait:
+                wait.trouble = trouble
+                wait.abort()
+            elif trouble is None:
+                self._tell_after(wait.patience, wait.call, told)
         self._look_after_followed()
-
-    def _look_after_wait(self, wait: Wait) -> None:
-        waited_s = time.monotonic() - wait.began
-        is_over = waited_s >= self.deadline_s
-        if waited_s < wait.next_look_s and not is_over:
-            return
-        wait.next_look_s += min(wait.next_look_s, MAX_LOOK_S)
-        told = self._cards.read_here([home.life for home in self.homes])
-        trouble = self._trouble_in(wait.call, told, is_lost=False)
-        if trouble is None and is_over:  # gloo's own deadline is one for each message
-            trouble = self._failure(wait.call, f"the timeout of {self.deadline_s:.3g} s has passed", told)
-        if trouble is not None and self._wait is wait:
-            wait.trouble = trouble
-            wait.abort()
-        elif waited_s >= TELL_S and not wait.has_told:
-            wait.has_told = True
-            logger.warning("Waiting for %s since %.0f s. %s", wait.call, waited_s, self._whom_it_lacks(wait.call, told))
 
     def _look_after_followed(self) -> None:
         """Finish what is done, and tell, once, what keeps the oldest of the others."""
-        while self._followed and self._followed[0][1]():
-            self.finish(self._followed.popleft()[0])
-            self._next_look_s = FIRST_LOOK_S
+        while self._followed and self._followed[0].is_done():
+            self.finish(self._followed.popleft().call)
         if not self._followed:
             return
-        call, _, began = self._followed[0]
-        waited_s = time.monotonic() - began
-        is_over = waited_s >= self.deadline_s - min(HEAD_START_S, self.deadline_s / 4)
-        if waited_s < self._next_look_s and not (is_over and self._next_look_s < NEVER_S):
+        oldest = self._followed[0]
+        if oldest.is_explained or not oldest.patience.looks_now():
             return
-        is_told = waited_s >= TELL_S > self._next_look_s - MAX_LOOK_S
-        self._next_look_s += min(self._next_look_s, MAX_LOOK_S)
-        told = self._cards.read_here([home.life for home in self.homes])
-        trouble = self._trouble_in(call, told, is_lost=False)
-        if trouble is None and is_over:
-            trouble = self._failure(call, f"the timeout of {self.deadline_s:.3g} s is about to pass", told)
+        told = self._read_here()
+        is_near = f"the timeout of {self.deadline_s:.3g} s is about to pass"
+        trouble = self._trouble_after(oldest.patience, oldest.call, told, at_end=is_near)
         if trouble is not None:
-            self._next_look_s = NEVER_S
+            oldest.is_explained = True
             logger.error("%s: %s", type(trouble).__name__, trouble)
-        elif is_told:
-            logger.warning("%s is under way since %.0f s. %s", call, waited_s, self._whom_it_lacks(call, told))
+        else:
+            self._tell_after(oldest.patience, oldest.call, told)
+
+    def _trouble_after(
+        self, patience: Patience, call: Call, told: Mapping[int, Told], *, at_end: str = ""
+    ) -> ZcoreError | None:
+        """What ends a wait of that length for `call`, if anything does; `at_end` is the reason when it is over."""
+        trouble = self._trouble_in(call, told, is_lost=False)
+        if trouble is None and patience.is_over:
+            trouble = self._failure(call, at_end or has_passed(self.deadline_s), told)
+        return trouble
+
+    def _tell_after(self, patience: Patience, call: Call, told: Mapping[int, Told]) -> None:
+        if patience.tells_now():
+            missing = self._whom_it_lacks(call, told)
+            logger.warning("Waiting for %s since %.0f s. %s", call, patience.waited_s, missing)
 
     def find_trouble(self, call: Call, *, is_lost: bool = False) -> ZcoreError | None:
         """Why `call`, for which this rank waits, cannot complete; None as long as it still may.
@@ -214,6 +204,9 @@ class Journal:
     def _read(self) -> dict[int, Told]:
         return self._cards.read([home.life for home in self.homes])
 
+    def _read_here(self) -> dict[int, Told]:
+        return self._cards.read_here([home.life for home in self.homes])
+
     def _trouble_in(self, call: Call, told: Mapping[int, Told], *, is_lost: bool) -> ZcoreError | None:
         own = {each.call.index: each for each in tuple(self._calls)}
         ended = []
@@ -225,38 +218,35 @@ class Journal:
             has_ended = home.has_ended()
             if card is not None:
                 groups = card.groups.values() if is_lost or has_ended else [there] if there is not None else []
-                reasons = [group["given_up"] for group in groups if group["given_up"] is not None]
+                reasons = [group.given_up for group in groups if group.given_up is not None]
                 if reasons:
                     return self._relayed(reasons[0], home.global_rank, told)
             if there is not None and card is not None:
-                mismatch = self._mismatch(own, there["calls"], home)
+                mismatch = self._mismatch(own, there.calls, home)
                 if mismatch is not None:
                     return MismatchError(f"{mismatch}, which is {card.line}. {ALIKE}")
-            if has_ended and (is_lost or there is None or there["started"] <= call.index):
+            if has_ended and (is_lost or there is None or there.started <= call.index):
                 ended.append(home.global_rank)
-        return self._failure(call, f"rank {ended[0]} has raised, was killed, or left", told) if ended else None
+        return self._failure(call, has_left(ended[0]), told) if ended else None
 
-    def _mismatch(self, own: Mapping[int, _Made], theirs: Sequence[Sequence[Any]], home: Home) -> str | None:
+    def _mismatch(self, own: Mapping[int, _Made], theirs: Sequence[CallWord], home: Home) -> str | None:
         """In words, the first call that the rank at `home` made differently; None as far as nothing differs."""
         here, there = f"rank {self.homes[self.rank].global_rank}", f"rank {home.global_rank}"
-        common = [(own[index], *told) for index, *told in theirs if index in own]
-        for mine, fingerprint, _, words in common:
-            if mine.fingerprint != fingerprint:
-                return f"Call {mine.call.index} of this group is {mine.call} on {here}, and {words} on {there}"
-        if common and common[0][0].digest != common[0][2]:
+        common = [(own[each.index], each) for each in theirs if each.index in own]
+        for mine, other in common:
+            if mine.fingerprint != other.fingerprint:
+                return f"Call {mine.call.index} of this group is {mine.call} on {here}, and {other.words} on {there}"
+        if common and common[0][0].digest != common[0][1].digest:
             return f"Before {common[0][0].call} of this group {here} made other calls than {there}"
         return None
 
     def _failure(self, call: Call, reason: str, told: Mapping[int, Told]) -> ZcoreError:
-        return CollectiveError(
-            f"{call} did not complete: {reason}. {self._whom_it_lacks(call, told)}{contents_of(call.label)} Look for "
-            "the first error in the output of the ranks named, mend it, and restart all ranks from the last checkpoint."
-        )
+        return failed(str(call), reason, self._whom_it_lacks(call, told), label=call.label)
 
-    def _whom_it_lacks(self, call: Call, told: Mapping[int, Told] | None = None) -> str:
+    def _whom_it_lacks(self, call: Call, told: Mapping[int, Told]) -> str:
         """In words: which ranks have not arrived, what they did last, and which have."""
-        told = self._read() if told is None else told
-        missing, arrived = [], []
+        missing: list[str] = []
+        arrived: list[int] = []
         for rank, home in enumerate(self.homes):
             if rank == self.rank:
                 continue
@@ -265,12 +255,12 @@ class Journal:
             state = home.state(has_moved=card.has_moved if card is not None else None)
             if card is None or there is None:
                 missing.append(f"rank {home.global_rank} ({state}), it has told nothing of this group")
-            elif there["started"] > call.index and not home.has_ended() and not home.is_stopped():
-                arrived.append(str(home.global_rank))
+            elif there.started > call.index and not home.has_ended() and not home.is_stopped():
+                arrived.append(home.global_rank)
             else:
-                last = f"its last call was {there['calls'][-1][-1]}" if there["calls"] else "it had told of no call"
+                last = f"its last call was {there.calls[-1].words}" if there.calls else "it had told of no call"
                 missing.append(f"rank {home.global_rank} ({state}), {last}, {card.line}")
-        words = f"Missing: {'; '.join(missing) or 'none'}. Arrived: {', '.join([*arrived, 'this one'])}."
+        words = about_missing(missing, arrived)
         if not self._cards.answers:
             words += " The store in which ranks leave word does not answer; rank 0, or the launcher, holds it."
         return words
@@ -295,4 +285,4 @@ class Journal:
 
 def _gave_up(told: Mapping[int, Told], home: Home) -> bool:
     card = told.get(home.life)
-    return card is not None and any(group["given_up"] is not None for group in card.groups.values())
+    return card is not None and any(group.given_up is not None for group in card.groups.values())

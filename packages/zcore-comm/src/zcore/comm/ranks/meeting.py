@@ -17,6 +17,7 @@ from zcore.comm.pairs.algorithms import Table, read_table
 from zcore.comm.progress import advance_all
 from zcore.comm.ranks.cards import cards_of_run
 from zcore.comm.ranks.home import Home, own_home
+from zcore.comm.ranks.patience import Patience
 from zcore.core import compat
 from zcore.core.device import choose_device
 from zcore.core.errors import CollectiveError, ConfigError
@@ -31,7 +32,7 @@ NAME_BYTES = 64
 PASS = struct.Struct(f"<16s{NAME_BYTES}sQQQQQQ{NUM_BOARDS}QIQ")
 NOTHING = (1 << 64) - 1
 NAP_S = 1e-3
-TELL_S = 30.0  # a wait of such length is told to the user
+HEAD_START_S = 0.1  # before the backend's own words, which name nobody
 NO_TABLE = 0
 
 
@@ -128,23 +129,21 @@ def _exchange(group: dist.ProcessGroup, message: bytes, *, name: str) -> Sequenc
 
 def _wait_for_all(group: dist.ProcessGroup, is_done: Callable[[], bool], occasion: str) -> None:
     """Return when a meeting is done or about to fail, having told who keeps the others waiting."""
-    cards, began, has_told = cards_of_run(), time.monotonic(), False
+    cards, deadline_s = cards_of_run(), compat.timeout_of(group).total_seconds()
+    patience = Patience(deadline_s - HEAD_START_S)
     ranks = dist.get_process_group_ranks(group)
     cards.tell(f"{occasion} {dist.get_rank()}")
-    deadline_s = compat.timeout_of(group).total_seconds()
     while not is_done():
         time.sleep(NAP_S)
         advance_all()
-        waited_s = time.monotonic() - began
-        is_over = waited_s > deadline_s - NAP_S * 100
-        if is_over or (waited_s > TELL_S and not has_told):
-            has_told = True
+        is_over = patience.is_over
+        if is_over or patience.tells_now():
             here = cards.told(f"{occasion} {rank}" for rank in ranks)
             missing = ", ".join(str(rank) for rank in ranks if f"{occasion} {rank}" not in here) or "none"
             words = (
-                f"The first use of a group waits for all its ranks since {waited_s:.3g} s; missing: rank {missing}. "
-                "Every rank of a group comes to its first use (of zcore.comm, zero.shard or zero.initialize), in the "
-                "same order."
+                f"The first use of a group waits for all its ranks since {patience.waited_s:.3g} s; missing: rank "
+                f"{missing}. Every rank of a group comes to its first use (of zcore.comm, zero.shard or "
+                "zero.initialize), in the same order."
             )
             if is_over:
                 raise CollectiveError(words)

@@ -1,0 +1,37 @@
+"""What a user reads of calls that do not complete, whoever has found out: one form for all groups."""
+
+from collections.abc import Sequence
+
+from zcore.core.collectives import contents_of
+from zcore.core.errors import CollectiveError
+
+__all__ = ["AFTER_FAILURE", "ALIKE", "about_missing", "failed", "has_left", "has_passed"]
+
+ALIKE = (
+    "Every rank makes the same calls, of the same sizes, in the same order: look for a branch that ranks take "
+    "differently, or data of different shapes."
+)
+AFTER_FAILURE = "mend it, and restart all ranks from the last checkpoint."
+
+
+def failed(what: str, reason: str, missing: str, *, label: str) -> CollectiveError:
+    """`what` ended for `reason`; `missing` is what `about_missing` says, `label` names its data."""
+    return CollectiveError(
+        f"{what} did not complete: {reason}. {missing}{contents_of(label)} Look for the first error in the output of "
+        f"the ranks named, {AFTER_FAILURE}"
+    )
+
+
+def about_missing(missing: Sequence[str], arrived: Sequence[int]) -> str:
+    """Who keeps this rank waiting, a phrase for each, and the global ranks that do not."""
+    return f"Missing: {'; '.join(missing) or 'none'}. Arrived: {', '.join([*map(str, arrived), 'this one'])}."
+
+
+def has_left(global_rank: int) -> str:
+    """The reason where a process is gone."""
+    return f"rank {global_rank} has raised, was killed, or left"
+
+
+def has_passed(deadline_s: float) -> str:
+    """The reason where a rank never came."""
+    return f"the timeout of {deadline_s:.3g} s has passed"

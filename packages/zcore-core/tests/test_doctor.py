@@ -53,6 +53,16 @@ def test_what_a_wheel_finds_on_this_machine_is_shown_under_its_name(add_wheel: C
     assert any(line.split() == ["tapes", "a", "robot", "by", "hand"] for line in drawn(report).splitlines())
 
 
+def test_a_wheel_that_fails_to_look_at_this_machine_is_a_problem_and_the_rest_is_shown(
+    add_wheel: Callable[..., None],
+) -> None:
+    add_wheel("zcore-tape", "1", {"zcore.findings": {"tape": "tape_module:find"}}, tape_module="find = lambda: 1 / 0")
+    report = examine()
+    assert report.problems == ("zcore-tape finds out nothing: ZeroDivisionError: division by zero",)
+    assert "zcore-tape" not in report.findings
+    assert report.backends["gloo"]
+
+
 def test_only_wheels_that_hold_work_are_advised() -> None:
     report = examine()
     empty = [wheel for wheel in WHEELS.values() if not wheel.holds_work]

@@ -12,7 +12,7 @@ they are (user buffer registration), without copies into buffers of its own.
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -133,10 +133,14 @@ class AcceleratorCollectives:
         return torch.cuda.use_mem_pool(_registered_pool(self._group, device), device)
 
 
-@cache
+_pools: "WeakKeyDictionary[dist.ProcessGroup, torch.cuda.MemPool]" = WeakKeyDictionary()
+
+
 def _registered_pool(group: dist.ProcessGroup, device: torch.device) -> "torch.cuda.MemPool":
-    """Memory that NCCL allocates, and registers as it grows."""
-    backend = compat.backend_of(group, device)
-    pool = torch.cuda.MemPool(backend.mem_allocator)
-    backend.register_mem_pool(pool)
-    return pool
+    """Memory that NCCL allocates, and registers as it grows; of the one device that this rank has in `group`."""
+    if group not in _pools:
+        backend = compat.backend_of(group, device)
+        pool = torch.cuda.MemPool(backend.mem_allocator)
+        backend.register_mem_pool(pool)
+        _pools[group] = pool
+    return _pools[group]

@@ -69,7 +69,10 @@ def examine() -> Report:
                 served_by.append(f"{offer.name} ({offer.wheel})")
                 if contract.group == "zcore.findings":
                     find = cast("Callable[[], Sequence[Finding]]", loaded)
-                    findings[offer.wheel] = tuple(find())
+                    try:
+                        findings[offer.wheel] = tuple(find())
+                    except Exception as error:  # noqa: BLE001 - told; the rest of the report is wanted most of all now
+                        problems.append(f"{offer.wheel} finds out nothing: {type(error).__name__}: {error}")
         contracts[contract.group] = tuple(served_by)
     return Report(
         python=f"{platform.python_version()} on {platform.system()} {platform.machine()}",

@@ -39,7 +39,7 @@ from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import CollectiveError, ConfigError, nearest
 from zcore.core.events import progress
 
-__all__ = ["Plan", "Report", "Row", "leave_out_too_large", "main", "measure", "sizes_up_to"]
+__all__ = ["Plan", "Report", "Row", "leave_out_too_large", "main", "measure", "sizes_up_to", "with_tuples"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,11 @@ def sizes_up_to(max_bytes: int, *, min_bytes: int = 1024) -> tuple[int, ...]:
     while sizes[-1] * 4 <= max_bytes:
         sizes.append(sizes[-1] * 4)
     return tuple(sizes)
+
+
+def with_tuples(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a plan as JSON has them, with its lists as tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +94,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """The plan of such a text; what it leaves out is as by default."""
-        told: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
-        }
-        return cls(**told)
+        return cls(**with_tuples(json.loads(text)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from zcore.comm.bench.contenders import build_case, pairwise_over
-from zcore.comm.bench.measure import sizes_up_to
+from zcore.comm.bench.measure import sizes_up_to, with_tuples
 from zcore.comm.bench.timing import Spread, time_in_turns
 from zcore.comm.pairs.algorithms import ALGORITHMS, ANY_BYTES, Rule, Table, read_table, rules_from, table_path
 from zcore.comm.recording import tables
@@ -48,10 +48,7 @@ class TunePlan:
     @classmethod
     def from_json(cls, text: str) -> "TunePlan":
         """The plan of such a text as `json.dumps(asdict(plan))` gives."""
-        told: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
-        }
-        return cls(**told)
+        return cls(**with_tuples(json.loads(text)))
 
 
 @dataclass(frozen=True, slots=True)

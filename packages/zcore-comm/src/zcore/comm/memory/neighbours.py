@@ -117,25 +117,25 @@ class Neighbours:
         return about_missing(lines, arrived)
 
 
-def open_neighbours(cards: Sequence[Introduction], *, rank: int, board: int, journal: Journal) -> Neighbours | None:
-    """The ranks whose `cards` these are, seen from `rank`; None if the memory of one of them cannot be opened."""
+def open_neighbours(shown: Sequence[Introduction], *, rank: int, board: int, journal: Journal) -> Neighbours | None:
+    """The ranks that have shown these, seen from `rank`; None if the memory of one of them cannot be opened."""
     mappings = []
-    for each, card in enumerate(cards):
+    for each, its in enumerate(shown):
         try:
-            mappings.append(own_pages().mapping if each == rank else _open(card))
+            mappings.append(own_pages().mapping if each == rank else _open(its))
         except OSError as error:
-            logger.warning("The memory of process %d cannot be opened: %s.", card.home.process, error)
+            logger.warning("The memory of process %d cannot be opened: %s.", its.home.process, error)
             return None
-    boards = [Board(mapping, card.boards[board]) for mapping, card in zip(mappings, cards, strict=True)]
+    boards = [Board(mapping, its.boards[board]) for mapping, its in zip(mappings, shown, strict=True)]
     return Neighbours(boards, mappings, rank=rank, journal=journal)
 
 
 _opened: dict[tuple[int, int, int], mmap.mmap] = {}  # several groups of the same processes need one
 
 
-def _open(card: Introduction) -> mmap.mmap:
-    process, file = card.home.process, card.file
+def _open(its: Introduction) -> mmap.mmap:
+    process, file = its.home.process, its.file
     key = os.getpid(), process, Path(f"/proc/{process}/fd/{file}").stat().st_ino
     if key not in _opened:
-        _opened[key] = map_file(process, file, file_bytes=card.file_bytes)
+        _opened[key] = map_file(process, file, file_bytes=its.file_bytes)
     return _opened[key]

@@ -231,13 +231,12 @@ class SharedMemoryCollectives:
 
     def has_room(self, count: int) -> bool:
         """Whether `count` calls, or as many as ever are open at a time, can start now without waiting."""
-        oldest = self._next + min(count, RING_CALLS // 2 - 1) - RING_CALLS - 1
-        if len(self._open) + min(count, RING_CALLS // 2 - 1) > RING_CALLS // 2:
+        count = min(count, RING_CALLS // 2 - 1)
+        if len(self._open) + count > RING_CALLS // 2:
             return False
-        return oldest < 0 or (
-            all(board.finished > oldest for _, board in self._neighbours.others)
-            and next(iter(self._open), self._next) > oldest
-        )
+        oldest = self._next + count - RING_CALLS - 1  # whose entry the last of them is to take
+        is_read_here = next(iter(self._open), self._next) > oldest
+        return is_read_here and all(board.finished > oldest for _, board in self._neighbours.others)
 
     def advance(self) -> None:
         """Do what open calls need, as far as the others have come."""

@@ -151,3 +151,18 @@ def test_who_does_not_come_to_the_first_use_of_a_group_is_named(ranks):
     assert caught.value.first.type_name == "CollectiveError"
     assert "missing: rank 1" in message
     assert "first use of a group" in message
+
+
+def call_over_another_backend():
+    import torch.testing._internal.distributed.fake_pg  # registers a backend of torch's own tests, which sends nothing
+
+    group = dist.new_group(backend="fake")
+    with comm.record() as recording:
+        comm.all_reduce(torch.ones(4), group=group, label="grads")
+        comm.all_gather(torch.empty(8), torch.ones(4), group=group, label="weights")
+    return [(call.op, call.label, call.algorithm) for call in recording.calls]
+
+
+def test_calls_over_a_backend_that_zcore_does_not_know_are_torchs_and_recorded(ranks):
+    expected = [("all_reduce", "grads", "torch fake"), ("all_gather", "weights", "torch fake")]
+    assert ranks(2, call_over_another_backend) == [expected] * 2

@@ -3,7 +3,9 @@
 all ranks on one host                                   shared memory
 several hosts, as many ranks on each, a power of two    two levels: shared memory, and messages between hosts
 any other group that gloo connects                      messages between pairs of ranks
-one rank, or another backend                            torch.distributed, as the core has it
+any that NCCL connects                                  torch.distributed, watched
+any of another backend                                  torch.distributed, as the core has it
+one rank                                                nothing, as nothing is sent
 """
 
 import logging
@@ -26,6 +28,7 @@ from zcore.comm.ranks.meeting import Introduction, agree, meet
 from zcore.comm.recording.recorded import Recorded
 from zcore.core import compat
 from zcore.core.collectives import Collectives
+from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["Parts", "offer", "serve"]
 
@@ -35,9 +38,9 @@ logger = logging.getLogger(__name__)
 def offer(group: dist.ProcessGroup, *, name: str) -> DeferrableCollectives | None:
     """What serves `group` best, seen by whoever records, under the limit on bytes in flight.
 
-    None for a group of one rank, or a backend that is not known here. Every rank of `group` calls this.
+    None for a group of one rank. Every rank of `group` calls this.
     """
-    if dist.get_world_size(group) == 1 or compat.backend_name(group) not in ("gloo", "nccl"):
+    if dist.get_world_size(group) == 1:
         return None
     FLOW.start_all()  # the ranks wait for each other as they meet
     return FLOW.around(Recorded(serve(group, name=name), group, name=name))
@@ -45,6 +48,8 @@ def offer(group: dist.ProcessGroup, *, name: str) -> DeferrableCollectives | Non
 
 def serve(group: dist.ProcessGroup, *, name: str) -> Collectives:
     """The implementation itself. Every rank of `group` calls this."""
+    if compat.backend_name(group) not in ("gloo", "nccl"):
+        return TorchCollectives(group, name=name)
     shown = meet(group, name=name)
     if compat.backend_name(group) != "gloo":
         parts = Parts(group, shown, DEFAULT_TABLE, name=name)

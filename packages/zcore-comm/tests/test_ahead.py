@@ -10,6 +10,7 @@ from hosts import message_of, move_to_hosts_of
 
 import zcore.comm
 from zcore.comm.choice import serve
+from zcore.comm.memory.board import RING_CALLS
 
 CPU = torch.device("cpu")
 
@@ -53,6 +54,47 @@ def start_many_before_waiting(kind):
 @pytest.mark.parametrize("kind", ["shared memory", "pairwise", "two levels"])
 def test_ranks_may_start_more_calls_than_a_board_holds(ranks, kind):
     assert ranks(4, start_many_before_waiting, kind) == [{10.0}] * 4
+
+
+def tell(rank):
+    dist.send(torch.ones(1), dst=rank)
+
+
+def hear(rank):
+    dist.recv(torch.empty(1), src=rank)
+
+
+def keep_a_call_open_over_a_ring():
+    """Rank 1 comes last to each call, and waits for the first one when it has started 128 others.
+
+    What it then says of the first one must not be taken for word of the last, which it has not summed.
+    """
+    group = served("shared memory")
+    total = torch.full((100_000,), float(group.rank + 1))
+    held = group.all_gather(torch.empty(2000), torch.full((1000,), float(group.rank)), label="held")
+    if group.rank == 0:
+        held.wait()
+        for _ in range(RING_CALLS - 1):
+            pending = group.all_reduce(torch.ones(4), label="small")
+            tell(1)
+            pending.wait()
+        pending = group.all_reduce(total, label="large")  # starts when rank 1 is through with the first call
+        is_there_early = pending.poll()
+        tell(1)
+    else:
+        is_there_early = False
+        for _ in range(RING_CALLS - 1):
+            hear(0)
+            group.all_reduce(torch.ones(4), label="small").wait()
+        pending = group.all_reduce(total, label="large")
+        held.wait()
+        hear(0)  # which takes no step of a call
+    pending.wait()
+    return is_there_early, total.unique().tolist()
+
+
+def test_a_call_kept_open_over_a_ring_of_others_is_not_taken_for_the_last(ranks):
+    assert ranks(2, keep_a_call_open_over_a_ring, deadline_s=20) == [(False, [3.0])] * 2
 
 
 def differ_long_ago(how):

@@ -189,6 +189,8 @@ class HierarchicalCollectives:
                 _nothing,
             )
         missing = -tensor.numel() % self._first.size
+        if missing:  # else a rank with as many as that more would not be told apart
+            label = f"{tensor.numel()} of {label}"
         whole = torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
         part = whole.tensor_split(self._first.size)[self._first.rank]
 

@@ -16,7 +16,7 @@ from zcore.comm.ranks.journal import Journal
 from zcore.comm.ranks.meeting import Introduction
 from zcore.comm.ranks.patience import Patience
 from zcore.comm.ranks.words import AFTER_FAILURE, ALIKE, about_missing, failed, has_left, has_passed
-from zcore.core.errors import CollectiveError, MismatchError
+from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
 
 __all__ = ["Neighbours", "open_neighbours"]
 
@@ -61,23 +61,28 @@ class Neighbours:
         return storage_at(self._mappings[rank], place, num_bytes, when_gone=when_gone)
 
     def wait_until(
-        self, is_reached: Callable[[], bool], lacks: Callable[[Board], bool], *, what: str, label: str = ""
+        self,
+        is_reached: Callable[[], bool],
+        needs: Callable[[Board], bool],
+        *,
+        what: str,
+        label: str = "",
+        lacks: Callable[[Board], bool] | None = None,
     ) -> None:
-        """Return once `is_reached()`. `lacks(board)` tells whom that waits for.
+        """Return once `is_reached()`. `needs(board)` tells whose part that takes, `lacks(board)` whom to call missing.
 
-        Raises CollectiveError, with what is known of them, if one of these ends, or the deadline passes.
+        Raises CollectiveError, with what is known of them, if a rank that is needed ends, or the deadline passes.
         """
         if is_reached():
             return
-        patience = Patience(self._deadline_s)
+        patience, is_missing = Patience(self._deadline_s), lacks or needs
         while not is_reached_within(is_reached, CHECK_EVERY_S):
-            missing = [(rank, board) for rank, board in self.others if lacks(board)]
-            ended = [self._homes[rank].global_rank for rank, _ in missing if self._homes[rank].has_ended()]
+            missing = [each for each in self.others if is_missing(each[1])]
+            ended = [each for each in self.others if needs(each[1]) and self._homes[each[0]].has_ended()]
             if ended and not is_reached():
-                raise self._journal.give_up(failed(what, has_left(ended[0]), self._describe(missing), label=label))
+                raise self._left(ended, missing, what=what, label=label)
             if patience.is_over:
-                reason = has_passed(self._deadline_s)
-                raise self._journal.give_up(failed(what, reason, self._describe(missing), label=label))
+                raise self._failure(what, label, missing, has_passed(self._deadline_s))
             if patience.tells_now():
                 logger.warning("Waiting for %s since %.0f s. %s", what, patience.waited_s, self._describe(missing))
 
@@ -103,6 +108,20 @@ class Neighbours:
                     f"{what} did not complete: rank {self._homes[rank].global_rank} has given it up. Look for the "
                     f"first error in its output, {AFTER_FAILURE}"
                 )
+
+    def _left(
+        self, ended: list[tuple[int, Board]], missing: list[tuple[int, Board]], *, what: str, label: str
+    ) -> ZcoreError:
+        """Who left without a word is the cause; if nobody did, what the first of them gave up for."""
+        told = [self._journal.told_by(rank) for rank, _ in ended]
+        for each, words in zip(ended, told, strict=True):
+            if words is None:
+                missing = [other for other in self.others if other in missing or other is each]
+                return self._failure(what, label, missing, has_left(self._homes[each[0]].global_rank))
+        return self._journal.give_up(next(words for words in told if words is not None))
+
+    def _failure(self, what: str, label: str, missing: list[tuple[int, Board]], reason: str) -> ZcoreError:
+        return self._journal.give_up(failed(what, reason, self._describe(missing), label=label))
 
     def _describe(self, missing: list[tuple[int, Board]]) -> str:
         lines = []

@@ -313,11 +313,16 @@ class SharedMemoryCollectives:
         try:
             if index in self._open:
                 needed = STARTED if this.read_halves is None else HALF
+
+                def needs(board: Board) -> bool:
+                    return board.started <= index or board.stage_of(index) not in (needed, HALF, READ)
+
+                def lacks(board: Board) -> bool:  # nobody gets on with a call to which not all have come
+                    has_all = all(each.started > index for _, each in others)
+                    return needs(board) if has_all else board.started <= index
+
                 self._neighbours.wait_until(
-                    lambda: index not in self._open,
-                    lambda board: board.started <= index or board.stage_of(index) not in (needed, HALF, READ),
-                    what=str(this.call),
-                    label=this.call.label,
+                    lambda: index not in self._open, needs, lacks=lacks, what=str(this.call), label=this.call.label
                 )
             if this.shows_own and this.error is None:
                 self._neighbours.wait_until(

@@ -201,6 +201,14 @@ class Journal:
         told = self._read().get(self.homes[rank].life)
         return told.line if told is not None else "in a line it has not told"
 
+    def told_by(self, rank: int) -> ZcoreError | None:
+        """The error for which a rank that has ended gave up, as this one tells it; None if it left without a word."""
+        told = self._read()
+        card = told.get(self.homes[rank].life)
+        groups = card.groups.values() if card is not None else ()
+        reasons = [group.given_up for group in groups if group.given_up is not None]
+        return self._relayed(reasons[0], self.homes[rank].global_rank, told) if reasons else None
+
     def _read(self) -> dict[int, Told]:
         return self._cards.read([home.life for home in self.homes])
 

@@ -1,10 +1,13 @@
-"""Every implementation gives, bit for bit, what the core's collectives give over gloo.
+"""Every implementation gives, bit for bit, what one process makes of all ranks' data, summed in the documented order.
+
+So do the core's collectives over gloo, with which it shares code.
 
 Ranks with different ZCORE_COMM_HOST count as ranks of different hosts, so one machine has all of them.
 """
 
 import contextlib
 import gc
+import itertools
 import os
 import random
 import re
@@ -25,15 +28,18 @@ from zcore.comm.choice import serve
 from zcore.comm.hierarchical import HierarchicalCollectives
 from zcore.comm.memory.pages import available_bytes, own_pages
 from zcore.comm.memory.shared_memory import SMALL_BYTES, SharedMemoryCollectives
+from zcore.comm.pairs.algorithms import ALGORITHMS, Rule, Table
 from zcore.comm.pairs.pairwise import PairwiseCollectives
 from zcore.core import compat
 from zcore.core.errors import LayoutError, MismatchError, StateError
+from zcore.core.exchange import PIECE_BYTES, WINDOW_PIECES
 from zcore.core.torch_collectives import TorchCollectives
 
 CPU = torch.device("cpu")
 NUMELS = [0, 1, 7, SMALL_BYTES // 4, 20_001]
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64]
-MOVED = [*DTYPES, torch.int16, torch.bool, torch.float8_e4m3fn]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SUMMED = [*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+MOVED = [*SUMMED, torch.bool, torch.float8_e4m3fn]
 
 
 KINDS = {
@@ -66,48 +72,80 @@ def bits(tensor):
     return tensor.view(torch.uint8) if tensor.numel() else tensor
 
 
+def plain_sum(parts):
+    """Neighbours first, then neighbours among their sums, and so on; who has none waits for the next round."""
+    while len(parts) > 1:
+        parts = [sum(parts[low + 1 : low + 2], parts[low]) for low in range(0, len(parts), 2)]
+    return parts[0].clone()
+
+
+def expected_of(rank, wholes, parts, *, is_summed):
+    """What each collective makes of `wholes` and `parts`, by rank."""
+    size, numel = len(parts), parts[0].numel()
+    slot = slice(rank * numel, (rank + 1) * numel)
+    moved = {
+        "all_gather": torch.cat(parts),
+        "all_to_all": torch.cat([whole[slot] for whole in wholes]),
+        "broadcast": wholes[size - 1],
+    }
+    total = plain_sum(wholes) if is_summed else None
+    return moved if total is None else {**moved, "reduce_scatter": total[slot], "all_reduce": total}
+
+
 def differences(kind):
-    """What is not equal to the bit: op, numel, dtype, whether tensors lie in shared pages."""
-    gloo, shared = both(kind)
+    """What is not equal to the bit: op, numel, dtype, whether tensors lie in memory of the group."""
+    gloo, served = both(kind) if kind in KINDS else [TorchCollectives(dist.group.WORLD, name="gloo")] * 2
     rank, size = gloo.rank, gloo.size
     wrong = []
-    for numel in NUMELS:
-        for dtype in MOVED:
-            whole = values(numel * size, dtype, seed=rank)
-            part = values(numel, dtype, seed=100 + rank)
-            for is_born in (False, True):
-                place = (lambda tensor: born(shared, tensor)) if is_born else torch.clone
-                found, expected = {}, {}
-                for group, results in ((gloo, expected), (shared, found)):
-                    take = torch.clone if group is gloo else place
-                    results["all_gather"] = take(whole)
-                    group.all_gather(results["all_gather"], take(part), label="x").wait()
-                    results["all_to_all"] = take(torch.zeros_like(whole))
-                    group.all_to_all(results["all_to_all"], take(whole), label="x").wait()
-                    results["broadcast"] = take(whole)
-                    group.broadcast(results["broadcast"], src=size - 1, label="x").wait()
-                    if dtype in DTYPES:
-                        results["reduce_scatter"] = take(part)
-                        group.reduce_scatter(results["reduce_scatter"], take(whole), label="x").wait()
-                        results["all_reduce"] = take(whole)
-                        group.all_reduce(results["all_reduce"], label="x").wait()
-                for op, result in found.items():
-                    if not torch.equal(bits(result), bits(expected[op])):
-                        wrong.append((op, numel, dtype, is_born))
+    for numel, dtype in itertools.product(NUMELS, MOVED):
+        wholes = [values(numel * size, dtype, seed=each) for each in range(size)]
+        parts = [values(numel, dtype, seed=100 + each) for each in range(size)]
+        expected = expected_of(rank, wholes, parts, is_summed=dtype in SUMMED)
+        for is_born in (False, True):
+            take = (lambda tensor: born(served, tensor)) if is_born else torch.clone
+            found = {"all_gather": take(torch.zeros_like(wholes[rank])), "all_to_all": take(wholes[rank])}
+            served.all_gather(found["all_gather"], take(parts[rank]), label="x").wait()
+            served.all_to_all(found["all_to_all"], take(wholes[rank]), label="x").wait()
+            found["broadcast"] = take(wholes[rank])
+            served.broadcast(found["broadcast"], src=size - 1, label="x").wait()
+            if dtype in SUMMED:
+                found["reduce_scatter"] = take(parts[rank])
+                served.reduce_scatter(found["reduce_scatter"], take(wholes[rank]), label="x").wait()
+                found["all_reduce"] = take(wholes[rank])
+                served.all_reduce(found["all_reduce"], label="x").wait()
+            wrong += [
+                (op, numel, dtype, is_born) for op in expected if not torch.equal(bits(found[op]), bits(expected[op]))
+            ]
     return wrong
 
 
 each_kind = pytest.mark.parametrize("kind", list(KINDS))
 SIZES = [
-    *((kind, world_size) for kind in ("shared memory", "pairwise") for world_size in (2, 3, 4, 8)),
-    ("two levels", 4),
-    ("two levels", 8),
+    *((kind, world_size) for kind in ("shared memory", "pairwise") for world_size in range(2, 9)),
+    *(("two levels", world_size) for world_size in (4, 6, 8)),
+    *(("gloo", world_size) for world_size in (2, 3, 4)),
 ]
 
 
 @pytest.mark.parametrize(("kind", "world_size"), SIZES)
-def test_every_collective_is_equal_to_gloos_to_the_bit(ranks, kind, world_size):
+def test_every_collective_is_equal_to_that_of_one_process_to_the_bit(ranks, kind, world_size):
     assert ranks(world_size, differences, kind) == [[]] * world_size
+
+
+def sum_many_pieces(kind):
+    _, served = both(kind)
+    numel = (WINDOW_PIECES + 2) * PIECE_BYTES // 4 + 7
+    wholes = [values(numel * served.size, torch.float32, seed=each) for each in range(served.size)]
+    total, part = wholes[served.rank].clone(), torch.empty(numel)
+    served.reduce_scatter(part, wholes[served.rank], label="x").wait()
+    served.all_reduce(total, label="x").wait()
+    expected = plain_sum(wholes)
+    return torch.equal(total, expected), torch.equal(part, expected.view(served.size, numel)[served.rank])
+
+
+@pytest.mark.parametrize(("kind", "world_size"), [("pairwise", 3), ("two levels", 4)])
+def test_sums_of_more_pieces_than_there_is_memory_for_are_right(ranks, kind, world_size):
+    assert ranks(world_size, sum_many_pieces, kind) == [(True, True)] * world_size
 
 
 def differences_in_plain_memory(kind):
@@ -256,7 +294,7 @@ def left_over(shared):
         ("shared memory", 4, 300),
         ("pairwise", 2, 10_000),
         ("pairwise", 3, 300),
-        ("two levels", 4, 300),
+        ("two levels", 4, 2_000),
     ],
 )
 def test_thousands_of_mixed_calls_are_right_and_leave_nothing_behind(ranks, kind, world_size, count):
@@ -409,8 +447,8 @@ def test_a_group_with_a_rank_that_has_no_memory_to_share_is_served_pairwise(rank
     assert ranks(2, served_where_one_rank_has_no_memory_to_share) == [("PairwiseCollectives", 1.0)] * 2
 
 
-def use_memory_up():
-    served = serve(dist.group.WORLD, name="dp")
+def use_memory_up(kind):
+    _, served = both(kind)
     served.all_reduce(torch.ones(4), label="before").wait()
     told = "nothing was refused"
     if served.rank == 1:
@@ -422,11 +460,12 @@ def use_memory_up():
     return told, tensor[-1].item()
 
 
-def test_memory_that_is_used_up_is_told_and_the_group_goes_on(ranks):
-    first, second = ranks(2, use_memory_up)
-    assert first == ("nothing was refused", 2.0)
-    assert second[1] == 2.0
-    assert re.match(r"OutOfPagesError: A shared buffer (needs|of) .*(has not got them|are used up)", second[0])
+@pytest.mark.parametrize(("kind", "world_size"), [("shared memory", 2), ("two levels", 4)])
+def test_memory_that_is_used_up_is_told_and_the_group_goes_on(ranks, kind, world_size):
+    told = ranks(world_size, use_memory_up, kind)
+    assert [total for _, total in told] == [float(world_size)] * world_size
+    assert {words for rank, (words, _) in enumerate(told) if rank != 1} == {"nothing was refused"}
+    assert re.match(r"OutOfPagesError: A shared buffer (needs|of) .*(has not got them|are used up)", told[1][0])
 
 
 CALLS = st.lists(
@@ -441,8 +480,9 @@ CALLS = st.lists(
 )
 
 
-def run_sequences(kind):
+def run_sequences(kind, table_path):
     """Sequences of calls against the core's, the same ones on every rank; the first on which a result differs."""
+    os.environ["ZCORE_COMM_TABLE"] = table_path
     gloo, served = both(kind)
     wrong = []
 
@@ -496,6 +536,19 @@ def is_different(found, expected, pending):
     return not torch.equal(bits(found), bits(expected))
 
 
-@each_kind
-def test_no_sequence_of_calls_under_way_gives_another_result(ranks, kind):
-    assert ranks(4 if kind == "two levels" else 2, run_sequences, kind) == [[]] * (4 if kind == "two levels" else 2)
+@pytest.mark.parametrize(
+    ("kind", "world_size", "choice"),
+    [
+        ("shared memory", 2, None),
+        ("pairwise", 2, None),
+        ("pairwise", 3, 0),
+        ("pairwise", 3, -1),
+        ("two levels", 4, None),
+    ],
+)
+def test_no_sequence_of_calls_under_way_gives_another_result(ranks, tmp_path, kind, world_size, choice):
+    path = tmp_path / "table.json"
+    if choice is not None:  # of all algorithms for an op the first or the last, whatever the size
+        rules = [Rule(op, world_size, 1 << 62, names[choice]) for op, names in ALGORITHMS.items()]
+        path.write_text(Table(tuple(rules)).to_json())
+    assert ranks(world_size, run_sequences, kind, str(path)) == [[]] * world_size

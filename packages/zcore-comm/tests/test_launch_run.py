@@ -32,11 +32,17 @@ if what == "show":
     print(f"stdin {sys.stdin.read()!r} seed {os.environ.get('SEED')} cwd {os.getcwd()}", file=sys.stderr)
     print("x" * 100_000)
     print("no end", end="")
-elif what == "restart" and rank == 1 and not os.path.exists("tried"):
-    open("tried", "w")
-    sys.exit(5)
-elif what == "restart":  # in the first attempt nobody comes to the meeting
-    open("meeting", "w" if rank else "r").close()
+elif what == "restart":  # ranks that meet again find each other, not what the first attempt left in the store
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    if rank == 1 and not os.path.exists("tried"):
+        open("tried", "w")
+        sys.exit(5)
+    dist.all_reduce(total)
+    print(f"total {total.item():g}")
+    dist.destroy_process_group()
 elif what in ("raise", "kill", "wait"):
     if rank == 1 and what == "raise":
         raise ValueError("empty shard")
@@ -221,14 +227,23 @@ def test_a_killed_front_leaves_no_rank_behind(place):
 
 
 def test_failed_ranks_start_again_on_all_hosts(place):
-    os.mkfifo(place.path / "meeting")
     (place.path / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
     options = ("--hostfile", "hosts", *place.ssh, *place.meeting, "--max-restarts", "1")
     done = place.run(*options, what="train.py alive restart")
     assert done.exitcode == 0, done.stderr
+    assert sorted(done.stdout) == ["[0] total 4", "[1] total 4"]
     assert sorted(line for line in done.stderr if "restart" in line) == [
         "[127.0.0.1] restart 1: the ranks of this host start again",
         "[localhost] restart 1: the ranks of this host start again",
+    ]
+
+
+def test_failed_ranks_start_again_on_this_host(place):
+    done = place.run("-n", "2", "--max-restarts", "1", what="train.py alive restart")
+    assert done.exitcode == 0, done.stderr
+    assert sorted(done.stdout) == ["[0] total 4", "[1] total 4"]
+    assert [line for line in done.stderr if "restart" in line] == [
+        "[launcher] restart 1: the ranks of this host start again"
     ]
 
 

@@ -3,6 +3,8 @@
 import mmap
 import os
 import resource
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,28 @@ def test_what_a_control_group_has_left_counts_what_its_files_hold(tmp_path, monk
     monkeypatch.setattr(pages_module, "OWN_GROUPS", own)
     monkeypatch.setattr(pages_module, "CGROUP", tmp_path)
     assert pages_module.available_bytes() == 40 * MIB
+
+
+def files_of_threads():
+    """How many files threads get that ask for this process's at the same time."""
+    sys.setswitchinterval(1e-6)
+    gate, found = threading.Barrier(8), []
+
+    def ask():
+        gate.wait()
+        found.append(pages_module.own_pages())
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    return len(set(found))
+
+
+def test_threads_that_come_together_get_the_file_of_their_process():
+    for _ in range(8):  # without care one process in two went wrong
+        child = os.fork()
+        if not child:
+            os._exit(files_of_threads())
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

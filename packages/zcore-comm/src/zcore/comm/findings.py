@@ -12,10 +12,10 @@ import torch.distributed as dist
 from zcore.comm.memory.pages import available_bytes
 from zcore.comm.pairs.algorithms import read_table, table_path
 from zcore.comm.ranks.meeting import make_boards
-from zcore.comm.recording.tables import shown_bytes
 from zcore.core import compat
 from zcore.core.doctor import Finding
 from zcore.core.errors import ConfigError
+from zcore.core.units import shown_bytes
 
 __all__ = ["find"]
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from zcore.core.errors import CollectiveError, LayoutError
+from zcore.core.units import shown_bytes
 
 __all__ = [
     "Call",
@@ -58,7 +59,7 @@ class Call:
     index: int  # position among this group's calls, equal on every rank
 
     def __str__(self) -> str:
-        data = f"{self.numel} x {str(self.dtype).removeprefix('torch.')}, {self.payload_bytes / 2**20:.3g} MiB"
+        data = f"{self.numel} x {str(self.dtype).removeprefix('torch.')}, {shown_bytes(self.payload_bytes)}"
         return f"{self.op} {self.label} (#{self.index} of {self.group}: {data})"
 
 

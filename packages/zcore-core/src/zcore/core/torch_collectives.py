@@ -1,6 +1,7 @@
 """The `Collectives` contract over torch.distributed, for any backend; and which implementation serves a group."""
 
 import atexit
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -41,8 +42,9 @@ class TorchPending:
 
     def wait(self) -> None:
         """Wait, and name the collective if it failed."""
-        while self in _to_finish_in_order:
-            _to_finish_in_order.popleft()._end()
+        to_finish = _of_thread.to_finish
+        while self in to_finish:
+            to_finish.popleft()._end()
         self._end()
 
     def _end(self) -> None:
@@ -59,9 +61,18 @@ class TorchPending:
             raise failed_collective(self._call, error) from error
 
 
-# Calls of this process, over any group, whose last part is sent when they are waited for. In whichever order a rank
-# waits for several, it brings them to their end in the order of their starts, or ranks would wait for each other.
-_to_finish_in_order: deque[TorchPending] = deque()
+class _OfThread(threading.local):
+    """Calls of this thread, over any group, whose last part is sent when they are waited for.
+
+    In whichever order it waits for several, it brings them to their end in the order of their starts, or ranks would
+    wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self.to_finish: deque[TorchPending] = deque()
+
+
+_of_thread = _OfThread()
 
 _num_sums: "WeakKeyDictionary[dist.ProcessGroup, int]" = WeakKeyDictionary()  # made over each process group
 
@@ -164,7 +175,7 @@ class TorchCollectives:
             )
         slots, tag = tensor.view(-1).tensor_split(self._size), self._tag(call)
         pending = TorchPending(call, [], self._try(call, lambda: self._peers.sum_everywhere(slots, tag=tag)))
-        _to_finish_in_order.append(pending)
+        _of_thread.to_finish.append(pending)
         return pending
 
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> TorchPending:

@@ -34,10 +34,10 @@ from zcore.comm.bench.machine import find_machine, find_versions, load
 from zcore.comm.bench.timing import Spread, time_in_turns
 from zcore.comm.memory.pages import available_bytes
 from zcore.comm.recording.comm_report import bus_factor
-from zcore.comm.recording.tables import shown_bytes
 from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import CollectiveError, ConfigError, nearest
 from zcore.core.events import progress
+from zcore.core.units import shown_bytes
 
 __all__ = ["Plan", "Report", "Row", "leave_out_too_large", "main", "measure", "sizes_up_to", "with_tuples"]
 

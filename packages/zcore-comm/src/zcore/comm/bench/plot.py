@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from zcore.comm.bench.contenders import COPY, SOCKETS
 from zcore.comm.bench.measure import Report, Row
-from zcore.comm.recording.tables import shown_bytes, shown_seconds
+from zcore.comm.recording.tables import shown_seconds
 from zcore.core.errors import NotInstalledError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+from zcore.core.units import shown_bytes
 
 __all__ = ["check_plot", "draw_plot"]
 

@@ -2,7 +2,8 @@
 
 from zcore.comm.bench.contenders import COPY
 from zcore.comm.bench.measure import Report, Row
-from zcore.comm.recording.tables import Table, shown_bytes, shown_rate, shown_seconds
+from zcore.comm.recording.tables import Table, shown_rate, shown_seconds
+from zcore.core.units import shown_bytes
 
 __all__ = ["tables_of"]
 

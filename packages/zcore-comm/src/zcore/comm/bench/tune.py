@@ -29,6 +29,7 @@ from zcore.comm.texts import exchange_texts
 from zcore.core.errors import ConfigError
 from zcore.core.events import progress
 from zcore.core.torch_collectives import TorchCollectives
+from zcore.core.units import shown_bytes
 
 __all__ = ["Choice", "Found", "TunePlan", "choose_algorithm", "main", "merge_rules", "table_of", "tune", "write_table"]
 
@@ -147,7 +148,7 @@ def table_of(found: Found) -> tables.Table:
     shown = [
         (
             each.op,
-            tables.shown_bytes(each.payload_bytes),
+            shown_bytes(each.payload_bytes),
             "  ".join(f"{name} {tables.shown_seconds(median_s)}" for name, median_s in each.median_s.items()),
             each.after,
             "" if each.after == each.before else f"was {each.before}",

@@ -69,8 +69,8 @@ def empty(
     served = served_of(group)
     device = served.device if device is None else torch.device(device)
     _check_device("empty", served, device)
-    if numel < 0:
-        raise ConfigError(f"empty: a buffer of {numel} elements was asked for; expected 0 or more.")
+    if not isinstance(numel, int) or numel < 0:
+        raise ConfigError(f"empty: a buffer of {numel} elements was asked for; expected one number, 0 or more.")
     return served.collectives.empty(numel, dtype=dtype, device=device)
 
 
@@ -122,7 +122,7 @@ def reduce_scatter(
     call = _Call("reduce_scatter", group, async_op)
     flat_output, flat_input = call.flat("output", output), call.flat("input", input)
     call.check_pair(flat_output, flat_input, whole=flat_input, part=flat_output)
-    divide = call.reduction(op, flat_output)
+    divide, label = call.reduction(op, flat_output, label)
     return call.finish(call.group.reduce_scatter(flat_output, flat_input, label=label, priority=priority), divide)
 
 
@@ -141,7 +141,7 @@ def all_reduce(
     """
     call = _Call("all_reduce", group, async_op)
     flat = call.flat("tensor", tensor)
-    divide = call.reduction(op, flat)
+    divide, label = call.reduction(op, flat, label)
     return call.finish(call.group.all_reduce(flat, label=label, priority=priority), divide)
 
 
@@ -207,7 +207,7 @@ def barrier(group: dist.ProcessGroup | None = None, async_op: bool = False, *, l
         )
     token = torch.zeros(1, device=call.served.device)
     return call.finish(
-        call.group.all_reduce(token, label=f"barrier {label}"), token.item
+        call.group.all_reduce(token, label="barrier" if label == UNNAMED else f"barrier {label}"), token.item
     )  # on CUDA the host waits, too
 
 
@@ -239,7 +239,7 @@ class _Call:
         """`tensor` as [numel], a view outside of autograd."""
         if not isinstance(tensor, Tensor):
             raise ConfigError(
-                f"{self}: {name} is a {type(tensor).__name__}; expected one tensor, as for torch's all_gather_single. "
+                f"{self}: {name} is a {type(tensor).__name__}; expected one tensor, as for torch's flat calls. "
                 "Join lists of tensors with torch.cat, or make the calls in a block of `coalescing`."
             )
         _check_device(str(self), self.served, tensor.device, name=name)
@@ -276,8 +276,13 @@ class _Call:
             )
         self._refuse_overlap(output, input)
 
-    def reduction(self, op: dist.ReduceOp.RedOpType, result: Tensor) -> Callable[[], object] | None:
-        """What is left to do after the sum; refuses what is no sum."""
+    def reduction(
+        self, op: dist.ReduceOp.RedOpType, result: Tensor, label: str
+    ) -> tuple[Callable[[], object] | None, str]:
+        """What is left to do after the sum, and its label, by which ranks see whether all ask for the same.
+
+        Refuses what is no sum.
+        """
         dtype, size = result.dtype, self.group.size
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
             name = getattr(op, "name", op)
@@ -287,10 +292,10 @@ class _Call:
         if dtype == torch.bool or (dtype.is_floating_point and dtype.itemsize == 1):
             raise ConfigError(f"{self}: sums of {dtype} are not defined; expected a wider dtype. Cast the tensor.")
         if op != dist.ReduceOp.AVG:
-            return None
+            return None, label
         if not (dtype.is_floating_point or dtype.is_complex):
             raise ConfigError(f"{self}: a mean of {dtype} is no {dtype}; expected floating-point numbers, or SUM.")
-        return lambda: result.div_(size)
+        return lambda: result.div_(size), f"mean of {label}"
 
     def source(self, src: int | None, group_src: int | None) -> int:
         """The source's rank in the group."""

@@ -17,7 +17,7 @@ from zcore.comm.choice import offer
 from zcore.comm.memory.pages import own_pages
 from zcore.core import compat
 from zcore.core.collectives import Collectives
-from zcore.core.errors import StateError
+from zcore.core.errors import ConfigError, StateError
 from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["Served", "collectives_of", "served_of"]
@@ -58,13 +58,15 @@ def served_of(group: dist.ProcessGroup | None) -> Served:
             "A collective needs a process group, and there is none yet. Call torch.distributed.init_process_group "
             '("gloo" on CPUs, "nccl" on GPUs) first.'
         )
+    if not isinstance(group, dist.ProcessGroup) and group is not dist.GroupMember.NON_GROUP_MEMBER:
+        raise ConfigError(f"The group is a {type(group).__name__}; expected a process group of torch, or None.")
     if not isinstance(group, dist.ProcessGroup):  # what new_group gives to a rank that it leaves out
         raise StateError(
             f"Rank {dist.get_rank()} is not part of this group. Only the ranks given to new_group make its calls: ask "
             "`torch.distributed.get_rank(group) >= 0` before."
         )
-    for other in [other for other in _served if not _is_alive(other)]:
-        del _served[other]
+    for other in [other for other in tuple(_served) if not _is_alive(other)]:
+        _served.pop(other, None)
     if group not in _served:
         _served[group] = _find(group)
     return _served[group]

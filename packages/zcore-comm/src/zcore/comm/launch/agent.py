@@ -4,6 +4,7 @@ Rendezvous, ranks and restarts are torch's elastic launcher. This adds to it:
 
     ranks     without --nproc-per-node one for each accelerator, else one
     threads   OMP_NUM_THREADS, unless set, is the host's cores shared out among its ranks
+    restarts  ranks that start again meet at a store of their own: in the old one they would find dead addresses
     output    marked lines (`lines`), and after them which ranks failed
     its end   a word on stdin ("SIGINT") is that signal; end of file, when stdin is a pipe, is SIGTERM
 
@@ -62,6 +63,8 @@ def _launch(options: Sequence[str], program: str, arguments: Sequence[str]) -> i
     parsed = parse_args([*options, f"--log-dir={os.devnull}", program])
     # Not parsed: argparse would take a `--` among them as its own.
     parsed.training_script_args = list(arguments)
+    if parsed.max_restarts:
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     num_ranks = determine_local_world_size(parsed.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_ranks)))
     config, entrypoint, entry_arguments = config_from_args(parsed)

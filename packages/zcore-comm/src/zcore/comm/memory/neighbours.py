@@ -15,8 +15,8 @@ from zcore.comm.progress import is_reached_within
 from zcore.comm.ranks.journal import Journal
 from zcore.comm.ranks.meeting import Introduction
 from zcore.comm.ranks.patience import Patience
-from zcore.comm.ranks.words import AFTER_FAILURE, ALIKE, about_missing, failed, has_left, has_passed
-from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
+from zcore.comm.ranks.words import AFTER_FAILURE, about_missing, failed, has_left, has_passed
+from zcore.core.errors import CollectiveError, ZcoreError
 
 __all__ = ["Neighbours", "open_neighbours"]
 
@@ -94,11 +94,8 @@ class Neighbours:
         """Raise MismatchError if another rank, all of which have started it, made call `index` another one."""
         for rank, board in self.others:
             if not board.is_same(index, entry):
-                words = (
-                    f"Call {index} of this group is {entry} on rank {self._homes[self.rank].global_rank}, and "
-                    f"{board.entry(index)} on rank {self._homes[rank].global_rank}. {ALIKE}"
-                )
-                raise self._journal.give_up(MismatchError(words))
+                differs = self._journal.differs(index, mine=str(entry), theirs=str(board.entry(index)), rank=rank)
+                raise self._journal.give_up(differs)
 
     def check_nobody(self, has_given_up: Callable[[Board], bool], *, what: str) -> None:
         """Raise CollectiveError if another rank has given the call up."""

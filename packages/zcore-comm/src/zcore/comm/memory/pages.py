@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -244,12 +244,15 @@ def _left_in(group: Path) -> int:
     return MAX_FILE_BYTES
 
 
-@cache
-def _pages_of(process: int) -> Pages:
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Pages(file_bytes_for(memory_bytes))
+_own: dict[int, Pages] = {}  # by process: a forked child gets one of its own
+_making = threading.Lock()  # two threads that meet two groups at a time would each get a file, and show it of one
 
 
 def own_pages() -> Pages:
     """This process's file, made on the first call. Raises OSError where the system refuses one."""
-    return _pages_of(os.getpid())  # a forked child gets one of its own
+    process = os.getpid()
+    if process not in _own:
+        with _making:
+            if process not in _own:
+                _own[process] = Pages(file_bytes_for(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+    return _own[process]

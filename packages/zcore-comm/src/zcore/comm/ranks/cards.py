@@ -113,6 +113,7 @@ class Cards:
         self._silent_s = SILENT_BEATS * self._interval_s
         self._sources: list[weakref.ref[Source]] = []
         self._count = 0
+        self._line = "in no line of the program"  # at its end, the last one it was seen in
         self._seen: dict[int, _Seen] = {}  # by life
         self._requests: queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="zcore cards", daemon=True)
@@ -219,7 +220,8 @@ class Cards:
     def _write(self) -> None:
         self._count += 1
         groups = {source.key: astuple(source.word()) for source in self._living()}
-        card = {"count": self._count, "line": program_line(), "groups": groups}
+        self._line = program_line() or self._line
+        card = {"count": self._count, "line": self._line, "groups": groups}
         self._store.set(_key(self.life), json.dumps(card))
 
     def _fetch(self, lives: Sequence[int]) -> None:
@@ -239,16 +241,18 @@ def _key(life: int) -> str:
 
 
 _current: list[tuple[compat.Store, Cards]] = []  # of this process: one at most
+_changing = threading.Lock()  # threads may come to the first uses of their groups at a time
 
 
 def cards_of_run() -> Cards:
     """The cards of the run that this process is part of; another run gets other ones."""
     store = compat.default_store()
-    if _current and (_current[0][0] is not store or _current[0][1].process != os.getpid()):
-        _current.pop()[1].end()
-    if not _current:
-        _current.append((store, Cards(compat.another_client_of(store), world_size=dist.get_world_size())))
-    return _current[0][1]
+    with _changing:
+        if _current and (_current[0][0] is not store or _current[0][1].process != os.getpid()):
+            _current.pop()[1].end()
+        if not _current:
+            _current.append((store, Cards(compat.another_client_of(store), world_size=dist.get_world_size())))
+        return _current[0][1]
 
 
 @cache
@@ -265,11 +269,11 @@ def _is_users(file: str) -> bool:
     return "site-packages" in file or not file.startswith(python)
 
 
-def program_line() -> str:
-    """In which line of the user's program the main thread is, such as "at train.py:40 in step"."""
+def program_line() -> str | None:
+    """In which line of the user's program the main thread is, such as "at train.py:40 in step"; None in none."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None and not _is_users(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
-        return "in no line of the program"
+        return None
     return f"at {Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"

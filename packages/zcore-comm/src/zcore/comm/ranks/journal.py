@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from zcore.comm.ranks.cards import CallWord, Cards, GroupWord, Told
+from zcore.comm.ranks.cards import CallWord, Cards, GroupWord, Told, program_line
 from zcore.comm.ranks.home import Home
 from zcore.comm.ranks.patience import Patience
-from zcore.comm.ranks.words import ALIKE, about_missing, failed, has_left, has_passed
+from zcore.comm.ranks.words import ALIKE, about_missing, differs, failed, has_left, has_passed
 from zcore.core.collectives import Call, tag_of
 from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
 from zcore.core.exchange import STEP_TAGS
@@ -230,22 +230,33 @@ class Journal:
                 if reasons:
                     return self._relayed(reasons[0], home.global_rank, told)
             if there is not None and card is not None:
-                mismatch = self._mismatch(own, there.calls, home)
+                mismatch = self._mismatch(own, there.calls, home, card.line)
                 if mismatch is not None:
-                    return MismatchError(f"{mismatch}, which is {card.line}. {ALIKE}")
+                    return mismatch
             if has_ended and (is_lost or there is None or there.started <= call.index):
                 ended.append(home.global_rank)
         return self._failure(call, has_left(ended[0]), told) if ended else None
 
-    def _mismatch(self, own: Mapping[int, _Made], theirs: Sequence[CallWord], home: Home) -> str | None:
-        """In words, the first call that the rank at `home` made differently; None as far as nothing differs."""
-        here, there = f"rank {self.homes[self.rank].global_rank}", f"rank {home.global_rank}"
+    def differs(self, index: int, *, mine: str, theirs: str, rank: int) -> MismatchError:
+        """The error of a call that `rank` made differently."""
+        there = f"rank {self.homes[rank].global_rank}, last seen {self.line_of(rank)}"
+        return differs(index, mine=mine, here=self._here(), theirs=theirs, there=there)
+
+    def _here(self) -> str:
+        return f"rank {self.homes[self.rank].global_rank}, {program_line() or 'in no line of the program'}"
+
+    def _mismatch(
+        self, own: Mapping[int, _Made], theirs: Sequence[CallWord], home: Home, line: str
+    ) -> MismatchError | None:
+        """The first call that the rank at `home` made differently; None as far as nothing differs."""
+        there = f"rank {home.global_rank}, last seen {line}"
         common = [(own[each.index], each) for each in theirs if each.index in own]
         for mine, other in common:
             if mine.fingerprint != other.fingerprint:
-                return f"Call {mine.call.index} of this group is {mine.call} on {here}, and {other.words} on {there}"
+                words, index = str(mine.call), mine.call.index
+                return differs(index, mine=words, here=self._here(), theirs=other.words, there=there)
         if common and common[0][0].digest != common[0][1].digest:
-            return f"Before {common[0][0].call} of this group {here} made other calls than {there}"
+            return MismatchError(f"Before {common[0][0].call} {self._here()}, made other calls than {there}. {ALIKE}")
         return None
 
     def _failure(self, call: Call, reason: str, told: Mapping[int, Told]) -> ZcoreError:

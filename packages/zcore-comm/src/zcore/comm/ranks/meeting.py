@@ -143,7 +143,7 @@ def _wait_for_all(group: dist.ProcessGroup, is_done: Callable[[], bool], occasio
             words = (
                 f"The first use of a group waits for all its ranks since {patience.waited_s:.3g} s; missing: rank "
                 f"{missing}. Every rank of a group comes to its first use (of zcore.comm, zero.shard or "
-                "zero.initialize), in the same order."
+                "zero.initialize), in the same order: use each once, in one order on all ranks, where it is made."
             )
             if is_over:
                 raise CollectiveError(words)

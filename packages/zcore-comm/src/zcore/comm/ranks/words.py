@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from zcore.core.collectives import contents_of
-from zcore.core.errors import CollectiveError
+from zcore.core.errors import CollectiveError, MismatchError
 
-__all__ = ["AFTER_FAILURE", "ALIKE", "about_missing", "failed", "has_left", "has_passed"]
+__all__ = ["AFTER_FAILURE", "ALIKE", "about_missing", "differs", "failed", "has_left", "has_passed"]
 
 ALIKE = (
     "Every rank makes the same calls, of the same sizes, in the same order: look for a branch that ranks take "
@@ -25,6 +25,11 @@ def failed(what: str, reason: str, missing: str, *, label: str) -> CollectiveErr
 def about_missing(missing: Sequence[str], arrived: Sequence[int]) -> str:
     """Who keeps this rank waiting, a phrase for each, and the global ranks that do not."""
     return f"Missing: {'; '.join(missing) or 'none'}. Arrived: {', '.join([*map(str, arrived), 'this one'])}."
+
+
+def differs(index: int, *, mine: str, here: str, theirs: str, there: str) -> MismatchError:
+    """Call `index` of a group is another one on two ranks; `here` and `there` say which, and where in the program."""
+    return MismatchError(f"Call {index} of this group is {mine} on {here}, and {theirs} on {there}. {ALIKE}")
 
 
 def has_left(global_rank: int) -> str:

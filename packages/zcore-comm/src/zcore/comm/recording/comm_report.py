@@ -20,11 +20,12 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from zcore.comm.recording.tables import Table, draw_tables, shown_bytes, shown_rate, shown_seconds, write_tables
+from zcore.comm.recording.tables import Table, draw_tables, shown_rate, shown_seconds, write_tables
 from zcore.comm.recording.totals import Group, RankTotals, Totals
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+from zcore.core.units import shown_bytes
 
 __all__ = ["SYMMETRIC_OPS", "CommReport", "LabelRow", "OpRow", "RankRow", "build_report", "bus_factor"]
 
@@ -240,7 +241,7 @@ class _Lateness:
 
 def _tables(report: CommReport) -> list[Table]:
     if not report.ops:
-        return [Table("No collective was recorded.")]
+        return [Table("No collective was recorded. Between one rank and itself there is none.")]
     return [*_op_tables(report), Table("", notes=LEGEND), *_label_tables(report), _rank_table(report)]
 
 

@@ -25,13 +25,15 @@ from zcore.comm.calls.requests import DeferrableCollectives
 from zcore.comm.recording.chrome_trace import trace_of
 from zcore.comm.recording.comm_report import SYMMETRIC_OPS, CommReport, build_report
 from zcore.comm.recording.recorded import LISTENERS, Recorded
-from zcore.comm.recording.tables import shown_bytes, shown_seconds
+from zcore.comm.recording.tables import shown_seconds
 from zcore.comm.recording.totals import CallRecord, Group, Kind, RankTotals, Totals
 from zcore.comm.texts import exchange_texts
 from zcore.core.collectives import Collectives
 from zcore.core.errors import ConfigError, nearest
 from zcore.core.events import log_visibly
 from zcore.core.recording import OPS
+from zcore.core.torch_collectives import TorchCollectives
+from zcore.core.units import shown_bytes
 
 __all__ = ["Recording", "record", "wall_offset_s"]
 
@@ -119,7 +121,7 @@ class Recording:
             label = record.op, OTHER_LABELS
         return self._kinds.setdefault(record.kind, Totals()), self._labels.setdefault(label, Totals())
 
-    def report(self, group: Collectives | None = None, *, device: torch.device = CPU) -> CommReport:
+    def report(self, group: dist.ProcessGroup | Collectives | None = None, *, device: torch.device = CPU) -> CommReport:
         """What the ranks of `group` have recorded so far, the same on each; every one calls it.
 
         Without a group what this rank has, and no other rank is asked. device: of tensors that the group moves. The
@@ -137,6 +139,8 @@ class Recording:
             ).to_plain()
         if group is None:
             return build_report([RankTotals.from_plain(own)])
+        if isinstance(group, dist.ProcessGroup):
+            group = TorchCollectives(group, name="report")
         texts = _exchange(json.dumps(own).encode(), group, device)
         return build_report([RankTotals.from_plain(json.loads(text)) for text in texts])
 

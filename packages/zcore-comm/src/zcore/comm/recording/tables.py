@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from zcore.core.units import two_digits
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Table", "draw_tables", "shown_bytes", "shown_rate", "shown_seconds", "write_tables"]
+__all__ = ["Table", "draw_tables", "shown_rate", "shown_seconds", "write_tables"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +71,6 @@ def draw_tables(tables: Sequence[Table]) -> "RenderableType":
     return Group(*parts)
 
 
-def shown_bytes(num_bytes: float) -> str:
-    """In the largest unit of which it is about one or more, in at most 7 characters.
-
-    >>> [shown_bytes(each) for each in (0, 999, 1000, 16 * 2**20, 1.5 * 2**30)]
-    ['0 B', '999 B', '1 KiB', '16 MiB', '1.5 GiB']
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 999.5:
-            return f"{_two_digits(num_bytes)} {unit}"
-        num_bytes /= 1024
-    return f"{_two_digits(num_bytes)} TiB"
-
-
 def shown_seconds(seconds: float) -> str:
     """In the unit people would say it in; in 6 characters up to 999 seconds.
 
@@ -89,8 +78,8 @@ def shown_seconds(seconds: float) -> str:
     ['0 us', '4.2 us', '12 ms', '75 s']
     """
     if seconds < 0.9995e-3:
-        return f"{_two_digits(seconds * 1e6)} us"
-    return f"{_two_digits(seconds * 1e3)} ms" if seconds < 0.9995 else f"{_two_digits(seconds)} s"
+        return f"{two_digits(seconds * 1e6)} us"
+    return f"{two_digits(seconds * 1e3)} ms" if seconds < 0.9995 else f"{two_digits(seconds)} s"
 
 
 def shown_rate(bytes_per_s: float) -> str:
@@ -101,12 +90,3 @@ def shown_rate(bytes_per_s: float) -> str:
     """
     gigabytes_per_s = bytes_per_s / 1e9
     return f"{gigabytes_per_s:.2f}" if gigabytes_per_s < 9.995 else f"{gigabytes_per_s:.0f}"
-
-
-def _two_digits(number: float) -> str:
-    """Two digits that count, or all before the point.
-
-    >>> [_two_digits(each) for each in (0, 1.0, 9.94, 9.96, 123.4)]
-    ['0', '1', '9.9', '10', '123']
-    """
-    return f"{number:.1f}".removesuffix(".0") if number < 9.95 else f"{number:.0f}"

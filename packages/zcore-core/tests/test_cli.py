@@ -1,5 +1,6 @@
 """The zcore command gathers what wheels offer; a broken one shows its cause and takes no other down."""
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,6 +84,18 @@ def test_without_its_extra_the_command_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, missing, None)
     assert run(monkeypatch, "doctor") == 2
     assert capsys.readouterr().err == f"The zcore command needs {missing}: pip install 'zcore-core[cli]'\n"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_narrow_terminal_that_lacks_characters_shows_the_rest(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "30")  # where words are cut
+    assert run(monkeypatch, "doctor") == 1  # as there are broken wheels, with which it ends
+    terminal.seek(0)
+    shown = terminal.read()
+    assert "?" in shown
+    assert "Problem: zcore-torn" in shown
 
 
 def test_the_command_starts_without_importing_torch() -> None:

@@ -5,6 +5,7 @@ becomes one command. One that fails to load stays in the list with its cause, an
 are imported at each start of `zcore`, so they import torch and the like inside their functions.
 """
 
+import io
 import json
 import sys
 from dataclasses import asdict
@@ -26,6 +27,9 @@ def main() -> None:
         import typer  # noqa: F401
     except ModuleNotFoundError as error:
         sys.exit(_say(f"The zcore command needs {error.name}: pip install 'zcore-core[cli]'", code=2))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of the ellipsis of a narrow table Latin-1 knows nothing
     try:
         build_app()()
     except ZcoreError as error:

@@ -11,6 +11,8 @@ from hosts import message_of, move_to_hosts_of
 import zcore.comm
 from zcore.comm.choice import serve
 from zcore.comm.memory.board import RING_CALLS
+from zcore.core import compat
+from zcore.core.testing import RankFailed
 
 CPU = torch.device("cpu")
 
@@ -36,6 +38,30 @@ def test_what_another_rank_has_given_up_is_not_taken_for_its_sum(ranks):
     first, *others = ranks(3, come_after_the_timeout)
     assert "the timeout of 0.5 s has passed" in first
     assert all("CollectiveError: all_reduce grads" in each and "rank 0 has given it up" in each for each in others)
+
+
+def leave_after_the_timeout():
+    """Rank 1 never comes; rank 2 comes when rank 0 has given up, which then leaves."""
+    group, store = served("shared memory", timeout_s=0.5), compat.default_store()
+    if group.rank == 0:
+        message = message_of(lambda: group.all_reduce(torch.ones(4), label="grads").wait())
+        store.set("rank 0 has given up", "1")
+        raise RuntimeError(message)
+    if group.rank == 1:
+        store.wait(["rank 2 has given up"], timedelta(seconds=20))
+        return
+    store.wait(["rank 0 has given up"], timedelta(seconds=20))
+    message = message_of(lambda: group.all_reduce(torch.ones(4), label="grads").wait())
+    store.set("rank 2 has given up", "1")
+    raise RuntimeError(message)
+
+
+def test_who_left_for_a_missing_rank_is_not_taken_for_it(ranks):
+    with pytest.raises(RankFailed) as caught:
+        ranks(3, leave_after_the_timeout)
+    assert [failure.rank for failure in caught.value.failures] == [0, 2]
+    for failure in caught.value.failures:
+        assert "did not complete: the timeout of 0.5 s has passed. Missing: rank 1 (" in failure.message
 
 
 def start_many_before_waiting(kind):

@@ -447,6 +447,27 @@ def test_a_group_with_a_rank_that_has_no_memory_to_share_is_served_pairwise(rank
     assert ranks(2, served_where_one_rank_has_no_memory_to_share) == [("PairwiseCollectives", 1.0)] * 2
 
 
+def served_without_proc():
+    """As on a system that has neither /proc nor anonymous files."""
+    read_text = Path.read_text
+
+    def read_no_proc(path, *args, **kwargs):
+        if path.is_relative_to("/proc"):
+            raise FileNotFoundError(path)
+        return read_text(path, *args, **kwargs)
+
+    Path.read_text = read_no_proc
+    del os.memfd_create
+    served = serve(dist.group.WORLD, name="dp")
+    tensor = torch.full((10_000,), float(served.rank))
+    served.all_reduce(tensor, label="x").wait()
+    return type(served).__name__, tensor.unique().tolist()
+
+
+def test_a_system_without_proc_is_served_pairwise(ranks):
+    assert ranks(2, served_without_proc) == [("PairwiseCollectives", [1.0])] * 2
+
+
 def use_memory_up(kind):
     _, served = both(kind)
     served.all_reduce(torch.ones(4), label="before").wait()

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,10 +14,11 @@ from zcore.comm.choice import Parts
 from zcore.comm.pairs.algorithms import DEFAULT_TABLE
 from zcore.comm.ranks.meeting import meet
 from zcore.comm.recording.recorded import Recorded
+from zcore.core import compat
 
 
-def served():
-    group = dist.group.WORLD
+def served(group=None):
+    group = group or dist.group.WORLD
     parts = Parts(group, meet(group, name="dp"), DEFAULT_TABLE, name="dp")
     return AcceleratorCollectives(group, parts.journal(range(dist.get_world_size()), "dp"), name="dp")
 
@@ -110,3 +112,29 @@ def test_a_call_that_is_late_is_told_by_the_watch_with_both_sides(ranks):
         assert words[0].startswith("MismatchError: ")
         for each in ("all_reduce grads.1", "broadcast start from rank 1", "on rank 0", "on rank 1"):
             assert each in words[0]
+
+
+def never_come():
+    """Rank 0 calls alone: what is told of it, and how long before its deadline."""
+    told, store, timeout_s = Told(), compat.default_store(), 4.0
+    logging.getLogger("zcore.comm.ranks.journal").addHandler(told)
+    group = served(dist.new_group(timeout=timedelta(seconds=timeout_s)))
+    group.all_reduce(torch.ones(4), label="grads.0").wait()
+    if group.rank == 1:
+        store.wait(["told"], timedelta(seconds=20))
+        return [], 0.0
+    end = time.monotonic() + timeout_s
+    pending = group.all_reduce(torch.ones(4), label="grads.1")
+    while not told.words and time.monotonic() < end:
+        dist.get_rank()  # the program goes on; nobody waits
+    left_s = end - time.monotonic()
+    store.set("told", "1")
+    del pending
+    return told.words, left_s
+
+
+def test_who_is_missing_is_told_before_the_watchdog_ends_the_process(ranks):
+    (words,), left_s = ranks(2, never_come)[0]
+    assert "all_reduce grads.1" in words
+    assert "the timeout of 4 s is about to pass. Missing: rank 1 (" in words
+    assert left_s > 0

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zcore.comm.recording.comm_report import SHOWN_RANKS, CommReport, build_report, bus_factor
-from zcore.comm.recording.tables import shown_bytes, shown_seconds
+from zcore.comm.recording.tables import shown_seconds
 from zcore.comm.recording.totals import CallRecord, Group, Kind, RankTotals, Totals, size_class
+from zcore.core.units import shown_bytes
 
 MIB = 2**20
 
@@ -179,7 +180,7 @@ def test_calls_that_nobody_waited_for_are_told():
 @pytest.mark.parametrize("as_shown", [str, drawn])
 def test_nothing_recorded_is_said(as_shown):
     report = build_report([RankTotals(0, "a", 1.0, {})])
-    assert as_shown(report).rstrip() == "No collective was recorded."
+    assert as_shown(report).rstrip() == "No collective was recorded. Between one rank and itself there is none."
 
 
 def test_the_longest_waits_are_named_by_what_they_were_for():

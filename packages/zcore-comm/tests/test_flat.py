@@ -1,6 +1,7 @@
 """The functions for plain torch: torch's results, zcore's sums, and bad arguments refused before anything is sent."""
 
 import gc
+import re
 import weakref
 from functools import partial
 
@@ -254,7 +255,17 @@ REFUSED = {
     "negative size": (
         lambda: comm.empty(-1, torch.float32),
         ConfigError,
-        "empty: a buffer of -1 elements was asked for; expected 0 or more",
+        "empty: a buffer of -1 elements was asked for; expected one number, 0 or more",
+    ),
+    "shape for a size": (
+        lambda: comm.empty((2, 3), torch.float32),
+        ConfigError,
+        "empty: a buffer of (2, 3) elements was asked for; expected one number",
+    ),
+    "a name as group": (
+        lambda: comm.all_reduce(ones(2), group="dp"),
+        ConfigError,
+        "The group is a str; expected a process group of torch, or None",
     ),
     "device of a buffer": (
         lambda: comm.empty(1, torch.float32, device="meta"),
@@ -281,6 +292,24 @@ def test_bad_arguments_are_refused_by_name_before_anything_is_sent(ranks):
         assert messages[kind].startswith(error.__name__), (kind, messages[kind])
         assert text in messages[kind], (kind, messages[kind])
     assert calls == {"all_reduce": len(REFUSED) + 1}  # the barriers
+
+
+def sum_on_one_rank_and_average_on_the_other(act):
+    op = dist.ReduceOp.AVG if dist.get_rank() else dist.ReduceOp.SUM
+    part, whole = ones(2), ones(4)
+    return message_of(
+        lambda: comm.all_reduce(part, op) if act == "all_reduce" else comm.reduce_scatter(part, whole, op)
+    )
+
+
+@pytest.mark.parametrize("act", ["all_reduce", "reduce_scatter"])
+def test_a_sum_here_and_a_mean_there_are_told_apart_with_where_they_are_called(ranks, act):
+    here = r"at test_flat\.py:\d+"
+    for rank, message in enumerate(ranks(2, sum_on_one_rank_and_average_on_the_other, act)):
+        mean, total = rf"{act} mean of unnamed \([^)]*\) on rank 1", rf"{act} unnamed \([^)]*\) on rank 0"
+        assert re.match(r"MismatchError: ", message)
+        assert re.search(mean, message) and re.search(total, message), message
+        assert re.search(rf"on rank {rank}, {here}", message), message
 
 
 def use_tensors_as_users_do():

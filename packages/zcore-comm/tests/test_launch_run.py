@@ -257,10 +257,8 @@ def test_under_slurm_every_node_takes_part(place):
 def test_a_rank_of_mpirun_becomes_the_program(place):
     place.environment.update(PMI_RANK="1", PMI_SIZE="2", MPI_LOCALRANKID="1", MPI_LOCALNRANKS="2")
     done = place.run(what="train.py alive show -x")
-    assert (
-        done.stdout[0]
-        == f"args ['-x'] of 2 threads {max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // 2))}"
-    )
+    threads = max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // 2))
+    assert done.stdout[0] == f"args ['-x'] of 2 threads {threads}"
 
 
 def invoke(*options: str) -> typer_testing.Result:
@@ -272,6 +270,9 @@ def invoke(*options: str) -> typer_testing.Result:
     [
         (("trian.py",), r"There is no trian.py in .*; did you mean train.py\?"),
         (("nonesuch",), "nonesuch is neither a file .py nor a command"),
+        (("hosts",), r"hosts is a file that is not executed as it is named; chmod \+x hosts"),
+        (("bin/../go",), r"bin/../go is a file .*; chmod \+x bin/../go"),
+        (("go.sh",), r"go.sh is a file that is not executed as it is named; did you mean ./go.sh\?"),
         (("--include", "a", "train.py"), "give one with --hostfile"),
         (("--hostfile", "nofile", "train.py"), "The hostfile nofile cannot be read: No such file or directory."),
         (("--hostfile", "hosts", "--slurm", "train.py"), "expected one of them: SLURM knows its hosts"),
@@ -280,6 +281,8 @@ def invoke(*options: str) -> typer_testing.Result:
 )
 def test_what_cannot_be_is_refused_before_anything_starts(place, monkeypatch, options, message):
     monkeypatch.chdir(place.path)
+    (place.path / "go").touch(0o644)
+    (place.path / "go.sh").touch(0o755)
     error = invoke(*options).exception
     assert isinstance(error, ConfigError)
     assert re.search(message, str(error))

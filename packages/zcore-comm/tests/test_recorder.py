@@ -241,7 +241,9 @@ def record_different_calls():
             served = Recorded(TorchCollectives(pair, name="pair"), pair, name="pair")
             served.all_reduce(torch.ones(1), label="only here, at some length").wait()
         group.all_reduce(torch.ones(1), label="x").wait()
-    return recording.report(group).to_dict()
+    report = recording.report(group).to_dict()
+    assert recording.report(dist.group.WORLD).to_dict() == report  # as it is given to every call, too
+    return report
 
 
 def test_ranks_that_recorded_different_calls_get_one_report(ranks):

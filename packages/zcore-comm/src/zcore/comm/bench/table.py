@@ -8,6 +8,7 @@ from zcore.core.units import shown_bytes
 __all__ = ["tables_of"]
 
 COLUMNS = ("size", "implementation", "latency", "spread", "bus GB/s", "of copy", "speedup")
+WIDE = 0.5
 BUSY = 1.0  # processes beyond the bench's own, from which on figures are doubtful
 
 
@@ -24,6 +25,9 @@ def tables_of(report: Report) -> list[Table]:
     ]
     if report.load[0] > BUSY:
         notes.append(f"The machine was busy before (load {report.load[0]:.1f}): quiet ones are faster.")
+    wide = sum(_spread(row) > WIDE for row in report.rows)
+    if wide * 4 > len(report.rows):
+        notes.append(f"{wide} of {len(report.rows)} figures spread by more than {WIDE:.0%}: others used the machine.")
     ops = list(dict.fromkeys(row.op for row in report.rows))
     return [Table(title, notes=tuple(notes)), *(_table(report, op) for op in ops)]
 
@@ -38,6 +42,10 @@ def _table(report: Report, op: str) -> Table:
     return Table(op, COLUMNS, tuple(rows), words=("implementation",))
 
 
+def _spread(row: Row) -> float:
+    return (row.time_s.high - row.time_s.low) / row.time_s.median
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     is_copy = row.implementation == COPY
     time_s = row.time_s
@@ -45,7 +53,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.implementation,
         shown_seconds(time_s.median),
-        f"{(time_s.high - time_s.low) / time_s.median:.0%}",
+        f"{_spread(row):.0%}",
         shown_rate(row.bus_bytes_per_s.median) if row.bus_bytes_per_s else "",
         f"{row.of_copy.median:.0%}" if row.of_copy and not is_copy else "",
         f"{speedup.median:.2f}x" if speedup else "",

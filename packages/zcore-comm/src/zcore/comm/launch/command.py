@@ -31,7 +31,10 @@ def command(
     program: Annotated[list[str], typer.Argument(help="train.py, a command, or with -m a module; then its arguments.")],
     *,
     num_ranks: Annotated[
-        int | None, typer.Option("-n", min=1, help="Ranks on each host; by default its accelerators, or else 1.")
+        int | None,
+        typer.Option(
+            "-n", "--nproc-per-node", min=1, help="Ranks on each host; by default its accelerators, or else 1."
+        ),
     ] = None,
     is_module: Annotated[bool, typer.Option("-m", help="PROGRAM is a module, as in python -m.")] = False,
     hostfile: Annotated[Path | None, typer.Option(help="Start over ssh on its hosts: lines `HOST slots=4`.")] = None,
@@ -105,6 +108,10 @@ def _check_program(name: str) -> None:
             advice = f"did you mean {Path(name).parent / near}?" if near else "give its path from here."
             raise ConfigError(f"There is no {name} in {Path.cwd()}; {advice}")
     elif shutil.which(name) is None:
+        here = Path(name)
+        if here.is_file():
+            advice = f"chmod +x {here}" if not os.access(here, os.X_OK) else f"did you mean ./{here}?"
+            raise ConfigError(f"{name} is a file that is not executed as it is named; {advice}")
         raise ConfigError(
             f"{name} is neither a file .py nor a command; expected train.py, a command that can be executed, or with "
             "-m a module."

@@ -86,7 +86,7 @@ def noted(group, starts):
     """The group, with what starts on it noted."""
 
     def start(request):
-        starts.append(request.label)
+        starts.append(request.label.split(" (")[0])
         return request.start_on(group)
 
     return DeferrableCollectives(group, start=start, flush=lambda: None)

@@ -294,7 +294,7 @@ def left_over(shared):
         ("shared memory", 4, 300),
         ("pairwise", 2, 10_000),
         ("pairwise", 3, 300),
-        ("two levels", 4, 2_000),
+        ("two levels", 4, 10_000),
     ],
 )
 def test_thousands_of_mixed_calls_are_right_and_leave_nothing_behind(ranks, kind, world_size, count):

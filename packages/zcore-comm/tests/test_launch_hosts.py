@@ -56,7 +56,7 @@ def test_hosts_and_slots_are_picked_and_left_out(chosen, expected):
     [
         ({"include": "a", "exclude": "b"}, "expected one of them"),
         ({"include": "A@b"}, "`A` of `A@b` is not in the hostfile; did you mean a?"),
-        ({"include": "worker"}, "`worker` of `worker` is not in the hostfile; it has a, b, c."),
+        ({"include": "worker"}, "`worker` is not in the hostfile; it has a, b, c."),
         ({"include": "a:x"}, "expected `HOST` or `HOST:SLOT,SLOT`, such as a:0,2"),
         ({"exclude": "a:4"}, "`a:4` names slot 4; a has slots 0 to 3."),
         ({"exclude": "c:0"}, "say `slots=` in its line"),

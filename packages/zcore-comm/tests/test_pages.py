@@ -151,5 +151,8 @@ def test_threads_that_come_together_get_the_file_of_their_process():
     for _ in range(8):  # without care one process in two went wrong
         child = os.fork()
         if not child:
-            os._exit(files_of_threads())
+            try:
+                os._exit(files_of_threads())
+            finally:
+                os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

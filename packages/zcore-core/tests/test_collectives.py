@@ -1,6 +1,7 @@
 """Collectives over real ranks: values to the bit, dtypes, sizes, order of sums, counts, and peers that are gone."""
 
 import os
+import threading
 
 import pytest
 import torch
@@ -176,12 +177,22 @@ def test_collectives_in_flight_on_two_groups_do_not_disturb_each_other(ranks, wo
     ranks(world_size, fly_together)
 
 
-def large_sums_out_of_order():
+def large_sums_out_of_order(started_in):
     """An all_reduce above SMALL_BYTES has a second half; ranks may wait for two of them in either order."""
     group = world()
     numels = torch_collectives.SMALL_BYTES, 11 * 2**18 + 1  # one is of more pieces than are on their way at a time
     tensors = [values(numel, torch.float32, 10 * index + group.rank) for index, numel in enumerate(numels)]
-    works = [group.all_reduce(tensor, label=f"large {index}") for index, tensor in enumerate(tensors)]
+    works = []
+
+    def start():
+        works.extend(group.all_reduce(tensor, label=f"large {index}") for index, tensor in enumerate(tensors))
+
+    if started_in == "a thread":
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
+    else:
+        start()
     for index in (0, 1) if group.rank == 0 else (1, 0):
         works[index].wait()
     for index, tensor in enumerate(tensors):
@@ -189,8 +200,36 @@ def large_sums_out_of_order():
         assert same(tensor, in_tree_order(parts))
 
 
-def test_large_sums_may_be_waited_for_in_any_order(ranks):
-    ranks(2, large_sums_out_of_order, group_timeout_s=5.0)
+@pytest.mark.parametrize("started_in", ["the one that waits", "a thread"])
+def test_large_sums_may_be_waited_for_in_any_order(ranks, started_in):
+    ranks(2, large_sums_out_of_order, started_in, group_timeout_s=5.0)
+
+
+def large_sums_in_threads():
+    """Each thread has a group; rank 0 starts in the first one first, rank 1 in the second."""
+    groups = [torch_collectives.TorchCollectives(dist.new_group(), name=name) for name in ("a", "b")]
+    is_started, totals = threading.Event(), {}
+    first = dist.get_rank()
+
+    def work(index):
+        if index != first:
+            is_started.wait()
+        tensor = torch.full((11 * 2**18,), 10.0**index)
+        pending = groups[index].all_reduce(tensor, label="w")
+        is_started.set()
+        pending.wait()
+        totals[index] = tensor.unique().tolist()
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    return totals
+
+
+def test_threads_with_a_group_each_do_not_wait_for_each_others_sums(ranks):
+    assert ranks(2, large_sums_in_threads, group_timeout_s=5.0) == [{0: [2.0], 1: [20.0]}] * 2
 
 
 def sum_in_two_groups_of_one_name():

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zcore.comm.calls.requests import Request
+from zcore.comm.calls.requests import Together
 from zcore.comm.ranks.journal import Journal
 from zcore.core import compat
 from zcore.core.collectives import CallLog, Traffic
@@ -109,22 +109,22 @@ class AcceleratorCollectives:
         """See `StartsTogether`."""
         return op in ("all_gather", "reduce_scatter", "all_reduce")
 
-    def start_together(self, request: Request) -> TorchPending:
+    def start_together(self, together: Together) -> TorchPending:
         """See `StartsTogether`."""
-        parts = request.parts
+        parts = together.parts
         calls = [self._log.note(part.op, part.label, part.larger) for part in parts]
         for call in calls:
             self._journal.start(call)
-        pending = self._inner.start_together(request.op, [(part.output, part.input, part.label) for part in parts])
+        pending = self._inner.start_coalesced(together.op, [(part.output, part.input, part.label) for part in parts])
         for call in calls:
-            self._journal.follow(call, pending.completion())
+            self._journal.follow(call, pending.is_completed)
         return pending
 
     def _follow(self, op: str, label: str, tensor: Tensor, start: Callable[[], TorchPending]) -> TorchPending:
         call = self._log.note(op, label, tensor)
         self._journal.start(call)
         pending = start()
-        self._journal.follow(call, pending.completion())
+        self._journal.follow(call, pending.is_completed)
         return pending
 
     def _pool(self, device: torch.device) -> AbstractContextManager[None]:

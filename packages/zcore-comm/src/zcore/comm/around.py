@@ -26,7 +26,7 @@ class Around:
 
     @property
     def traffic(self) -> Traffic:
-        """What went through `inner` so far: calls that were started, joined ones as one."""
+        """What went through `inner` so far: calls that were started, those that were copied together as one."""
         return self.inner.traffic
 
     def empty(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:

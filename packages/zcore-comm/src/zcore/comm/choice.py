@@ -116,8 +116,10 @@ class Parts:
     def journal(self, members: Sequence[int], name: str) -> Journal:
         """What the others of `members` are told of the calls of `name`."""
         homes = [self._shown[member].home for member in members]
-        key = f"{compat.name_of(self._group)}/{self._number}/{name}/{homes[0].global_rank}"
-        return Journal(cards_of_run(), key, homes, rank=members.index(self.rank), deadline_s=self._deadline_s)
+        family = f"{compat.name_of(self._group)}/{self._number}/"
+        key = f"{family}{name}/{homes[0].global_rank}"
+        rank = members.index(self.rank)
+        return Journal(cards_of_run(), key, homes, rank=rank, deadline_s=self._deadline_s, family=family)
 
     def open(self, members: Sequence[int], board: int) -> Neighbours | None:
         """The pages of `members`, who are on this host."""

@@ -15,7 +15,7 @@ from zcore.comm.ranks.meeting import make_boards
 from zcore.core import compat
 from zcore.core.doctor import Finding
 from zcore.core.errors import ConfigError
-from zcore.core.units import shown_bytes
+from zcore.core.quantities import shown_bytes
 
 __all__ = ["find"]
 

@@ -27,9 +27,8 @@ def main() -> None:
         import typer  # noqa: F401
     except ModuleNotFoundError as error:
         sys.exit(_say(f"The zcore command needs {error.name}: pip install 'zcore-core[cli]'", code=2))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # of the ellipsis of a narrow table Latin-1 knows nothing
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # of the ellipsis of a narrow table Latin-1 knows nothing
     try:
         build_app()()
     except ZcoreError as error:

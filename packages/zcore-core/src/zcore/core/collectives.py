@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from zcore.core.errors import CollectiveError, LayoutError
-from zcore.core.units import shown_bytes
+from zcore.core.quantities import shown_bytes
 
 __all__ = [
     "Call",

@@ -31,7 +31,7 @@ __all__ = [
     "queue_backward_callback",
     "reduce_scatter_flat",
     "sequence_number",
-    "start_together",
+    "start_coalesced",
     "storage_key",
     "swap_memory",
     "timeout_of",
@@ -60,20 +60,24 @@ def all_to_all_flat(output: torch.Tensor, input: torch.Tensor, *, group: dist.Pr
     return cast("dist.Work | None", dist.all_to_all_single(output, input, group=group, async_op=True))
 
 
-def start_together(
+COALESCED = {
+    "all_gather": ("all_gather_single_coalesced", "allgather_into_tensor_coalesced"),
+    "reduce_scatter": ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
+}
+
+
+def start_coalesced(
     op: str, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], *, group: dist.ProcessGroup
 ) -> dist.Work | None:
     """Start several calls of one `op`, a sum in place or a flat gather or sum, as one launch of the backend's."""
-    work: dist.Work | None
+    # Backends know no complex numbers; torch's own calls look at them so, too.
+    written, read = (
+        [torch.view_as_real(each) if each.is_complex() else each for each in tensors] for tensors in (outputs, inputs)
+    )
     if op == "all_reduce":
-        work = group.allreduce_coalesced(list(outputs))
-        return work
-    names = {
-        "all_gather": ("all_gather_single_coalesced", "allgather_into_tensor_coalesced"),
-        "reduce_scatter": ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
-    }[op]
-    work = next(getattr(group, name) for name in names if hasattr(group, name))(list(outputs), list(inputs))
-    return work
+        return cast("dist.Work | None", group.allreduce_coalesced(written))
+    start = next(getattr(group, name) for name in COALESCED[op] if hasattr(group, name))
+    return cast("dist.Work | None", start(written, read))
 
 
 def name_of(group: dist.ProcessGroup) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 
 from zcore.core import extensions
 from zcore.core.collectives import Collectives
@@ -32,10 +33,10 @@ class Report(Protocol):
 class Recording(Protocol):
     """Every collective of this process from a start to a stop."""
 
-    def report(self, group: Collectives | None = None, *, device: torch.device = ...) -> Report:
+    def report(self, group: dist.ProcessGroup | Collectives | None = None, *, device: torch.device = ...) -> Report:
         """Put together what the ranks of `group` have recorded; every one calls it. Without a group this rank's alone.
 
-        device: of tensors that the group moves.
+        device: of tensors that `Collectives` move; of a process group it is known.
         """
         ...
 

@@ -25,34 +25,83 @@ _T = TypeVar("_T")
 SMALL_BYTES = 64 * 1024  # an all_reduce up to here is one all_gather and a local sum: one latency instead of two
 
 
+class _Line:
+    """Calls that one thread started, over any group, whose last part is sent when they are waited for.
+
+    In whichever order it waits for several, and whoever waits, they are brought to their end in the order of their
+    starts, or ranks would wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self.calls: deque[TorchPending] = deque()
+        self.lock = threading.RLock()
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.line = _Line()
+
+
+_of_thread = _OfThread()
+
+
 class TorchPending:
-    """Works of torch, waited for in order, then whatever arithmetic is left."""
+    """Works of torch, waited for in order, then whatever arithmetic is left.
 
-    __slots__ = ("_call", "_finish", "_works")
+    With `on_stream` a wait orders the current CUDA stream behind them, each time; no host waits.
+    """
 
-    def __init__(self, call: Call, works: Sequence[dist.Work | None], finish: Callable[[], None] | None = None) -> None:
+    __slots__ = ("_call", "_event", "_finish", "_line", "_on_stream", "_works")
+
+    def __init__(
+        self,
+        call: Call,
+        works: Sequence[dist.Work | None],
+        finish: Callable[[], None] | None = None,
+        *,
+        on_stream: bool = False,
+    ) -> None:
         self._call = call
+        self._on_stream = on_stream
+        self._event: torch.cuda.Event | None = None  # behind the works; these hold the tensors, and are let go of
         self._works = [work for work in works if work is not None]
         self._finish = finish
+        self._line: _Line | None = None
 
-    def completion(self) -> Callable[[], bool]:
-        """What tells whether everything started has ended, on an accelerator there; also after `wait`."""
-        works = tuple(self._works)
-        return lambda: all(work.is_completed() for work in works)
+    def line_up(self) -> "TorchPending":
+        """Be brought to its end behind what this thread has started before; itself."""
+        self._line = _of_thread.line
+        self._line.calls.append(self)
+        return self
+
+    def is_completed(self) -> bool:
+        """Whether everything started has ended, on an accelerator there; also after `wait`."""
+        if self._event is not None:
+            return bool(self._event.query())
+        return all(work.is_completed() for work in tuple(self._works))
 
     def wait(self) -> None:
         """Wait, and name the collective if it failed."""
-        to_finish = _of_thread.to_finish
-        while self in to_finish:
-            to_finish.popleft()._end()
+        line = self._line
+        if line is not None:
+            with line.lock:
+                while self in line.calls:
+                    line.calls.popleft()._end()
         self._end()
 
     def _end(self) -> None:
-        works, self._works = self._works, []
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+            return
         finish, self._finish = self._finish, None
         try:
-            for work in works:
+            for work in self._works:
                 work.wait()
+            if self._on_stream and self._works:
+                event = torch.cuda.Event()
+                event.record()
+                self._event = event  # before the works go: another thread may ask how they stand
+            self._works = []
             if finish is not None:
                 finish()
         except CollectiveError:
@@ -60,19 +109,6 @@ class TorchPending:
         except RuntimeError as error:
             raise failed_collective(self._call, error) from error
 
-
-class _OfThread(threading.local):
-    """Calls of this thread, over any group, whose last part is sent when they are waited for.
-
-    In whichever order it waits for several, it brings them to their end in the order of their starts, or ranks would
-    wait for each other.
-    """
-
-    def __init__(self) -> None:
-        self.to_finish: deque[TorchPending] = deque()
-
-
-_of_thread = _OfThread()
 
 _num_sums: "WeakKeyDictionary[dist.ProcessGroup, int]" = WeakKeyDictionary()  # made over each process group
 
@@ -97,6 +133,7 @@ class TorchCollectives:
         self._group = group
         self._log = CallLog(name)
         self._ordered = compat.backend_name(group) == "gloo"
+        self._on_stream = compat.backend_name(group) == "nccl"
         if self._ordered:
             _settle_at_exit()
         self._rank = dist.get_rank(group)
@@ -174,9 +211,8 @@ class TorchCollectives:
                 finish=lambda: tree_sum(parts, out=tensor),
             )
         slots, tag = tensor.view(-1).tensor_split(self._size), self._tag(call)
-        pending = TorchPending(call, [], self._try(call, lambda: self._peers.sum_everywhere(slots, tag=tag)))
-        _of_thread.to_finish.append(pending)
-        return pending
+        finish = self._try(call, lambda: self._peers.sum_everywhere(slots, tag=tag))
+        return TorchPending(call, [], finish).line_up()
 
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> TorchPending:
         """See `Collectives.all_to_all`."""
@@ -200,7 +236,7 @@ class TorchCollectives:
         call = self._log.note("recv", label, tensor)
         return self._start(call, lambda: dist.irecv(self._raw(tensor), group=self._group, group_src=src))
 
-    def start_together(self, op: str, parts: Sequence[tuple[Tensor, Tensor, str]]) -> TorchPending:
+    def start_coalesced(self, op: str, parts: Sequence[tuple[Tensor, Tensor, str]]) -> TorchPending:
         """Start several calls of one `op` (output, input, label) as one launch of the backend's, which sums by itself.
 
         `op` is all_gather, reduce_scatter or all_reduce, whose output is its input.
@@ -209,7 +245,7 @@ class TorchCollectives:
         calls = [self._log.note(op, label, output if gathers else sent) for output, sent, label in parts]
         outputs = [output for output, _, _ in parts]
         inputs = [self._sent_to(output, sent) if gathers else sent for output, sent, _ in parts]
-        return self._start(calls[0], lambda: compat.start_together(op, outputs, inputs, group=self._group))
+        return self._start(calls[0], lambda: compat.start_coalesced(op, outputs, inputs, group=self._group))
 
     def _sent_to(self, output: Tensor, input: Tensor) -> Tensor:
         """What is gathered from this rank: `input`, or its copy in `output` where the type is another one."""
@@ -233,7 +269,7 @@ class TorchCollectives:
     def _start(
         self, call: Call, start: Callable[[], dist.Work | None], *, finish: Callable[[], None] | None = None
     ) -> TorchPending:
-        return TorchPending(call, [self._try(call, start)], finish)
+        return TorchPending(call, [self._try(call, start)], finish, on_stream=self._on_stream)
 
     def _try(self, call: Call, start: Callable[[], _T]) -> _T:
         try:

@@ -16,7 +16,6 @@ from zcore.core.collectives import Traffic
 from zcore.core.errors import CollectiveError, NonFiniteError, StateError
 from zcore.core.events import Events, log_visibly
 from zcore.core.recording import Recording, Report
-from zcore.core.torch_collectives import TorchCollectives
 from zcore.zero import checkpoint
 from zcore.zero.clipping import clip_factor
 from zcore.zero.config import TrainingConfig
@@ -303,9 +302,7 @@ class Engine:
                 "No collective was recorded, so there is nothing to report. Install zcore-comm, and give the config "
                 '{"comms_logger": {"enabled": true}}; counts and bytes are in `engine.traffic()` without it.'
             )
-        everyone = dist.group.WORLD
-        assert everyone is not None
-        return self.recording.report(TorchCollectives(everyone, name="world"), device=self.device)
+        return self.recording.report(dist.group.WORLD)
 
     def consolidated_state_dict(self, *, rank: int | None = 0) -> dict[str, Tensor]:
         """See `zero.consolidated_state_dict`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from zcore.comm.launch.agent import num_cores
+from zcore.comm.cores import num_cores
 
 __all__ = ["find_machine", "find_versions", "load"]
 

@@ -37,7 +37,7 @@ from zcore.comm.recording.comm_report import bus_factor
 from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import CollectiveError, ConfigError, nearest
 from zcore.core.events import progress
-from zcore.core.units import shown_bytes
+from zcore.core.quantities import shown_bytes
 
 __all__ = ["Plan", "Report", "Row", "leave_out_too_large", "main", "measure", "sizes_up_to", "with_tuples"]
 

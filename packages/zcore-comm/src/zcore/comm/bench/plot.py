@@ -8,10 +8,10 @@ from zcore.comm.bench.contenders import COPY, SOCKETS
 from zcore.comm.bench.measure import Report, Row
 from zcore.comm.recording.tables import shown_seconds
 from zcore.core.errors import NotInstalledError
+from zcore.core.quantities import shown_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from zcore.core.units import shown_bytes
 
 __all__ = ["check_plot", "draw_plot"]
 

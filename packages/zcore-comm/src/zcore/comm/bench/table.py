@@ -3,12 +3,12 @@
 from zcore.comm.bench.contenders import COPY
 from zcore.comm.bench.measure import Report, Row
 from zcore.comm.recording.tables import Table, shown_rate, shown_seconds
-from zcore.core.units import shown_bytes
+from zcore.core.quantities import shown_bytes
 
 __all__ = ["tables_of"]
 
 COLUMNS = ("size", "implementation", "latency", "spread", "bus GB/s", "of copy", "speedup")
-WIDE = 0.5
+WIDE = 0.5  # a spread beyond which a figure says little; where a quarter are so wide, the reader is told
 BUSY = 1.0  # processes beyond the bench's own, from which on figures are doubtful
 
 

@@ -28,8 +28,8 @@ from zcore.comm.recording import tables
 from zcore.comm.texts import exchange_texts
 from zcore.core.errors import ConfigError
 from zcore.core.events import progress
+from zcore.core.quantities import shown_bytes
 from zcore.core.torch_collectives import TorchCollectives
-from zcore.core.units import shown_bytes
 
 __all__ = ["Choice", "Found", "TunePlan", "choose_algorithm", "main", "merge_rules", "table_of", "tune", "write_table"]
 

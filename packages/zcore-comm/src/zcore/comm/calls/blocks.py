@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from zcore.comm.calls.joins import JoinCall, plan_joins
-from zcore.comm.calls.requests import DeferrableCollectives, Request, joined_label, starter_of
+from zcore.comm.calls.requests import DeferrableCollectives, Request, Together, joined_label, starter_of
 from zcore.comm.calls.served import collectives_of
 from zcore.core.collectives import Collectives, Pending
 from zcore.core.errors import LayoutError, StateError, ZcoreError
@@ -89,9 +89,11 @@ class Block:
         self._members.clear()
         self._at_end.clear()
 
-    def _collect(self, request: Request) -> Pending:
+    def _collect(self, request: Request | Together) -> Pending:
         if self.state is not BlockState.OPEN:
             return self._start(request)
+        if isinstance(request, Together):  # of a block inside this one
+            return _All([self._collect(part) for part in request.parts])
         member = _Member(self, request)
         self._members.append(member)
         return member
@@ -100,7 +102,7 @@ class Block:
         if len(requests) == 1:
             return self._start(requests[0])
         if isinstance(self._group, DeferrableCollectives) and self._group.starts_together(requests[0].op):
-            return self._start(Request.together(requests))
+            return self._start(Together(tuple(requests)))
         joined = _pack(requests, self._group)
         return _Joined(self._start(joined), requests, joined, self._group.size)
 
@@ -126,6 +128,20 @@ class _Member:
             )
             raise StateError(f"{self.request.op} {self.request.label} cannot be waited for: {reason}")
         self.pending.wait()
+
+
+class _All:
+    """Several calls as one; see `Pending`."""
+
+    __slots__ = ("_pending",)
+
+    def __init__(self, pending: Sequence[Pending]) -> None:
+        self._pending = pending
+
+    def wait(self) -> None:
+        """See `Pending.wait`."""
+        for each in self._pending:
+            each.wait()
 
 
 class _Joined:

@@ -12,7 +12,9 @@ Tensors have any shape and are read in their memory's order, so they have to be 
 anything is sent. What moves the data is chosen for each group at its first use (served.py).
 """
 
+import operator
 from collections.abc import Callable, Sequence
+from typing import SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -69,7 +71,9 @@ def empty(
     served = served_of(group)
     device = served.device if device is None else torch.device(device)
     _check_device("empty", served, device)
-    if not isinstance(numel, int) or numel < 0:
+    if device.index is None and device.type == served.device.type:
+        device = served.device
+    if not isinstance(numel, SupportsIndex) or operator.index(numel) < 0:
         raise ConfigError(f"empty: a buffer of {numel} elements was asked for; expected one number, 0 or more.")
     return served.collectives.empty(numel, dtype=dtype, device=device)
 

@@ -23,7 +23,7 @@ from functools import partial
 
 import torch
 
-from zcore.comm.calls.requests import DeferrableCollectives, Request, Start, starter_of
+from zcore.comm.calls.requests import DeferrableCollectives, Request, Start, Together, starter_of
 from zcore.core import compat
 from zcore.core.collectives import Collectives, Pending
 from zcore.core.errors import ConfigError
@@ -50,17 +50,18 @@ def choose_next(held: Sequence[tuple[Hashable, int]]) -> int:
 
 
 class _Call:
-    """A call under a limit: held back (with `_request`), then in flight (with `_pending`), then done (with neither)."""
+    """A call under a limit: held back (with `_request`), then in flight until somebody has waited for it."""
 
-    __slots__ = ("_flow", "_pending", "_request", "error", "num_bytes", "priority", "start")
+    __slots__ = ("_flow", "_is_in_flight", "_pending", "_request", "error", "num_bytes", "priority", "start")
 
-    def __init__(self, flow: "Flow", start: Start, request: Request) -> None:
+    def __init__(self, flow: "Flow", start: Start, request: Request | Together) -> None:
         self._flow = flow
         self.start = start  # one for each group
         self.num_bytes = request.payload_bytes
         self.priority = request.priority
-        self._request: Request | None = request
+        self._request: Request | Together | None = request
         self._pending: Pending | None = None
+        self._is_in_flight = False
         self.error: Exception | None = None  # that ended it, to be raised by every wait for it
 
     def begin(self) -> None:
@@ -73,23 +74,25 @@ class _Call:
         except Exception as error:  # noqa: BLE001 - raised by `wait`, or by the call itself
             self.error = error
         else:
+            self._is_in_flight = True
             self._flow.count(self.num_bytes)
 
     def wait(self) -> None:
         """See `Pending.wait`; starts everything that the limit holds back."""
         self._flow.start_all()
-        pending, self._pending = self._pending, None
-        if pending is not None:
+        if self._is_in_flight:
+            self._is_in_flight = False
             self._flow.count(-self.num_bytes)
+        if self._pending is not None and self.error is None:
             try:
-                pending.wait()
+                self._pending.wait()  # each time: on CUDA it orders the stream that is the current one then
             except Exception as error:  # noqa: BLE001 - raised below, and again
                 self.error = error
         if self.error is not None:
             raise self.error
 
 
-def _named(request: Request) -> AbstractContextManager[object]:
+def _named(request: Request | Together) -> AbstractContextManager[object]:
     """The call's name in a profile, as the core gives it; its microseconds are spent only where somebody looks."""
     if not compat.is_profiled():
         return nullcontext()
@@ -142,7 +145,7 @@ class Flow:
         with self._lock:
             self._in_flight_bytes += more_bytes
 
-    def _take(self, start: Start, request: Request) -> _Call:
+    def _take(self, start: Start, request: Request | Together) -> _Call:
         call = _Call(self, start, request)
         with self._lock:
             self._held.append(call)

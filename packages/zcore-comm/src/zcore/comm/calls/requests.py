@@ -6,8 +6,9 @@
 Here nothing is decided. Sending and receiving are not deferred, as only some ranks of a group make them.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -22,11 +23,13 @@ __all__ = [
     "Request",
     "Start",
     "StartsTogether",
+    "Together",
     "joined_label",
     "starter_of",
 ]
 
 # Lower goes first. A step waits for what it gathers before it can go on, and for its sums at its end.
+LABEL_CHARACTERS = 50  # of the first call, so that what tells the others apart fits into what ranks compare
 DEFAULT_PRIORITIES = {"all_gather": 0, "broadcast": 0, "all_to_all": 0, "reduce_scatter": 1, "all_reduce": 1}
 
 
@@ -40,18 +43,11 @@ class Request:
     label: str
     priority: int  # lower goes first; equal on every rank
     src: int = 0  # of a broadcast
-    parts: tuple["Request", ...] = ()  # calls of one op that go out as one, each where its memory lies
-
-    @classmethod
-    def together(cls, parts: Sequence["Request"]) -> "Request":
-        """One request for several of one op, for a group that `starts_together`."""
-        return replace(parts[0], label=joined_label(parts), parts=tuple(parts))
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of the larger side, as reports count them."""
-        parts = self.parts or (self,)
-        return sum(part.larger.numel() * part.larger.element_size() for part in parts)
+        return self.larger.numel() * self.larger.element_size()
 
     @property
     def larger(self) -> Tensor:
@@ -60,9 +56,6 @@ class Request:
 
     def start_on(self, group: Collectives) -> Pending:
         """Make the call."""
-        if self.parts:
-            assert isinstance(group, StartsTogether)
-            return group.start_together(self)
         match self.op:
             case "all_gather":
                 return group.all_gather(self.output, self.input, label=self.label)
@@ -75,7 +68,39 @@ class Request:
         return group.all_reduce(self.output, label=self.label)
 
 
-Start = Callable[[Request], Pending]
+@dataclass(frozen=True, slots=True, eq=False)
+class Together:
+    """Several calls of one op that go out as one, each where its memory lies; for a group that `starts_together`."""
+
+    parts: tuple[Request, ...]
+
+    @property
+    def op(self) -> str:
+        """Of all parts."""
+        return self.parts[0].op
+
+    @property
+    def label(self) -> str:
+        """Of all parts."""
+        return joined_label(self.parts)
+
+    @property
+    def priority(self) -> int:
+        """Of the most urgent part, which is the first."""
+        return self.parts[0].priority
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of all parts."""
+        return sum(part.payload_bytes for part in self.parts)
+
+    def start_on(self, group: Collectives) -> Pending:
+        """Make the calls."""
+        assert isinstance(group, StartsTogether)
+        return group.start_together(self)
+
+
+Start = Callable[[Request | Together], Pending]
 
 
 @runtime_checkable
@@ -86,14 +111,21 @@ class StartsTogether(Protocol):
         """Whether it does so for calls of `op`; equal on every rank."""
         ...
 
-    def start_together(self, request: Request) -> Pending:
-        """Start the parts of `request`."""
+    def start_together(self, together: Together) -> Pending:
+        """Start all parts."""
         ...
 
 
 def joined_label(requests: Sequence[Request]) -> str:
-    """What several calls are called that go out as one."""
-    return f"{requests[0].label} and {len(requests) - 1} more"
+    """What several calls are called that go out as one; other ones, or in another order, are called something else.
+
+    >>> import torch
+    >>> one, two = (Request("all_reduce", torch.ones(n), torch.ones(n), "grads", 1) for n in (1, 2))
+    >>> joined_label([one, two]), joined_label([two, one])
+    ('grads and 1 more (4d16a0b0)', 'grads and 1 more (08f0d39c)')
+    """
+    contents = zlib.crc32(repr([(each.label, each.input.numel()) for each in requests]).encode())
+    return f"{requests[0].label[:LABEL_CHARACTERS]} and {len(requests) - 1} more ({contents:08x})"
 
 
 class DeferrableCollectives(Around):
@@ -154,5 +186,5 @@ def starter_of(group: Collectives) -> Start:
     return group.start if isinstance(group, DeferrableCollectives) else partial(_start_on, group)
 
 
-def _start_on(group: Collectives, request: Request) -> Pending:
+def _start_on(group: Collectives, request: Request | Together) -> Pending:
     return request.start_on(group)

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from zcore.comm.cores import num_cores
 from zcore.comm.launch.lines import Ended, mark_end
 
 if TYPE_CHECKING:
@@ -122,11 +123,6 @@ def _num_accelerators() -> int:
     import torch
 
     return torch.accelerator.device_count()
-
-
-def num_cores() -> int:
-    """Those this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zcore.comm.launch.agent import num_cores
+from zcore.comm.cores import num_cores
 from zcore.comm.launch.follow import run
 from zcore.comm.launch.hosts import Host, parse_hostfile, select_hosts
 from zcore.comm.launch.mpi import find_place, plan_rank

@@ -97,7 +97,8 @@ def _parse_selection(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[in
         if address not in hosts:
             near = nearest(address, hosts)
             advice = f"did you mean {near}?" if near else f"it has {', '.join(hosts)}."
-            raise ConfigError(f"`{address}`{f' of `{text}`' * (text != address)} is not in the hostfile; {advice}")
+            where = f"`{address}`" if address == text else f"`{address}` of `{text}`"
+            raise ConfigError(f"{where} is not in the hostfile; {advice}")
         if colon and not re.fullmatch(r"\d+(,\d+)*", slots):
             raise ConfigError(
                 f"`{part}` does not say slots; expected `HOST` or `HOST:SLOT,SLOT`, such as {address}:0,2."

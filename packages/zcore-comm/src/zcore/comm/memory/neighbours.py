@@ -11,11 +11,11 @@ from torch import Tensor
 
 from zcore.comm.memory.board import Board, Entry
 from zcore.comm.memory.pages import map_file, own_pages, storage_at
-from zcore.comm.progress import is_reached_within
+from zcore.comm.progress import advance_all, is_reached_within
 from zcore.comm.ranks.journal import Journal
 from zcore.comm.ranks.meeting import Introduction
 from zcore.comm.ranks.patience import Patience
-from zcore.comm.ranks.words import AFTER_FAILURE, about_missing, failed, has_left, has_passed
+from zcore.comm.ranks.words import AFTER_FAILURE, about_missing, failed, has_passed
 from zcore.core.errors import CollectiveError, ZcoreError
 
 __all__ = ["Neighbours", "open_neighbours"]
@@ -79,6 +79,9 @@ class Neighbours:
         while not is_reached_within(is_reached, CHECK_EVERY_S):
             missing = [each for each in self.others if is_missing(each[1])]
             ended = [each for each in self.others if needs(each[1]) and self._homes[each[0]].has_ended()]
+            if ended:  # one may have done its part, and left, between the two looks at it
+                advance_all()
+                ended = [each for each in ended if needs(each[1])]
             if ended and not is_reached():
                 raise self._left(ended, missing, what=what, label=label)
             if patience.is_over:
@@ -94,8 +97,8 @@ class Neighbours:
         """Raise MismatchError if another rank, all of which have started it, made call `index` another one."""
         for rank, board in self.others:
             if not board.is_same(index, entry):
-                differs = self._journal.differs(index, mine=str(entry), theirs=str(board.entry(index)), rank=rank)
-                raise self._journal.give_up(differs)
+                mismatch = self._journal.mismatch(index, mine=str(entry), theirs=str(board.entry(index)), rank=rank)
+                raise self._journal.give_up(mismatch)
 
     def check_nobody(self, has_given_up: Callable[[Board], bool], *, what: str) -> None:
         """Raise CollectiveError if another rank has given the call up."""
@@ -114,7 +117,7 @@ class Neighbours:
         for each, words in zip(ended, told, strict=True):
             if words is None:
                 missing = [other for other in self.others if other in missing or other is each]
-                return self._failure(what, label, missing, has_left(self._homes[each[0]].global_rank))
+                return self._failure(what, label, missing, self._journal.left(each[0]))
         return self._journal.give_up(next(words for words in told if words is not None))
 
     def _failure(self, what: str, label: str, missing: list[tuple[int, Board]], reason: str) -> ZcoreError:

@@ -209,7 +209,12 @@ def _punch(file: int, offset: int, num_bytes: int) -> None:
 
 
 def available_bytes() -> int:
-    """What the system, and each control group that this process is in, could give without ending a process."""
+    """What the system, and each control group that this process is in, could give without ending a process.
+
+    As much as there are addresses, where the system does not say.
+    """
+    if not MEMINFO.exists():
+        return MAX_FILE_BYTES
     (line,) = (line for line in MEMINFO.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:"))
     return min([int(line.split()[1]) << 10, *(_left_in(group) for group in _control_groups())])
 

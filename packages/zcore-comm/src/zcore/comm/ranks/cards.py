@@ -109,8 +109,8 @@ class Cards:
         self.answers = True  # whether the store answered the last question
         self._store = store
         self._clock = clock
-        self._interval_s = max(BEAT_S, world_size / RANKS_PER_BEAT_S)
-        self._silent_s = SILENT_BEATS * self._interval_s
+        self.interval_s = max(BEAT_S, world_size / RANKS_PER_BEAT_S)
+        self._silent_s = SILENT_BEATS * self.interval_s
         self._sources: list[weakref.ref[Source]] = []
         self._count = 0
         self._line = "in no line of the program"  # at its end, the last one it was seen in
@@ -173,6 +173,7 @@ class Cards:
     def _ask(self, act: Callable[[], None], *, wait_s: float) -> bool:
         """Have the thread do it; whether it was done within that time."""
         if not self._thread.is_alive():
+            self.answers = False
             return False
         done = threading.Event()
         self._requests.put((act, done))
@@ -186,7 +187,7 @@ class Cards:
         try:
             while True:
                 try:
-                    request = self._requests.get(timeout=max(0.0, last_s + self._interval_s - time.monotonic()))
+                    request = self._requests.get(timeout=max(0.0, last_s + self.interval_s - time.monotonic()))
                 except queue.Empty:
                     last_s = time.monotonic()
                     self._write()
@@ -205,7 +206,7 @@ class Cards:
     def _look_after(self, source: Source) -> None:
         try:
             source.look_after()
-        except RuntimeError:
+        except dist.DistError:
             raise  # of the store
         except Exception:  # one group's fault must not end the watch of the others
             logger.exception("Looking after the calls of %s failed. Report this.", source.key)

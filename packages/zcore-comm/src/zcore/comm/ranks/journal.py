@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from zcore.comm.ranks.cards import CallWord, Cards, GroupWord, Told, program_line
 from zcore.comm.ranks.home import Home
 from zcore.comm.ranks.patience import Patience
-from zcore.comm.ranks.words import ALIKE, about_missing, differs, failed, has_left, has_passed
+from zcore.comm.ranks.words import about_missing, differed_before, differs, failed, has_left, has_passed
 from zcore.core.collectives import Call, tag_of
 from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
 from zcore.core.exchange import STEP_TAGS
@@ -61,14 +61,20 @@ class _Made:
 
 
 class Journal:
-    """See the header. `key` is equal on all ranks and of no other group; `homes` is by rank in the group."""
+    """See the header. `key` is equal on all ranks and of no other group; `homes` is by rank in the group.
 
-    def __init__(self, cards: Cards, key: str, homes: Sequence[Home], *, rank: int, deadline_s: float) -> None:
+    family: what the keys begin with of all parts that serve one process group.
+    """
+
+    def __init__(
+        self, cards: Cards, key: str, homes: Sequence[Home], *, rank: int, deadline_s: float, family: str
+    ) -> None:
         self.homes = homes
         self.rank = rank
         self.deadline_s = deadline_s
         self._cards = cards
         self.key = key
+        self._family = family
         self._started = self._finished = 0
         self._digest = zlib.crc32(key.encode())
         self._calls: deque[_Made] = deque(maxlen=MAX_REMEMBERED_CALLS)
@@ -137,7 +143,8 @@ class Journal:
 
     def follow(self, call: Call, is_done: Callable[[], bool]) -> None:
         """Have the cards' thread look after a call that no host waits for, and tell of trouble in the log."""
-        deadline_s = self.deadline_s - min(HEAD_START_S, self.deadline_s / 4)
+        head_start_s = max(HEAD_START_S, 2 * self._cards.interval_s)
+        deadline_s = self.deadline_s - min(head_start_s, self.deadline_s / 4)
         self._followed.append(_Followed(call, is_done, Patience(deadline_s)))
 
     def look_after(self) -> None:
@@ -204,10 +211,21 @@ class Journal:
     def told_by(self, rank: int) -> ZcoreError | None:
         """The error for which a rank that has ended gave up, as this one tells it; None if it left without a word."""
         told = self._read()
-        card = told.get(self.homes[rank].life)
-        groups = card.groups.values() if card is not None else ()
-        reasons = [group.given_up for group in groups if group.given_up is not None]
-        return self._relayed(reasons[0], self.homes[rank].global_rank, told) if reasons else None
+        said, _ = self._said_by(told.get(self.homes[rank].life))
+        return self._relayed(said, self.homes[rank].global_rank, told) if said is not None else None
+
+    def left(self, rank: int) -> str:
+        """The reason where a rank has ended that has said nothing of this group."""
+        _, elsewhere = self._said_by(self._read().get(self.homes[rank].life))
+        return has_left(self.homes[rank].global_rank, said=elsewhere)
+
+    def _said_by(self, card: Told | None) -> tuple[tuple[str, str] | None, tuple[str, str] | None]:
+        """Why a rank has given up, first in what serves this process group, then in another: that may be long ago."""
+        groups = card.groups if card is not None else {}
+        said = {key: group.given_up for key, group in groups.items() if group.given_up is not None}
+        here = [reason for key, reason in said.items() if key.startswith(self._family)]
+        elsewhere = [reason for key, reason in said.items() if not key.startswith(self._family)]
+        return next(iter(here), None), next(iter(elsewhere), None)
 
     def _read(self) -> dict[int, Told]:
         return self._cards.read([home.life for home in self.homes])
@@ -217,27 +235,30 @@ class Journal:
 
     def _trouble_in(self, call: Call, told: Mapping[int, Told], *, is_lost: bool) -> ZcoreError | None:
         own = {each.call.index: each for each in tuple(self._calls)}
-        ended = []
+        ended: list[str] = []  # the reason of each rank that has left without a word
         for rank, home in enumerate(self.homes):
             card = told.get(home.life)
             if rank == self.rank:
                 continue
             there = card.groups.get(self.key) if card is not None else None
             has_ended = home.has_ended()
-            if card is not None:
-                groups = card.groups.values() if is_lost or has_ended else [there] if there is not None else []
-                reasons = [group.given_up for group in groups if group.given_up is not None]
-                if reasons:
-                    return self._relayed(reasons[0], home.global_rank, told)
+            here, elsewhere = self._said_by(card)
+            said = there.given_up if there is not None else None
+            if is_lost:
+                said = here or elsewhere
+            elif has_ended:
+                said = here
+            if said is not None:
+                return self._relayed(said, home.global_rank, told)
             if there is not None and card is not None:
                 mismatch = self._mismatch(own, there.calls, home, card.line)
                 if mismatch is not None:
                     return mismatch
             if has_ended and (is_lost or there is None or there.started <= call.index):
-                ended.append(home.global_rank)
-        return self._failure(call, has_left(ended[0]), told) if ended else None
+                ended.append(has_left(home.global_rank, said=elsewhere))
+        return self._failure(call, ended[0], told) if ended else None
 
-    def differs(self, index: int, *, mine: str, theirs: str, rank: int) -> MismatchError:
+    def mismatch(self, index: int, *, mine: str, theirs: str, rank: int) -> MismatchError:
         """The error of a call that `rank` made differently."""
         there = f"rank {self.homes[rank].global_rank}, last seen {self.line_of(rank)}"
         return differs(index, mine=mine, here=self._here(), theirs=theirs, there=there)
@@ -256,7 +277,7 @@ class Journal:
                 words, index = str(mine.call), mine.call.index
                 return differs(index, mine=words, here=self._here(), theirs=other.words, there=there)
         if common and common[0][0].digest != common[0][1].digest:
-            return MismatchError(f"Before {common[0][0].call} {self._here()}, made other calls than {there}. {ALIKE}")
+            return differed_before(str(common[0][0].call), here=self._here(), there=there)
         return None
 
     def _failure(self, call: Call, reason: str, told: Mapping[int, Told]) -> ZcoreError:

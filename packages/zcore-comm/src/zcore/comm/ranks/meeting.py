@@ -121,7 +121,7 @@ def _exchange(group: dist.ProcessGroup, message: bytes, *, name: str) -> Sequenc
     label = f"the first meeting of {name}"
     pending = first.all_gather(all_of_them, own, label=label)
     _wait_for_all(
-        group, pending.completion(), f"{compat.name_of(group)} {name} {_numbers.get(group, 0)} {len(message)}"
+        group, pending.is_completed, f"{compat.name_of(group)} {name} {_numbers.get(group, 0)} {len(message)}"
     )
     pending.wait()
     return [bytes(each.tolist()) for each in all_of_them.view(first.size, -1)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from zcore.core.collectives import contents_of
 from zcore.core.errors import CollectiveError, MismatchError
 
-__all__ = ["AFTER_FAILURE", "ALIKE", "about_missing", "differs", "failed", "has_left", "has_passed"]
+__all__ = ["AFTER_FAILURE", "ALIKE", "about_missing", "differed_before", "differs", "failed", "has_left", "has_passed"]
 
 ALIKE = (
     "Every rank makes the same calls, of the same sizes, in the same order: look for a branch that ranks take "
@@ -32,9 +32,15 @@ def differs(index: int, *, mine: str, here: str, theirs: str, there: str) -> Mis
     return MismatchError(f"Call {index} of this group is {mine} on {here}, and {theirs} on {there}. {ALIKE}")
 
 
-def has_left(global_rank: int) -> str:
-    """The reason where a process is gone."""
-    return f"rank {global_rank} has raised, was killed, or left"
+def differed_before(call: str, *, here: str, there: str) -> MismatchError:
+    """An earlier call than any that is remembered was another one on two ranks."""
+    return MismatchError(f"Before {call}, the calls of {here} and of {there} were not the same. {ALIKE}")
+
+
+def has_left(global_rank: int, *, said: tuple[str, str] | None = None) -> str:
+    """The reason where a process is gone; `said`: kind and words of an error by which it had left another group."""
+    words = f"rank {global_rank} has raised, was killed, or left"
+    return words if said is None else f"{words} (in another group it had given up: {': '.join(said)})"
 
 
 def has_passed(deadline_s: float) -> str:

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from zcore.comm.recording.tables import Table, draw_tables, shown_rate, shown_seconds, write_tables
 from zcore.comm.recording.totals import Group, RankTotals, Totals
+from zcore.core.quantities import shown_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-from zcore.core.units import shown_bytes
 
 __all__ = ["SYMMETRIC_OPS", "CommReport", "LabelRow", "OpRow", "RankRow", "build_report", "bus_factor"]
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zcore.comm.around import Around
-from zcore.comm.calls.requests import Request, StartsTogether
+from zcore.comm.calls.requests import StartsTogether, Together
 from zcore.comm.recording.totals import CallRecord, Group
 from zcore.core import compat
 from zcore.core.collectives import Collectives, Pending
@@ -112,11 +112,11 @@ class Recorded(Around):
         """See `StartsTogether`: whether `inner` does so."""
         return isinstance(self.inner, StartsTogether) and self.inner.starts_together(op)
 
-    def start_together(self, request: Request) -> Pending:
+    def start_together(self, together: Together) -> Pending:
         """See `StartsTogether`; recorded as one call."""
         assert isinstance(self.inner, StartsTogether)
-        larger = [part.larger for part in request.parts]
-        return self._record(request.op, request.label, larger, partial(self.inner.start_together, request))
+        larger = [part.larger for part in together.parts]
+        return self._record(together.op, together.label, larger, partial(self.inner.start_together, together))
 
     def _record(self, op: str, label: str, larger: Sequence[Tensor], start: Callable[[], Pending]) -> Pending:
         if op not in ("send", "recv"):

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from zcore.comm.calls.flow import FLOW
 from zcore.comm.calls.requests import DeferrableCollectives
+from zcore.comm.calls.served import served_of
 from zcore.comm.recording.chrome_trace import trace_of
 from zcore.comm.recording.comm_report import SYMMETRIC_OPS, CommReport, build_report
 from zcore.comm.recording.recorded import LISTENERS, Recorded
@@ -31,9 +32,8 @@ from zcore.comm.texts import exchange_texts
 from zcore.core.collectives import Collectives
 from zcore.core.errors import ConfigError, nearest
 from zcore.core.events import log_visibly
+from zcore.core.quantities import shown_bytes
 from zcore.core.recording import OPS
-from zcore.core.torch_collectives import TorchCollectives
-from zcore.core.units import shown_bytes
 
 __all__ = ["Recording", "record", "wall_offset_s"]
 
@@ -124,8 +124,8 @@ class Recording:
     def report(self, group: dist.ProcessGroup | Collectives | None = None, *, device: torch.device = CPU) -> CommReport:
         """What the ranks of `group` have recorded so far, the same on each; every one calls it.
 
-        Without a group what this rank has, and no other rank is asked. device: of tensors that the group moves. The
-        report's own calls are not recorded.
+        Without a group what this rank has, and no other rank is asked. device: of tensors that `Collectives` move; of
+        a process group it is known. The report's own calls are not recorded.
         """
         with self._lock:
             by_wait = sorted(self._labels.items(), key=lambda item: -item[1].wait_s)
@@ -140,7 +140,8 @@ class Recording:
         if group is None:
             return build_report([RankTotals.from_plain(own)])
         if isinstance(group, dist.ProcessGroup):
-            group = TorchCollectives(group, name="report")
+            served = served_of(group)
+            group, device = served.collectives, served.device
         texts = _exchange(json.dumps(own).encode(), group, device)
         return build_report([RankTotals.from_plain(json.loads(text)) for text in texts])
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zcore.core.units import two_digits
+from zcore.core.quantities import two_digits
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

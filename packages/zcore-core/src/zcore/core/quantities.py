@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Bytes and other numbers as people read them."""
 
 __all__ = ["shown_bytes", "two_digits"]
 

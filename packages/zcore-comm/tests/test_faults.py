@@ -16,7 +16,7 @@ from zcore.comm.choice import serve
 from zcore.core import compat
 from zcore.core.testing import RankFailed
 
-DEADLINE_S = 1.5
+DEADLINE_S = 2.0
 SOON_S = 5.0  # after the deadline
 SMALL, LARGE = 100, 200_000  # in one step, ended by who waits; in several, by the worker
 WORLDS = [  # kind, ranks, culprit, numel
@@ -37,11 +37,14 @@ each_world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: "-".join
 
 def go_wrong(kind, culprit, how, numel):
     move_to_hosts_of(kind)
-    group = serve(dist.new_group(timeout=timedelta(seconds=DEADLINE_S)), name="dp")
+    process_group = dist.new_group(timeout=timedelta(seconds=DEADLINE_S))
+    dist.barrier()  # the deadline is for the misdeed: ranks of a busy machine come here seconds after each other
+    group = serve(process_group, name="dp")
     store, tensor = compat.default_store(), torch.ones(numel)
     for number in range(3):
         group.all_reduce(tensor, label=f"grads.{number}").wait()
     store.set(f"process {group.rank}", str(os.getpid()))
+    dist.barrier()
     try:
         if group.rank == culprit:
             tell_time()
@@ -131,7 +134,7 @@ def test_a_rank_that_does_not_come_is_named_by_each_other(ranks, world, how, sta
     culprit = world[2]
     for rank, type_name, message in words_of_others(ranks, world, how):
         assert type_name == "CollectiveError", message
-        assert re.search(r"all_reduce grads.3 .* did not complete: the timeout of 1.5 s has passed", message), message
+        assert re.search(r"all_reduce grads.3 .* did not complete: the timeout of 2 s has passed", message), message
         check_who_is_missing(world, rank, message, state=state)
         if how == "is_slow":
             assert re.search(rf"rank {culprit} [^,]+, its last call was all_reduce grads.2 .* in is_slow", message)

@@ -19,14 +19,15 @@ from torch.utils.checkpoint import checkpoint
 
 from zcore import zero
 from zcore.core.collectives import tree_sum
+from zcore.zero.config import DTYPES
 
 ROWS = 8  # of a micro-batch, over all ranks
 SMALL_NUMEL = 100  # the models' biases and norms stay whole under stage 3, their matrices do not
 
 
 def widen(x: Tensor) -> Tensor:
-    """What a loss is computed from: never bf16."""
-    return x.float() if x.dtype is torch.bfloat16 else x
+    """What a loss is computed from: never 16 bits."""
+    return x.float() if x.dtype.itemsize == 2 else x
 
 
 class Block(nn.Module):
@@ -169,7 +170,10 @@ class Recipe:
     hyper: tuple[tuple[str, float], ...] = (("lr", 1e-2), ("eps", 1e-3), ("weight_decay", 0.1))
     num_groups: int = 1  # 2: weight decay for matrices only, and a learning rate of their own for the rest
     dtype: torch.dtype = torch.float32
-    is_bf16: bool = False  # mixed precision with fp32 masters
+    compute: torch.dtype | None = None  # bf16 or fp16: mixed precision with fp32 masters
+    loss_scale: float = 1.0  # of fp16, fixed
+    accumulate: str | None = None  # in what gradients accumulate, and travel: fp32, bf16, fp16; None: as by default
+    communicate: str | None = None
     seed: int = 0
 
     def build(self) -> nn.Module:
@@ -221,16 +225,16 @@ class Run:
 
 
 def train_plain(recipe: Recipe, *, parts: int = 1) -> Run:
-    """The single process. See the header for `parts`. With bf16 it computes in a bf16 copy and steps fp32 masters."""
+    """The single process. See the header for `parts`. Mixed precision computes in a copy and steps fp32 masters."""
     master = recipe.build()
     built_dtypes = {name: value.dtype for name, value in master.state_dict().items()}
     compute = master
-    if recipe.is_bf16:
+    if recipe.compute is not None:
         compute = copy.deepcopy(master)
         for param in compute.parameters():
-            param.data = param.data.bfloat16()
+            param.data = param.data.to(recipe.compute)
         for param in master.parameters():  # what is frozen has no master apart
-            param.data = param.data.float() if param.requires_grad else param.data.bfloat16()
+            param.data = param.data.to(torch.float32 if param.requires_grad else recipe.compute)
     optimizer = getattr(torch.optim, recipe.optimizer)(recipe.groups(master), **dict(recipe.hyper), fused=True)
     pairs = [pair for pair in zip(master.parameters(), compute.parameters(), strict=True) if pair[0].requires_grad]
     losses, norms = [], []
@@ -241,7 +245,9 @@ def train_plain(recipe: Recipe, *, parts: int = 1) -> Run:
             for part in range(parts)
         ]
         for (param, _), grads in zip(pairs, zip(*of_parts, strict=True), strict=True):
-            param.grad = _mean(list(grads))
+            param.grad = _mean(list(grads), dtype=DTYPES.get(recipe.communicate or ""), out_dtype=param.dtype)
+            if param.grad is not None and recipe.loss_scale != 1.0:
+                param.grad.mul_(1.0 / recipe.loss_scale)
         gradients = [param for param, _ in pairs if param.grad is not None]
         norms.append(float(nn.utils.clip_grad_norm_(gradients, recipe.clip or float("inf"))))
         optimizer.step()
@@ -262,33 +268,35 @@ def _gradients_of_part(
     sums: list[Tensor | None] = [None] * len(params)
     for micro in range(recipe.accumulation):
         batch = part_of(recipe.batch(step, micro), part=part, parts=parts)
-        if recipe.is_bf16:
+        if recipe.compute is not None:
             batch = {
-                key: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+                key: value.to(recipe.compute) if isinstance(value, Tensor) and value.is_floating_point() else value
                 for key, value in batch.items()
             }
         loss = model(**batch)
         losses.append(loss.item())
-        (loss / recipe.accumulation).backward()
+        (loss / recipe.accumulation * recipe.loss_scale).backward()
         for index, param in enumerate(params):
             if param.grad is not None:
-                grad = param.grad.float() if recipe.is_bf16 else param.grad
+                grad = param.grad if recipe.compute is None else param.grad.float()
+                grad = grad.to(DTYPES[recipe.accumulate]) if recipe.accumulate else grad
                 so_far = sums[index]
                 sums[index] = grad if so_far is None else so_far + grad
             param.grad = None
     yield from sums
 
 
-def _mean(grads: list[Tensor | None]) -> Tensor | None:
+def _mean(grads: list[Tensor | None], *, dtype: torch.dtype | None, out_dtype: torch.dtype) -> Tensor | None:
+    """In the order of the ranks' sums; `dtype` is what travels."""
     given = [each for each in grads if each is not None]
     if not given:
         return None
-    whole = [torch.zeros_like(given[0]) if each is None else each for each in grads]
+    whole = [(torch.zeros_like(given[0]) if each is None else each).to(dtype or given[0].dtype) for each in grads]
     if len(whole) == 1:
-        return whole[0]
-    mean = torch.empty_like(whole[0])
-    tree_sum([each.view(-1) for each in whole], out=mean.view(-1))
-    return mean.mul_(1.0 / len(whole))
+        return whole[0].to(out_dtype)
+    total = torch.empty_like(whole[0])
+    tree_sum([each.view(-1) for each in whole], out=total.view(-1))
+    return total.to(out_dtype).mul_(1.0 / len(whole))
 
 
 def config_of(recipe: Recipe, *, stage: int, shard_size: int = -1, **zero_options: Any) -> dict[str, Any]:
@@ -298,7 +306,10 @@ def config_of(recipe: Recipe, *, stage: int, shard_size: int = -1, **zero_option
         "gradient_accumulation_steps": recipe.accumulation,
         "gradient_clipping": recipe.clip,
         "optimizer": {"type": recipe.optimizer, "params": dict(recipe.hyper)},
-        "bf16": {"enabled": recipe.is_bf16},
+        "bf16": {"enabled": recipe.compute is torch.bfloat16},
+        "data_types": {"grad_accum_dtype": recipe.accumulate},
+        "communication_data_type": recipe.communicate,
+        "fp16": {"enabled": recipe.compute is torch.float16, "loss_scale": recipe.loss_scale},
         "zero_optimization": {
             "stage": stage,
             "mics_shard_size": shard_size,

@@ -112,7 +112,7 @@ def edit_in_vain(recipe: Recipe, how: str) -> list[str]:
 @pytest.mark.parametrize("how", ["without a modifier", "an exception"])
 @pytest.mark.parametrize("is_bf16", [False, True])
 def test_edits_that_nobody_is_to_keep_are_dropped(ranks: Ranks, how: str, is_bf16: bool) -> None:
-    assert ranks(2, edit_in_vain, Recipe(is_bf16=is_bf16), how) == [[], []]
+    assert ranks(2, edit_in_vain, Recipe(compute=torch.bfloat16 if is_bf16 else None), how) == [[], []]
 
 
 def edit_one_row_in_bf16(recipe: Recipe) -> list[str]:
@@ -134,7 +134,7 @@ def edit_one_row_in_bf16(recipe: Recipe) -> list[str]:
 
 
 def test_the_fp32_master_of_elements_that_were_not_edited_keeps_every_bit(ranks: Ranks) -> None:
-    assert ranks(2, edit_one_row_in_bf16, Recipe(is_bf16=True)) == [[], []]
+    assert ranks(2, edit_one_row_in_bf16, Recipe(compute=torch.bfloat16)) == [[], []]
 
 
 def train_after_edit(recipe: Recipe, stage: int) -> dict[str, Tensor]:

@@ -150,9 +150,12 @@ def test_all_rows_are_equal_to_the_bit_when_no_sync_leaves_one_reduction_per_ste
         assert bits_that_differ(run, first) == [], label
 
 
-def test_bf16_equals_torch_with_fp32_masters_to_the_bit(ranks: Ranks) -> None:
-    gpt = Recipe(is_bf16=True, accumulation=2, num_groups=2, steps=3)
-    odd = replace(gpt, model="odd", model_options=(("second_dtype", torch.bfloat16),))
+@pytest.mark.parametrize(("compute", "loss_scale"), [(torch.bfloat16, 1.0), (torch.float16, 1024.0)])
+def test_mixed_precision_equals_torch_with_fp32_masters_to_the_bit(
+    ranks: Ranks, compute: torch.dtype, loss_scale: float
+) -> None:
+    gpt = Recipe(compute=compute, loss_scale=loss_scale, accumulation=2, num_groups=2, steps=3)
+    odd = replace(gpt, model="odd", model_options=(("second_dtype", compute),))
     rows = [{**row, "holds_back": True} for row in STAGES]
     runs = by_row(ranks(2, train_rows, [(recipe, row) for recipe in (gpt, odd) for row in rows]))
     for index, recipe in enumerate((gpt, odd)):
@@ -161,13 +164,34 @@ def test_bf16_equals_torch_with_fp32_masters_to_the_bit(ranks: Ranks) -> None:
             assert bits_that_differ(replace(run, norms=in_parts.norms), in_parts) == []
 
 
-def test_bf16_trains_as_fp32_does_to_the_precision_of_bf16(ranks: Ranks) -> None:
-    recipe = replace(WHOLE, is_bf16=True, steps=10)
-    mixed, full = train_plain(recipe), train_plain(replace(recipe, is_bf16=False))
+@pytest.mark.parametrize(("compute", "loss_scale"), [(torch.bfloat16, 1.0), (torch.float16, 1024.0)])
+def test_mixed_precision_trains_as_fp32_does_to_its_own_precision(
+    ranks: Ranks, compute: torch.dtype, loss_scale: float
+) -> None:
+    recipe = replace(WHOLE, compute=compute, loss_scale=loss_scale, steps=10)
+    mixed, full = train_plain(recipe), train_plain(replace(recipe, compute=None, loss_scale=1.0))
     for run in by_row(ranks(2, train_rows, [(recipe, {"stage": 1}), (recipe, {"stage": 3})])):
         for reference in (mixed, full):
             loss_and_norm = Run(reference.losses, reference.norms, {})
-            assert beyond(Run(run.losses, run.norms, {}), loss_and_norm, rtol=2**-8) == {}
+            rtol = torch.finfo(compute).eps / 2
+            assert beyond(Run(run.losses, run.norms, {}), loss_and_norm, rtol=rtol) == {}
+
+
+LOW: dict[str, Recipe] = {
+    "bf16 all the way": Recipe(compute=torch.bfloat16, accumulate="bf16", communicate="bf16"),
+    "bf16 sent in fp32": Recipe(compute=torch.bfloat16, accumulate="bf16", communicate="fp32"),
+    "fp32 sent in bf16": Recipe(communicate="bf16"),
+    "fp16 all the way": Recipe(compute=torch.float16, loss_scale=256.0, accumulate="fp16", communicate="fp16"),
+}
+
+
+@pytest.mark.parametrize("way", LOW)
+def test_gradients_accumulate_and_travel_in_the_dtypes_that_are_asked_for(ranks: Ranks, way: str) -> None:
+    recipe = replace(LOW[way], accumulation=2, num_groups=2, steps=3)
+    rows = [{**row, "holds_back": True} for row in STAGES]
+    in_parts = train_plain(recipe, parts=2)
+    for run in by_row(ranks(2, train_rows, [(recipe, row) for row in rows])):
+        assert bits_that_differ(replace(run, norms=in_parts.norms), in_parts) == []
 
 
 # Ways of use that must not change a bit.

@@ -238,7 +238,7 @@ def test_stages_0_to_2_gather_once_per_optimizer_step_however_many_micro_batches
 WAYS: dict[str, tuple[Recipe, dict[str, Any]]] = {
     "tied": (TIED, {}),
     "untied": (UNTIED, {}),
-    "bf16": (replace(TIED, is_bf16=True), {}),
+    "bf16": (replace(TIED, compute=torch.bfloat16), {}),
     "no overlap": (TIED, {"overlap_comm": False}),
     "much prefetch": (TIED, {"stage3_prefetch_bucket_size": 10**9}),
 }

@@ -107,7 +107,7 @@ class Bucket:
         self.gradients: BucketGradients | None = None
         if plan.trainable:
             self.gradients = BucketGradients(
-                plan, row, dp=dp, dtype=dtypes.master, groups=groups, device=device, ledger=ledger
+                plan, row, dp=dp, dtypes=dtypes, groups=groups, device=device, ledger=ledger
             )
         self._groups = groups
         self._pending: Pending | None = None

@@ -3,11 +3,12 @@
                       |p0        |p1           |p2 |--|  one layout, in elements (see layout.py)
     gathered          [whole bucket, compute dtype]      parameters are views of it; all-gather writes straight into it
     master            [owned slices, master dtype]       what the optimizer steps; fragments are views of it
-    gradients.full    [whole bucket, master dtype]       where gradients accumulate and are reduced from
+    gradients.full    [whole bucket, accumulation dtype] where gradients accumulate and are reduced from
     gradients.reduced [owned slices, master dtype]       the mean gradient of the owned slices
 
 Where a row keeps something WHOLE, the owned part is the own slot of the whole, so it costs no second copy: `master` in
-`gathered` (equal dtypes), `reduced` in `full`. What is SHARD lives as long as it is used.
+`gathered`, `reduced` in `full`, where their dtypes are equal. What is SHARD lives as long as it is used. Gradients that
+travel in another dtype than they accumulate in are cast into memory of their own for the time of the reduction.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,14 @@ class BucketDtypes:
 
     compute: torch.dtype
     master: torch.dtype
+    accumulate: torch.dtype | None = None  # of gradients on their rank; None: as the master
+    reduce: torch.dtype | None = None  # of gradients on their way; None: as they accumulate
+
+    @property
+    def of_gradients(self) -> tuple[torch.dtype, torch.dtype]:
+        """In which gradients accumulate, and in which they are reduced."""
+        accumulate = self.accumulate or self.master
+        return accumulate, self.reduce or accumulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +159,14 @@ class BucketGradients:
         row: Row,
         *,
         dp: DataParallel,
-        dtype: torch.dtype,
+        dtypes: BucketDtypes,
         groups: DataParallelGroups,
         device: torch.device,
         ledger: Ledger,
     ) -> None:
         self._plan = plan
-        self._dtype = dtype
+        self._master_dtype = dtypes.master
+        self._dtype, self._reduce_dtype = dtypes.of_gradients
         self._device = device
         self._groups = groups
         self._ledger = ledger
@@ -176,7 +186,7 @@ class BucketGradients:
     def held_bytes(self) -> int:
         """Bytes held now, between steps included."""
         tensors = [self._full if self._full_is_live else None, self._spare]
-        if self.reduced is not None and self._transient:
+        if self.reduced is not None and (self._transient or self._reduce_dtype != self._master_dtype):
             tensors.append(self.reduced)
         return sum(each.numel() * each.element_size() for each in tensors if each is not None)
 
@@ -205,28 +215,37 @@ class BucketGradients:
         full = self._live_full()
         self._keep_reduced(full)
         self._zero_unwritten(full)
+        sent = full
+        if self._reduce_dtype != self._dtype:
+            sent = self._groups.reduce.empty(full.numel(), dtype=self._reduce_dtype, device=self._device).copy_(full)
         low, high = self._bounds
         if self._stepped_whole:
-            self._inflight = self._groups.reduce.all_reduce(full, label=self._plan.name), full
+            self._inflight = self._groups.reduce.all_reduce(sent, label=self._plan.name), sent
             return
         if not self._transient:
-            out = full[low:high]
-        elif self.reduced is None and self._spare is not None:
+            out = sent[low:high]
+        elif self.reduced is None and self._spare is not None and self._reduce_dtype == self._master_dtype:
             out, self._spare = self._spare, None
         else:
-            out = torch.empty(high - low, dtype=self._dtype, device=self._device)
-        self._inflight = self._groups.reduce.reduce_scatter(out, full, label=self._plan.name), out
+            out = torch.empty(high - low, dtype=self._reduce_dtype, device=self._device)
+        self._inflight = self._groups.reduce.reduce_scatter(out, sent, label=self._plan.name), out
 
-    def finish_reduce(self) -> None:
-        """Wait for the sum, take the mean and add it to earlier reductions of this step."""
+    def finish_reduce(self, *, unscale: float = 1.0) -> None:
+        """Wait for the sum, take the mean and add it to earlier reductions of this step.
+
+        unscale: what takes a factor out that the loss was multiplied by; of a power of two it changes no other bit.
+        """
         if self._inflight is None:
             return
         (pending, out), self._inflight = self._inflight, None
         pending.wait()
         if self._groups.replicate is not None:
             self._groups.replicate.all_reduce(out, label=self._plan.name).wait()
-        if self._mean_over > 1:
-            out.mul_(1.0 / self._mean_over)
+        if out.dtype != self._master_dtype:
+            out = self._in_master_dtype(out)
+        factor = unscale / self._mean_over
+        if factor != 1.0:
+            out.mul_(factor)
         self.reduced = out if self.reduced is None else self.reduced.add_(out)
         self._written.clear()
         if self._transient:
@@ -236,8 +255,14 @@ class BucketGradients:
         """The reduced gradients of the owned slices; zero where nothing was reduced yet."""
         if self.reduced is None:
             low, high = self._bounds
-            self.reduced = torch.zeros(high - low, dtype=self._dtype, device=self._device)
+            self.reduced = torch.zeros(high - low, dtype=self._master_dtype, device=self._device)
         return self.reduced
+
+    def _in_master_dtype(self, out: Tensor) -> Tensor:
+        if self.reduced is None and self._spare is not None:
+            spare, self._spare = self._spare, None
+            return spare.copy_(out)
+        return out.to(self._master_dtype)
 
     def drop(self, index: int) -> None:
         """Forget the gradient of parameter `index`: what is reduced of it, and what waits to be."""
@@ -248,7 +273,8 @@ class BucketGradients:
 
     def clear(self) -> None:
         """Forget all gradients; memory that the row keeps between steps stays, unless the user holds a view of it."""
-        if self._transient and self.reduced is not None and not compat.is_held_elsewhere(self.reduced):
+        is_own = self._transient or self._reduce_dtype != self._master_dtype
+        if is_own and self.reduced is not None and not compat.is_held_elsewhere(self.reduced):
             self._spare = self.reduced
         self.reduced = None
         self._written.clear()

@@ -8,13 +8,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import AliasChoices, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+import torch
+from pydantic import AliasChoices, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from zcore.core.config import Auto, Config
 from zcore.core.errors import ConfigError, nearest
 from zcore.core.recording import OPS
+from zcore.zero.loss_scale import LossScale
 
-__all__ = ["BatchSizes", "Bf16", "Choice", "CommsLogger", "TrainingConfig", "ZeroOptimization", "plan_batch"]
+__all__ = [
+    "DTYPES",
+    "BatchSizes",
+    "Bf16",
+    "Choice",
+    "CommsLogger",
+    "DataTypes",
+    "Fp16",
+    "TrainingConfig",
+    "ZeroOptimization",
+    "plan_batch",
+]
 
 
 class Choice(Config):
@@ -34,6 +47,55 @@ class Bf16(Config):
         "bf16_optimizer_states": "Optimizer states are fp32.",
         "immediate_grad_update": "Gradients move into their bucket at once.",
         "check_grad_overflow": "A step that is not finite is always refused.",
+    }
+
+
+class Fp16(Config):
+    """Compute in float16 with fp32 master shards, and losses scaled so that small gradients do not vanish.
+
+    Gradients accumulate and are reduced in fp32, with the scale taken out. Inputs are always cast.
+    """
+
+    enabled: bool | Auto = False
+    loss_scale: NonNegativeFloat | Auto = 0.0  # 0: dynamic
+    initial_scale_power: NonNegativeInt | Auto = 16  # the dynamic scale begins at 2 to this power
+    loss_scale_window: PositiveInt | Auto = 1000  # clean steps before it doubles
+    hysteresis: PositiveInt | Auto = 2  # overflows before it halves
+    consecutive_hysteresis: bool | Auto = False  # each clean step makes up for the overflows before it
+    min_loss_scale: PositiveFloat | Auto = 1.0
+    auto_cast: bool | Auto = True  # DeepSpeed has false, and then expects fp16 inputs, which stay as they are here
+
+    known_unserved: ClassVar[Mapping[str, str]] = {
+        "fp16_master_weights_and_grads": "Masters and gradients are fp32.",
+    }
+
+    @property
+    def loss_scaling(self) -> LossScale:
+        """The keys as a policy; of settled values."""
+        fixed = float(self.loss_scale)
+        return LossScale(
+            initial=fixed or 2.0 ** int(self.initial_scale_power),
+            is_dynamic=not fixed,
+            window=int(self.loss_scale_window),
+            hysteresis=int(self.hysteresis),
+            refills_each_clean_step=bool(self.consecutive_hysteresis),
+            minimum=float(self.min_loss_scale),
+        )
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "bfp16": torch.bfloat16}
+DtypeName = Literal["fp32", "fp16", "bf16", "bfp16"]
+
+
+class DataTypes(Config):
+    """In which dtype gradients accumulate over micro-batches on their rank; null: the master's, fp32."""
+
+    grad_accum_dtype: DtypeName | Auto | None = None
+
+    known_unserved: ClassVar[Mapping[str, str]] = {
+        "param_dtype": "Set bf16 or fp16.",
+        "buffer_dtype": "Buffers keep their dtype.",
+        "keep_in_fp32_modules": "Not served.",
     }
 
 
@@ -156,6 +218,9 @@ class TrainingConfig(Config):
     optimizer: Choice | None = None
     scheduler: Choice | None = None
     bf16: Bf16 = Field(default=Bf16(), validation_alias=AliasChoices("bf16", "bfloat16"))
+    fp16: Fp16 = Fp16()
+    data_types: DataTypes = DataTypes()
+    communication_data_type: DtypeName | Auto | None = None  # of reductions; null: as gradients accumulate
     gradient_clipping: NonNegativeFloat | Auto = 0.0  # largest global 2-norm; 0 is off, as in torch
     zero_optimization: ZeroOptimization = ZeroOptimization()
     zero_allow_untested_optimizer: bool = True  # any element-wise optimizer is allowed, asked for or not
@@ -163,11 +228,8 @@ class TrainingConfig(Config):
     comms_logger: CommsLogger = CommsLogger()
 
     known_unserved: ClassVar[Mapping[str, str]] = {
-        "fp16": "Use bf16, which needs no loss scaling.",
         "amp": "Use bf16.",
         "activation_checkpointing": "Wrap blocks with torch.utils.checkpoint, which works under every stage.",
-        "communication_data_type": "Reductions move the accumulation dtype.",
-        "data_types": "Gradients accumulate in the master dtype.",
         "prescale_gradients": "Gradients are summed, then divided.",
         "wall_clock_breakdown": "Use torch.profiler; collectives are named in it.",
         "flops_profiler": "Use torch.utils.flop_counter.",
@@ -219,7 +281,11 @@ class TrainingConfig(Config):
             "train_micro_batch_size_per_gpu": batch.micro_batch_size,
             "gradient_accumulation_steps": batch.accumulation_steps,
         }
+        values |= {f"fp16.{name}": field.default for name, field in Fp16.model_fields.items()}
+        values |= {"data_types.grad_accum_dtype": None, "communication_data_type": None}
         settled = self.resolve({**values, **triple, "bf16.enabled": False, "gradient_clipping": 0.0})
+        if settled.bf16.enabled and settled.fp16.enabled:
+            raise ConfigError("bf16 and fp16 are both enabled; a model is computed in one of them. Switch one off.")
         return settled.model_copy(update=triple)
 
 

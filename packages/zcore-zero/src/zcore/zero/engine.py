@@ -20,6 +20,7 @@ from zcore.zero import checkpoint
 from zcore.zero.clipping import clip_factor
 from zcore.zero.config import TrainingConfig
 from zcore.zero.consolidated import consolidated_state_dict
+from zcore.zero.loss_scale import LossScaler
 from zcore.zero.memory import MemoryReport, measure_memory
 from zcore.zero.placement import Placement
 from zcore.zero.run_state import RunState
@@ -61,7 +62,9 @@ class Engine:
         self.global_steps = 0  # optimizer steps taken
         self.micro_steps = 0  # calls of step()
         self._micro_steps_done = 0  # of the optimizer step at hand
-        self.skipped_steps = 0  # optimizer steps refused because something was not finite
+        self.skipped_steps = 0  # optimizer steps not taken because something was not finite
+        self._scaler = LossScaler(config.fp16.loss_scaling) if config.fp16.enabled else None
+        self._is_step_applied = False
         self._accumulation_steps = int(config.gradient_accumulation_steps or 1)
         self._clip_norm = float(config.gradient_clipping)
         self._num_backwards = 0  # since the last step()
@@ -111,7 +114,7 @@ class Engine:
         self.sharding.reducer.note_loss(loss)
         finished = False
         try:
-            scaled = loss / self._accumulation_steps
+            scaled = self._scaled(loss)
             self.sharding.backward(scaled, reduces=reduces, delivers=last, retain_graph=retain_graph)
             finished = True
         except CollectiveError:
@@ -139,8 +142,12 @@ class Engine:
     def step(self) -> None:
         """Count a micro-batch; at the last one of a step clip, step the optimizer and the schedule, forget gradients.
 
+        Under fp16 a step whose gradients overflowed is skipped on every rank, schedule included, and the loss scale
+        follows; see `was_step_applied`.
+
         Raises StateError without a backward before it or without an optimizer, and NonFiniteError on every rank if a
-        loss or the norm of the gradients is not finite; parameters and states are then as before the step.
+        loss or the norm of the gradients is not finite (under fp16 only at the smallest loss scale); parameters and
+        states are then as before the step.
         """
         if not self._num_backwards:
             raise StateError(
@@ -165,8 +172,11 @@ class Engine:
         if not is_boundary:
             return
         assert self.optimizer is not None
+        self._is_step_applied = False
         try:
-            self._grad_norm = self._checked_norm()
+            if not self._is_finite():
+                return
+            assert self._grad_norm is not None
             loss = self._mean_loss()  # here the device has just been waited for, and has nothing else to do yet
             if self._clip_norm:
                 self.sharding.scale_gradients(clip_factor(self._grad_norm, self._clip_norm))
@@ -174,7 +184,10 @@ class Engine:
         finally:
             self.sharding.reducer.clear()
             self._begin_step(micro_steps=self.micro_steps)
+        self._is_step_applied = True
         self.global_steps += 1
+        if self._scaler is not None:
+            self._scaler.note_clean_step()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self._tell_step(loss)
@@ -186,13 +199,29 @@ class Engine:
         self._has_synced = False
         self._losses = []
 
-    def _checked_norm(self) -> float:
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """What gradients are computed from: a mean over micro-batches, under fp16 times the loss scale."""
+        if self._scaler is None:
+            return loss / self._accumulation_steps
+        self.sharding.reducer.unscale = 1.0 / self._scaler.scale
+        return loss.float() / self._accumulation_steps * self._scaler.scale
+
+    def _is_finite(self) -> bool:
+        """Whether the step can be taken; equal on every rank. Under fp16 one that cannot is skipped, else refused."""
         bad = self.sharding.reducer.bad_ranks
         norm = self.sharding.norm()
         if not bad and isfinite(norm):
-            return norm
+            self._grad_norm = norm
+            return True
         self.skipped_steps += 1
         what = f"the loss was not finite on data ranks {list(bad)}" if bad else f"the norm of the gradients is {norm}"
+        if self._scaler is not None:
+            before = self._scaler.scale
+            self._scaler.note_overflow()
+            if self.global_rank == 0:
+                line = "step %d skipped: %s in fp16; loss scale %g, was %g"
+                log_visibly(logger, line, self.global_steps + 1, what, self._scaler.scale, before)
+            return False
         raise NonFiniteError(
             f"In optimizer step {self.global_steps + 1}, {what}. The step was not taken: parameters and optimizer "
             "states are as before it, and its gradients are dropped. Look at the data of this step, lower the learning "
@@ -219,6 +248,8 @@ class Engine:
             return
         self._events.emit("loss", loss, unit="1", step=self.global_steps)
         self._events.emit("grad_norm", self._grad_norm or 0.0, unit="1", step=self.global_steps)
+        if self._scaler is not None:
+            self._events.emit("loss_scale", self._scaler.scale, unit="1", step=self.global_steps)
         for index, lr in enumerate(self.get_lr()):
             self._events.emit(f"lr/{index}", lr, unit="1", step=self.global_steps)
 
@@ -257,6 +288,15 @@ class Engine:
     def get_global_grad_norm(self) -> float | None:
         """The norm of the whole gradient at the last optimizer step, before clipping; None before the first."""
         return self._grad_norm
+
+    def was_step_applied(self) -> bool:
+        """Whether the last optimizer step was taken, and not skipped or refused."""
+        return self._is_step_applied
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied by under fp16; gradients are handed out without it. 1 in other precisions."""
+        return 1.0 if self._scaler is None else self._scaler.scale
 
     def get_lr(self) -> list[float]:
         """The learning rate of each parameter group."""
@@ -319,6 +359,8 @@ class Engine:
             raise StateError("A checkpoint holds no gradients: save after the step() that ends an optimizer step.")
         counters = {"global_steps": self.global_steps, "micro_steps": self.micro_steps, "skipped": self.skipped_steps}
         extra = {"counters": counters, "client_state": client_state or {}}
+        if self._scaler is not None:
+            extra["loss_scale"] = self._scaler.state_dict()
         return checkpoint.save(directory, tag or f"global_step{self.global_steps}", self._run_state(), extra)
 
     def load_checkpoint(self, directory: str | Path, tag: str | None = None) -> dict[str, Any]:
@@ -329,6 +371,8 @@ class Engine:
         extra = checkpoint.load(directory, tag, self._run_state())
         counters = extra["counters"]
         self.global_steps, self.skipped_steps = counters["global_steps"], counters["skipped"]
+        if self._scaler is not None and "loss_scale" in extra:
+            self._scaler.load_state_dict(extra["loss_scale"])
         self.sharding.reducer.clear()
         self._begin_step(micro_steps=counters["micro_steps"])
         client_state: dict[str, Any] = extra["client_state"]

@@ -23,7 +23,7 @@ from zcore.core.recording import Recording, start_recording
 from zcore.core.torch_collectives import choose_collectives
 from zcore.zero.agreement import Plain, check_agreement
 from zcore.zero.buffer import DataParallelGroups
-from zcore.zero.config import WITHOUT_EFFECT, CommsLogger, TrainingConfig, ZeroOptimization
+from zcore.zero.config import DTYPES, WITHOUT_EFFECT, CommsLogger, TrainingConfig, ZeroOptimization
 from zcore.zero.deferred import deferred_init
 from zcore.zero.engine import Engine
 from zcore.zero.optimizer import (
@@ -240,7 +240,7 @@ def _mesh_for(zero: ZeroOptimization, given: DeviceMesh | None) -> DeviceMesh:
 def _options(settings: TrainingConfig) -> ShardingOptions:
     zero = settings.zero_optimization
     return ShardingOptions(
-        precision=Precision(torch.bfloat16 if settings.bf16.enabled is True else None),
+        precision=_precision(settings),
         bucket_numel=min(int(zero.reduce_bucket_size), int(zero.allgather_bucket_size)),
         small_numel=int(zero.stage3_param_persistence_threshold),
         small_total_numel=int(zero.stage3_model_persistence_threshold),
@@ -248,6 +248,16 @@ def _options(settings: TrainingConfig) -> ShardingOptions:
         max_live_numel=int(zero.stage3_max_live_parameters),
         max_reuse_numel=int(zero.stage3_max_reuse_distance),
         overlap=bool(zero.overlap_comm),
+    )
+
+
+def _precision(settings: TrainingConfig) -> Precision:
+    compute = torch.float16 if settings.fp16.enabled else torch.bfloat16 if settings.bf16.enabled else None
+    accumulate, reduce = settings.data_types.grad_accum_dtype, settings.communication_data_type
+    return Precision(
+        compute,
+        accumulate=None if accumulate is None else DTYPES[accumulate],
+        reduce=None if reduce is None else DTYPES[reduce],
     )
 
 

@@ -1,7 +1,9 @@
 """Which dtype parameters are computed in and which they are stepped in. Buffers are never cast.
 
-fp32        compute = master = the dtype the model was built in
-bf16        compute bf16; trainable parameters have an fp32 master, gradients accumulate and are reduced in fp32
+fp32         compute = master = the dtype the model was built in
+bf16, fp16   compute in it; trainable parameters have an fp32 master, gradients accumulate and are reduced in fp32
+
+Gradients may accumulate, and travel, in fewer bits than the master has; they reach the optimizer in its dtype.
 """
 
 from dataclasses import dataclass
@@ -20,12 +22,15 @@ class Precision:
     """A precision policy; `compute` None leaves every parameter as it was built."""
 
     compute: torch.dtype | None = None
+    accumulate: torch.dtype | None = None  # of gradients on their rank; None: as the master
+    reduce: torch.dtype | None = None  # of gradients on their way; None: as they accumulate
 
     def dtypes_of(self, dtype: torch.dtype, *, trainable: bool) -> BucketDtypes:
         """For a parameter built in `dtype`. Frozen and integer parameters have no master apart."""
-        if self.compute is None or not dtype.is_floating_point:
+        if not dtype.is_floating_point:
             return BucketDtypes(compute=dtype, master=dtype)
-        return BucketDtypes(compute=self.compute, master=torch.float32 if trainable else self.compute)
+        master = dtype if self.compute is None else torch.float32 if trainable else self.compute
+        return BucketDtypes(self.compute or dtype, master, accumulate=self.accumulate, reduce=self.reduce)
 
     def cast_inputs(
         self, args: tuple[object, ...], kwargs: dict[str, object]

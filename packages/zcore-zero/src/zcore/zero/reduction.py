@@ -43,6 +43,7 @@ class Reducer:
         self._take_digest = take_digest  # of the gathers since the last reduction
         self.reduces = True  # False while gradients only accumulate on this rank
         self.delivers = True  # False while more reductions of this step are to come: saves telling what had gradients
+        self.unscale = 1.0  # what gradients are multiplied by, as their loss was by its inverse
         self._order = sorted((bucket.index for bucket in self._buckets), key=lambda index: -index)
         self._order.sort(key=lambda index: buckets[index].plan.keep_whole)  # small ones are complete last
         self._order_is_observed = False
@@ -107,7 +108,7 @@ class Reducer:
         while self._next < len(self._order):
             self._start_next()
         while self._inflight:
-            self._inflight.popleft().finish_reduce()
+            self._inflight.popleft().finish_reduce(unscale=self.unscale)
         self._agree_on_order()
         if self.delivers:
             self._deliver()
@@ -117,7 +118,7 @@ class Reducer:
     def abandon(self) -> None:
         """Forget a backward that an exception cut short, with all gradients of this step."""
         while self._inflight:
-            self._inflight.popleft().finish_reduce()
+            self._inflight.popleft().finish_reduce(unscale=self.unscale)
         self.clear()
 
     def clear(self) -> None:
@@ -173,7 +174,7 @@ class Reducer:
         gradients.start_reduce()
         self._inflight.append(gradients)
         while len(self._inflight) > self._max_inflight:
-            self._inflight.popleft().finish_reduce()
+            self._inflight.popleft().finish_reduce(unscale=self.unscale)
         self._next += 1
 
     def _agree_on_order(self) -> None:

@@ -8,7 +8,7 @@ part it is the loop anyone would write.
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +172,7 @@ class Recipe:
     dtype: torch.dtype = torch.float32
     compute: torch.dtype | None = None  # bf16 or fp16: mixed precision with fp32 masters
     loss_scale: float = 1.0  # of fp16, fixed
+    autocast: str | None = None  # bfloat16 or float16: torch's own
     accumulate: str | None = None  # in what gradients accumulate, and travel: fp32, bf16, fp16; None: as by default
     communicate: str | None = None
     seed: int = 0
@@ -190,6 +191,10 @@ class Recipe:
         x = torch.randn(ROWS, 12, generator=generator, dtype=self.dtype)
         y = torch.tanh(x @ torch.linspace(-1, 1, 240, dtype=self.dtype).view(12, 20))
         return {"x": x, "y": y, "step": step}
+
+    def autocasting(self) -> AbstractContextManager[object]:
+        """What the forward runs in."""
+        return torch.autocast("cpu", dtype=getattr(torch, self.autocast)) if self.autocast else nullcontext()
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups, frozen parameters among them."""
@@ -273,7 +278,8 @@ def _gradients_of_part(
                 key: value.to(recipe.compute) if isinstance(value, Tensor) and value.is_floating_point() else value
                 for key, value in batch.items()
             }
-        loss = model(**batch)
+        with recipe.autocasting():
+            loss = model(**batch)
         losses.append(loss.item())
         (loss / recipe.accumulation * recipe.loss_scale).backward()
         for index, param in enumerate(params):
@@ -307,6 +313,7 @@ def config_of(recipe: Recipe, *, stage: int, shard_size: int = -1, **zero_option
         "gradient_clipping": recipe.clip,
         "optimizer": {"type": recipe.optimizer, "params": dict(recipe.hyper)},
         "bf16": {"enabled": recipe.compute is torch.bfloat16},
+        "torch_autocast": {"enabled": recipe.autocast is not None, "dtype": recipe.autocast},
         "data_types": {"grad_accum_dtype": recipe.accumulate},
         "communication_data_type": recipe.communicate,
         "fp16": {"enabled": recipe.compute is torch.float16, "loss_scale": recipe.loss_scale},

@@ -153,9 +153,10 @@ def test_losses_that_are_never_finite_end_the_run_on_every_rank(ranks: Ranks) ->
     assert len(caught.value.failures) == 2
 
 
-def test_bf16_and_fp16_together_are_refused() -> None:
-    config = {"bf16": {"enabled": True}, "fp16": {"enabled": True}}
-    with pytest.raises(ConfigError, match="bf16 and fp16 are both enabled"):
+@pytest.mark.parametrize("other", ["fp16", "torch_autocast"])
+def test_two_ways_of_16_bits_are_refused(other: str) -> None:
+    config = {"bf16": {"enabled": True}, other: {"enabled": True}}
+    with pytest.raises(ConfigError, match=f"bf16 and {other} are enabled"):
         zero.TrainingConfig.read(config).settle(dp_size=1)
 
 

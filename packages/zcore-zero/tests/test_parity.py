@@ -194,6 +194,16 @@ def test_gradients_accumulate_and_travel_in_the_dtypes_that_are_asked_for(ranks:
         assert bits_that_differ(replace(run, norms=in_parts.norms), in_parts) == []
 
 
+@pytest.mark.parametrize(("dtype", "loss_scale"), [("bfloat16", 1.0), ("float16", 512.0)])
+def test_autocast_equals_torchs_to_the_bit(ranks: Ranks, dtype: str, loss_scale: float) -> None:
+    recipe = Recipe(autocast=dtype, loss_scale=loss_scale, accumulation=2, num_groups=2, steps=3)
+    rows = [{**row, "holds_back": True} for row in STAGES]
+    in_parts = train_plain(recipe, parts=2)
+    assert in_parts.losses != train_plain(replace(recipe, autocast=None), parts=2).losses
+    for run in by_row(ranks(2, train_rows, [(recipe, row) for row in rows])):
+        assert bits_that_differ(replace(run, norms=in_parts.norms), in_parts) == []
+
+
 # Ways of use that must not change a bit.
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "CommsLogger",
     "DataTypes",
     "Fp16",
+    "TorchAutocast",
     "TrainingConfig",
     "ZeroOptimization",
     "plan_batch",
@@ -81,6 +82,27 @@ class Fp16(Config):
             refills_each_clean_step=bool(self.consecutive_hysteresis),
             minimum=float(self.min_loss_scale),
         )
+
+
+class TorchAutocast(Config):
+    """Run the model's forward under `torch.autocast`; parameters and gradients stay in the dtypes they were built in.
+
+    Under float16 losses are scaled by the keys of `fp16`.
+    """
+
+    enabled: bool | Auto = False
+    dtype: Literal["bfloat16", "float16"] | Auto | None = None  # null: bfloat16
+
+    known_unserved: ClassVar[Mapping[str, str]] = {
+        "lower_precision_safe_modules": "To send gradients in 16 bits, set communication_data_type.",
+    }
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """What operations are cast to; None where it is off. Of settled values."""
+        if not self.enabled:
+            return None
+        return torch.float16 if self.dtype == "float16" else torch.bfloat16
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "bfp16": torch.bfloat16}
@@ -219,6 +241,7 @@ class TrainingConfig(Config):
     scheduler: Choice | None = None
     bf16: Bf16 = Field(default=Bf16(), validation_alias=AliasChoices("bf16", "bfloat16"))
     fp16: Fp16 = Fp16()
+    torch_autocast: TorchAutocast = TorchAutocast()
     data_types: DataTypes = DataTypes()
     communication_data_type: DtypeName | Auto | None = None  # of reductions; null: as gradients accumulate
     gradient_clipping: NonNegativeFloat | Auto = 0.0  # largest global 2-norm; 0 is off, as in torch
@@ -246,7 +269,6 @@ class TrainingConfig(Config):
         "checkpoint": "Not served.",
         "elasticity": "Not served.",
         "compile": "Call torch.compile on the blocks.",
-        "torch_autocast": "Use bf16.",
         "gradient_predivide_factor": "Gradients are summed, then divided.",
         "disable_allgather": "Leave it out.",
         "sequence_parallel_size": "Data parallel only.",
@@ -283,9 +305,11 @@ class TrainingConfig(Config):
         }
         values |= {f"fp16.{name}": field.default for name, field in Fp16.model_fields.items()}
         values |= {"data_types.grad_accum_dtype": None, "communication_data_type": None}
+        values |= {"torch_autocast.enabled": False, "torch_autocast.dtype": None}
         settled = self.resolve({**values, **triple, "bf16.enabled": False, "gradient_clipping": 0.0})
-        if settled.bf16.enabled and settled.fp16.enabled:
-            raise ConfigError("bf16 and fp16 are both enabled; a model is computed in one of them. Switch one off.")
+        enabled = [name for name in ("bf16", "fp16", "torch_autocast") if getattr(settled, name).enabled]
+        if len(enabled) > 1:
+            raise ConfigError(f"{' and '.join(enabled)} are enabled; a model is computed in one way. Leave one on.")
         return settled.model_copy(update=triple)
 
 

@@ -63,7 +63,9 @@ class Engine:
         self.micro_steps = 0  # calls of step()
         self._micro_steps_done = 0  # of the optimizer step at hand
         self.skipped_steps = 0  # optimizer steps not taken because something was not finite
-        self._scaler = LossScaler(config.fp16.loss_scaling) if config.fp16.enabled else None
+        self._autocast_dtype = config.torch_autocast.torch_dtype
+        is_scaled = config.fp16.enabled or self._autocast_dtype is torch.float16
+        self._scaler = LossScaler(config.fp16.loss_scaling) if is_scaled else None
         self._is_step_applied = False
         self._accumulation_steps = int(config.gradient_accumulation_steps or 1)
         self._clip_norm = float(config.gradient_clipping)
@@ -76,7 +78,11 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. Its arguments and result are the model's own."""
-        return self.module(*args, **kwargs)
+        if self._autocast_dtype is None:
+            return self.module(*args, **kwargs)
+        # Without a cache: it would hold the cast of every weight to the forward's end, whatever is resharded.
+        with torch.autocast(self.device.type, dtype=self._autocast_dtype, cache_enabled=False):
+            return self.module(*args, **kwargs)
 
     def __repr__(self) -> str:
         """One line of facts; asks no other rank."""
@@ -219,7 +225,7 @@ class Engine:
             before = self._scaler.scale
             self._scaler.note_overflow()
             if self.global_rank == 0:
-                line = "step %d skipped: %s in fp16; loss scale %g, was %g"
+                line = "step %d skipped: %s in float16; loss scale %g, was %g"
                 log_visibly(logger, line, self.global_steps + 1, what, self._scaler.scale, before)
             return False
         raise NonFiniteError(
@@ -295,7 +301,7 @@ class Engine:
 
     @property
     def loss_scale(self) -> float:
-        """What losses are multiplied by under fp16; gradients are handed out without it. 1 in other precisions."""
+        """What losses are multiplied by in float16; gradients are handed out without it. 1 in other precisions."""
         return 1.0 if self._scaler is None else self._scaler.scale
 
     def get_lr(self) -> list[float]:

@@ -122,7 +122,7 @@ def joined_label(requests: Sequence[Request]) -> str:
     >>> import torch
     >>> one, two = (Request("all_reduce", torch.ones(n), torch.ones(n), "grads", 1) for n in (1, 2))
     >>> joined_label([one, two]), joined_label([two, one])
-    ('grads and 1 more (4d16a0b0)', 'grads and 1 more (08f0d39c)')
+    ('grads and 1 more (aa3a7a39)', 'grads and 1 more (fbe69fe4)')
     """
     contents = zlib.crc32(repr([(each.label, each.input.numel()) for each in requests]).encode())
     return f"{requests[0].label[:LABEL_CHARACTERS]} and {len(requests) - 1} more ({contents:08x})"

@@ -40,7 +40,12 @@ def differed_before(call: str, *, here: str, there: str) -> MismatchError:
 def has_left(global_rank: int, *, said: tuple[str, str] | None = None) -> str:
     """The reason where a process is gone; `said`: kind and words of an error by which it had left another group."""
     words = f"rank {global_rank} has raised, was killed, or left"
-    return words if said is None else f"{words} (in another group it had given up: {': '.join(said)})"
+    if said is None:
+        return words
+    kind, error = said
+    return (
+        f"{words} (in another group it had given up: {kind}: {error.partition('. ')[0]})"  # the rest is in its output
+    )
 
 
 def has_passed(deadline_s: float) -> str:

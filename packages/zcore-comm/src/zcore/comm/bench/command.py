@@ -50,7 +50,7 @@ def bench(
 ) -> None:
     """Measure every collective and implementation beside plain torch.distributed, in one run.
 
-    On 2 ranks this takes some 10 minutes; with --max-bytes 64MiB, 2.
+    This takes minutes, most of them for the largest payloads: --max-bytes 64MiB leaves these out.
     """
     from rich.console import Console
 

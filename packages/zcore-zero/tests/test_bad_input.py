@@ -485,6 +485,10 @@ def _scale_gradient(loss, factor):
     return held
 
 
+def digest(engine):
+    return tiny_models.digest(engine, without=("counters",))  # a refused step counts its micro-batches
+
+
 def meet_a_bad_loss(zero_stage, changes, factor, where):
     """Two good steps, one that is bad on rank 1 only, two good ones; and the same without the bad one."""
     kept = []
@@ -499,7 +503,7 @@ def meet_a_bad_loss(zero_stage, changes, factor, where):
 
         optimizer_step(1)
         optimizer_step(2)
-        before = tiny_models.digest(engine)
+        before = digest(engine)
         message, norm = None, engine.get_global_grad_norm()
         if has_bad_step:
             engine.module.num_forwards -= len(steps)
@@ -507,13 +511,12 @@ def meet_a_bad_loss(zero_stage, changes, factor, where):
             engine.module.factor = factor if dist.get_rank() == 1 else 1.0
             message = refusal(lambda: optimizer_step(3))
             engine.module.factor = 1.0
-            engine.micro_steps -= len(steps)  # the one thing that a refused step changes
-            assert tiny_models.digest(engine) == before
+            assert digest(engine) == before
             assert (engine.global_steps, engine.skipped_steps) == (2, 1)
             assert engine.get_global_grad_norm() == norm
         optimizer_step(4)
         optimizer_step(5)
-        kept.append((tiny_models.digest(engine), engine.global_steps, message))
+        kept.append((digest(engine), engine.global_steps, message))
     (with_bad, steps_with_bad, message), (without, steps_without, _) = kept
     assert steps_with_bad == steps_without == 4
     assert with_bad == without

@@ -2,13 +2,12 @@
 
 import contextlib
 import io
-import logging
 import math
 
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import TinyModel, batch, digest, settings, train_step, train_steps
+from tiny_models import TinyModel, batch, digest, listen, settings, train_step, train_steps
 from torch import nn
 
 from zcore import zero
@@ -307,23 +306,6 @@ def train_without_a_launcher():
 
 def test_without_a_launcher_a_program_is_the_only_rank(ranks):
     assert ranks(1, train_without_a_launcher, init_process_group=False)[0][0] == 1
-
-
-class Records(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
-def listen():
-    records = Records()
-    logger = logging.getLogger("zcore")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(records)
-    return records
 
 
 def print_steps():

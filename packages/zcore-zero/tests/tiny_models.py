@@ -1,6 +1,7 @@
 """A language model of a few hundred elements and what tests of refusals, faults, checkpoints and the engine share."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -94,16 +95,38 @@ def states(engine: zero.Engine) -> dict[str, Any]:
     return kept
 
 
-def digest(engine: zero.Engine) -> str:
-    """`states` in one word: equal exactly when every bit is."""
+def digest(engine: zero.Engine, *, without: tuple[str, ...] = ()) -> str:
+    """`states` but those named, in one word: equal exactly when every bit is."""
     total = hashlib.sha256()
     for name, value in sorted(states(engine).items()):
+        if name in without:
+            continue
         data = (
             bytes(value.reshape(-1).view(torch.uint8).tolist()) if isinstance(value, Tensor) else repr(value).encode()
         )
         total.update(name.encode())
         total.update(data)
     return total.hexdigest()
+
+
+class Records(logging.Handler):
+    """Keeps what is logged, a line each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def listen() -> Records:
+    """All that zcore logs on this rank from now on."""
+    records = Records()
+    logger = logging.getLogger("zcore")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(records)
+    return records
 
 
 def refusal(act: Callable[[], object]) -> str:

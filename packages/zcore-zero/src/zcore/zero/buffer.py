@@ -190,8 +190,8 @@ class BucketGradients:
             tensors.append(self.reduced)
         return sum(each.numel() * each.element_size() for each in tensors if each is not None)
 
-    def accumulate(self, index: int, grad: Tensor) -> None:
-        """Move the gradient of parameter `index` to where it will be reduced from, adding to what is there.
+    def accumulate(self, index: int, grad: Tensor, *, factor: float = 1.0) -> None:
+        """Move the gradient of parameter `index`, times `factor`, to where it will be reduced from, adding it there.
 
         Autograd hands over a fresh tensor; one pass moves it, casting to the accumulation dtype, and it is freed.
         """
@@ -205,10 +205,12 @@ class BucketGradients:
         layout = self._plan.layout
         place = full[layout.offsets[index] : layout.offsets[index] + layout.numels[index]].view(grad.shape)
         if index in self._written:
-            place.add_(grad)
-        else:
-            place.copy_(grad)
-            self._written.add(index)
+            place.add_(grad, alpha=factor)
+            return
+        place.copy_(grad)
+        self._written.add(index)
+        if factor != 1.0:
+            place.mul_(factor)
 
     def start_reduce(self) -> None:
         """Start the sum over all ranks into the owned slices; parameters without a gradient count as zero."""

@@ -17,6 +17,7 @@ from zcore.core.errors import CollectiveError, NonFiniteError, StateError
 from zcore.core.events import Events, log_visibly
 from zcore.core.recording import Recording, Report
 from zcore.zero import checkpoint
+from zcore.zero.accumulation import scaled
 from zcore.zero.clipping import clip_factor
 from zcore.zero.config import TrainingConfig
 from zcore.zero.consolidated import consolidated_state_dict
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 class Engine:
     """Made by `zero.initialize`. Call it as the model; then `backward(loss)` and `step()` for every micro-batch.
+
+    A plain `loss.backward()`, or any other backward of autograd's, does as well as `backward(loss)`: of tensors that
+    are no loss, of a sum over two engines, of a submodule called by itself. `backward(loss)` also checks its loss.
 
     An optimizer step happens in each `gradient_accumulation_steps`-th `step()`; gradients are the mean over those
     micro-batches and over all data ranks.
@@ -60,20 +64,19 @@ class Engine:
         self._events = events
         self._losses: list[Tensor] = []  # of this step's backwards; kept only if they are told
         self.global_steps = 0  # optimizer steps taken
-        self.micro_steps = 0  # calls of step()
-        self._micro_steps_done = 0  # of the optimizer step at hand
+        self._micro_steps_before = 0  # calls of step() in earlier optimizer steps
         self.skipped_steps = 0  # optimizer steps not taken because something was not finite
         self._autocast_dtype = config.torch_autocast.torch_dtype
         is_scaled = config.fp16.enabled or self._autocast_dtype is torch.float16
         self._scaler = LossScaler(config.fp16.loss_scaling) if is_scaled else None
         self._is_step_applied = False
-        self._accumulation_steps = int(config.gradient_accumulation_steps or 1)
+        self._accumulation = sharding.reducer.accumulation
+        self._accumulation.steps = int(config.gradient_accumulation_steps or 1)
+        self._accumulation.reduces_each = sharding.row.gradients is Placement.SHARD
+        self._accumulation.loss_scale = self.loss_scale
         self._clip_norm = float(config.gradient_clipping)
-        self._num_backwards = 0  # since the last step()
-        self._has_synced = False  # whether gradients of this step have been reduced
-        self._is_held_back = False  # inside no_sync()
         self._grad_norm: float | None = None
-        self._has_warned = False
+        self._said: set[str] = set()  # warnings that are said once
         self._tells_losses = events is not None or (config.steps_per_print is not None and self.global_rank == 0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,14 +117,9 @@ class Engine:
                 f"{found}{'' if not isinstance(given, Tensor) or given.requires_grad else ' without a graph'}. Reduce "
                 "the loss with .mean(), and compute it outside torch.no_grad()."
             )
-        last = self.is_gradient_accumulation_boundary()
-        reduces_always = self.sharding.row.gradients is Placement.SHARD
-        reduces = (last or reduces_always) and not self._is_held_back
-        self.sharding.reducer.note_loss(loss)
         finished = False
         try:
-            scaled = self._scaled(loss)
-            self.sharding.backward(scaled, reduces=reduces, delivers=last, retain_graph=retain_graph)
+            self.sharding.backward(self.scale(loss), retain_graph=retain_graph)
             finished = True
         except CollectiveError:
             raise  # the ranks have lost each other: there is no step to begin anew
@@ -130,20 +128,19 @@ class Engine:
             raise
         finally:
             if not finished:
-                self._begin_step(micro_steps=self.micro_steps - self._micro_steps_done)
-        self._num_backwards += 1
-        if self._num_backwards == 2 and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "backward() was called twice before step(): both gradients count in full in one micro-batch. For two "
-                "losses of one batch that is right (the first with retain_graph=True if they share a graph, or add "
-                "them); to accumulate over batches call engine.step() after each backward. "
-                "Said once."
-            )
+                self._begin_step()
+        return loss
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """What `backward(loss)` differentiates: the loss as it counts in the step, under fp16 times the loss scale.
+
+        For loops that take derivatives themselves under fp16: `engine.scale(loss).backward()` in place of
+        `loss.backward()` keeps small gradients from vanishing.
+        """
+        self.sharding.reducer.note_loss(loss)
         if self._tells_losses:
             self._losses.append(loss.detach().reshape(()))
-        self._has_synced = reduces
-        return loss
+        return scaled(loss, self._accumulation.factor)
 
     def step(self) -> None:
         """Count a micro-batch; at the last one of a step clip, step the optimizer and the schedule, forget gradients.
@@ -155,13 +152,15 @@ class Engine:
         loss or the norm of the gradients is not finite (under fp16 only at the smallest loss scale); parameters and
         states are then as before the step.
         """
-        if not self._num_backwards:
+        self.sharding.conductor.recover()
+        accumulation = self._accumulation
+        if not accumulation.num_backwards:
             raise StateError(
                 "step() was called without a backward() since the last one, so there is no gradient to step with. Call "
                 "`engine.backward(loss)` before each `engine.step()`."
             )
         is_boundary = self.is_gradient_accumulation_boundary()
-        if is_boundary and not self._has_synced:
+        if is_boundary and not accumulation.has_synced:
             raise StateError(
                 "The last backward of this step ran inside no_sync(), so its gradients were not reduced. Leave "
                 "no_sync() before the backward of the last micro-batch."
@@ -172,10 +171,9 @@ class Engine:
                 "`zero.initialize` an `optimizer`, in the config or in the call; to evaluate only, call neither "
                 "backward() nor step()."
             )
-        self._num_backwards = 0
-        self.micro_steps += 1
-        self._micro_steps_done += 1
+        self._warn_of_backwards()
         if not is_boundary:
+            accumulation.end_micro_batch()
             return
         assert self.optimizer is not None
         self._is_step_applied = False
@@ -187,30 +185,46 @@ class Engine:
             if self._clip_norm:
                 self.sharding.scale_gradients(clip_factor(self._grad_norm, self._clip_norm))
             self.optimizer.step()
+            if self._scaler is not None:
+                self._scaler.note_clean_step()
         finally:
             self.sharding.reducer.clear()
-            self._begin_step(micro_steps=self.micro_steps)
+            self._micro_steps_before += accumulation.steps
+            self._begin_step()
         self._is_step_applied = True
         self.global_steps += 1
-        if self._scaler is not None:
-            self._scaler.note_clean_step()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self._tell_step(loss)
 
-    def _begin_step(self, *, micro_steps: int) -> None:
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches done."""
+        return self._micro_steps_before + self._accumulation.done
+
+    def _begin_step(self) -> None:
         """The next micro-batch is the first one of its optimizer step."""
-        self.micro_steps = micro_steps
-        self._micro_steps_done = self._num_backwards = 0
-        self._has_synced = False
+        self._accumulation.begin_step()
+        self._accumulation.loss_scale = self.loss_scale
         self._losses = []
 
-    def _scaled(self, loss: Tensor) -> Tensor:
-        """What gradients are computed from: a mean over micro-batches, under fp16 times the loss scale."""
-        if self._scaler is None:
-            return loss / self._accumulation_steps
-        self.sharding.reducer.unscale = 1.0 / self._scaler.scale
-        return loss.float() / self._accumulation_steps * self._scaler.scale
+    def _warn_of_backwards(self) -> None:
+        if self._accumulation.num_backwards > 1:
+            self._warn_once(
+                "backward() was called twice before step(): both gradients count in full in one micro-batch. For two "
+                "losses of one batch that is right (the first with retain_graph=True if they share a graph, or add "
+                "them); to accumulate over batches call engine.step() after each backward. Said once."
+            )
+        if self._scaler is not None and self._accumulation.was_unscaled:
+            self._warn_once(
+                "A backward ran without the loss scale: gradients that float16 cannot hold, below 6e-8, vanished in "
+                "it. Call engine.backward(loss), or engine.scale(loss).backward(). Said once."
+            )
+
+    def _warn_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            logger.warning(line)
 
     def _is_finite(self) -> bool:
         """Whether the step can be taken; equal on every rank. Under fp16 one that cannot is skipped, else refused."""
@@ -235,24 +249,28 @@ class Engine:
         )
 
     def _mean_loss(self) -> float | None:
-        """Of this rank's micro-batches in the step at hand, where someone is told; losses of one micro-batch add up."""
-        told = self._events is not None or self._prints_step(self.global_steps + 1)
-        return float(torch.stack(self._losses).sum()) / self._accumulation_steps if told else None
+        """Of this rank's micro-batches in the step at hand, as far as the engine has seen losses, and someone is told.
+
+        Losses of one micro-batch add up.
+        """
+        if not self._losses or (self._events is None and not self._prints_step(self.global_steps + 1)):
+            return None
+        return float(torch.stack(self._losses).sum()) / self._accumulation.steps
 
     def _prints_step(self, number: int) -> bool:
         every = self.config.steps_per_print
         return every is not None and number % every == 0 and self.global_rank == 0
 
     def _tell_step(self, loss: float | None) -> None:
-        if loss is None:
-            return
         if self._prints_step(self.global_steps):
             rates = ", ".join(f"{lr:#.4g}" for lr in self.get_lr())
-            line = "step %d: loss %#.4g, gradient norm %#.4g, learning rate %s"
-            log_visibly(logger, line, self.global_steps, loss, self._grad_norm, rates)
+            seen = "" if loss is None else f"loss {loss:#.4g}, "
+            line = "step %d: %sgradient norm %#.4g, learning rate %s"
+            log_visibly(logger, line, self.global_steps, seen, self._grad_norm, rates)
         if self._events is None:
             return
-        self._events.emit("loss", loss, unit="1", step=self.global_steps)
+        if loss is not None:
+            self._events.emit("loss", loss, unit="1", step=self.global_steps)
         self._events.emit("grad_norm", self._grad_norm or 0.0, unit="1", step=self.global_steps)
         if self._scaler is not None:
             self._events.emit("loss_scale", self._scaler.scale, unit="1", step=self.global_steps)
@@ -265,10 +283,11 @@ class Engine:
         `step()` does so at the end of each optimizer step.
         """
         self.sharding.reducer.clear()
+        self._accumulation.begin_micro_batch()
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch at hand is the last one of its optimizer step."""
-        return self._micro_steps_done + 1 == self._accumulation_steps
+        return self._accumulation.is_last
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -276,11 +295,8 @@ class Engine:
 
         Saves the reductions of stages 2 and 3 between accumulated micro-batches, for the memory of whole gradients.
         """
-        before, self._is_held_back = self._is_held_back, True
-        try:
+        with self.sharding.no_sync():
             yield
-        finally:
-            self._is_held_back = before
 
     def train(self, mode: bool = True) -> "Engine":
         """Put the model into training mode."""
@@ -361,7 +377,7 @@ class Engine:
 
         `client_state` is JSON data of the caller's, each rank its own. Raises CheckpointError, StateError in mid-step.
         """
-        if self._num_backwards or self._micro_steps_done:
+        if self._accumulation.num_backwards or self._accumulation.done:
             raise StateError("A checkpoint holds no gradients: save after the step() that ends an optimizer step.")
         counters = {"global_steps": self.global_steps, "micro_steps": self.micro_steps, "skipped": self.skipped_steps}
         extra = {"counters": counters, "client_state": client_state or {}}
@@ -380,7 +396,8 @@ class Engine:
         if self._scaler is not None and "loss_scale" in extra:
             self._scaler.load_state_dict(extra["loss_scale"])
         self.sharding.reducer.clear()
-        self._begin_step(micro_steps=counters["micro_steps"])
+        self._micro_steps_before = counters["micro_steps"]
+        self._begin_step()
         client_state: dict[str, Any] = extra["client_state"]
         return client_state
 

@@ -255,7 +255,7 @@ class Conductor:
         self._interrupted, self._phase = self._phase, Phase.BACKWARD
         self._backward = compat.current_backward()
         self.has_gradients = False
-        self._reducer.begin()
+        self._reducer.begin(self._backward)
         compat.queue_backward_callback(self._end_backward)
 
     def _end_backward(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from zcore.core import compat
 from zcore.core.errors import MismatchError, StateError
 from zcore.core.mesh import DataParallel
+from zcore.zero.accumulation import Accumulation
 from zcore.zero.bucket import Bucket
 from zcore.zero.buffer import BucketGradients, DataParallelGroups
 
@@ -41,9 +42,7 @@ class Reducer:
         self._device = device
         self._max_inflight = max_inflight  # each holds a whole bucket: one is summed while the next one's are computed
         self._take_digest = take_digest  # of the gathers since the last reduction
-        self.reduces = True  # False while gradients only accumulate on this rank
-        self.delivers = True  # False while more reductions of this step are to come: saves telling what had gradients
-        self.unscale = 1.0  # what gradients are multiplied by, as their loss was by its inverse
+        self.accumulation = Accumulation()
         self._order = sorted((bucket.index for bucket in self._buckets), key=lambda index: -index)
         self._order.sort(key=lambda index: buckets[index].plan.keep_whole)  # small ones are complete last
         self._order_is_observed = False
@@ -66,9 +65,10 @@ class Reducer:
         is_bad = ~torch.isfinite(loss.detach()).all()
         self._is_loss_bad = is_bad if self._is_loss_bad is None else self._is_loss_bad | is_bad
 
-    def begin(self) -> None:
-        """A backward starts."""
+    def begin(self, backward: int) -> None:
+        """Autograd's backward of that number starts."""
         self.take_users_view()
+        self.accumulation.begin_backward(backward)
         self._remaining = {
             bucket.index: sum(param.full.requires_grad for param in bucket.params) for bucket in self._buckets
         }
@@ -91,35 +91,36 @@ class Reducer:
                 "it is used both inside and outside of a reentrant checkpoint (pass use_reentrant=False), or a "
                 "backward that raised is tried again on the same graph (run the forward again)."
             )
-        bucket.gradients.accumulate(index, grad)
+        bucket.gradients.accumulate(index, grad, factor=self.accumulation.missing_factor)
         self._used[bucket.index][index] = True
         self._remaining[bucket.index] -= 1
         if self._remaining[bucket.index] or bucket.index in self._ready:
             return
         self._ready.append(bucket.index)
-        if self.reduces and not self._has_nested:
+        if self.accumulation.reduces and not self._has_nested:
             self._start_what_is_ready()
 
     def finish(self) -> None:
-        """The backward is over: reduce what is left and hand the gradients out."""
-        if not self.reduces:
+        """The backward is over: reduce what is left, and hand the gradients out if no more of this step are to come."""
+        reduces, delivers = self.accumulation.reduces, self.accumulation.is_last
+        self.accumulation.end_backward()
+        if not reduces:
             self._announce()
             return
         while self._next < len(self._order):
             self._start_next()
-        while self._inflight:
-            self._inflight.popleft().finish_reduce(unscale=self.unscale)
+        self._finish_what_is_inflight()
         self._agree_on_order()
-        if self.delivers:
+        if delivers:
             self._deliver()
         else:
             self._announce()
 
     def abandon(self) -> None:
         """Forget a backward that an exception cut short, with all gradients of this step."""
-        while self._inflight:
-            self._inflight.popleft().finish_reduce(unscale=self.unscale)
+        self._finish_what_is_inflight()
         self.clear()
+        self.accumulation.begin_step()
 
     def clear(self) -> None:
         """Forget all gradients, as `zero_grad` does, and the losses they are of."""
@@ -173,9 +174,12 @@ class Reducer:
         assert gradients is not None
         gradients.start_reduce()
         self._inflight.append(gradients)
-        while len(self._inflight) > self._max_inflight:
-            self._inflight.popleft().finish_reduce(unscale=self.unscale)
+        self._finish_what_is_inflight(down_to=self._max_inflight)
         self._next += 1
+
+    def _finish_what_is_inflight(self, down_to: int = 0) -> None:
+        while len(self._inflight) > down_to:
+            self._inflight.popleft().finish_reduce(unscale=1.0 / self.accumulation.loss_scale)
 
     def _agree_on_order(self) -> None:
         """After the first reduction: the order in which data rank 0 completed its buckets, then the rest."""

@@ -197,23 +197,25 @@ class Sharding:
         """Elements of all parameters."""
         return sum(spec.numel for bucket in self.buckets for spec in bucket.plan.params)
 
-    def backward(self, loss: Tensor, *, reduces: bool, delivers: bool, retain_graph: bool = False) -> None:
-        """Compute the gradients of `loss`. What it reduces is handed to the fragments if it `delivers`, else kept.
-
-        Raises StateError if no parameter got a gradient.
-        """
-        before = self.reducer.reduces, self.reducer.delivers
-        self.reducer.reduces, self.reducer.delivers = reduces, delivers
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
+        """Compute the gradients of `loss`. Raises StateError if no parameter got one."""
         self.conductor.has_gradients = False
-        try:
-            loss.backward(retain_graph=retain_graph)
-        finally:
-            self.reducer.reduces, self.reducer.delivers = before
+        loss.backward(retain_graph=retain_graph)
         if not self.conductor.has_gradients:
             raise StateError(
                 "No trainable parameter of the model got a gradient from this loss: it was computed from something "
                 "else. Compute it from what `engine(...)` returns, without detach(), and check what is frozen."
             )
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside keep their gradients on this rank, whole; the next one outside reduces all of them."""
+        accumulation = self.reducer.accumulation
+        before, accumulation.is_held_back = accumulation.is_held_back, True
+        try:
+            yield
+        finally:
+            accumulation.is_held_back = before
 
     def abandon(self) -> None:
         """Forget a backward that did not finish, with all gradients of this step."""
@@ -304,12 +306,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, *, error_if_nonfinite: bo
 @contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
     """Backward passes inside only accumulate gradients on this rank; the first one after it reduces all of them."""
-    sharding = sharding_of(model)
-    before, sharding.reducer.reduces = sharding.reducer.reduces, False
-    try:
+    with sharding_of(model).no_sync():
         yield
-    finally:
-        sharding.reducer.reduces = before
 
 
 def _groups_of(mesh: DeviceMesh, dp: DataParallel, twin: dist.ProcessGroup) -> DataParallelGroups:

@@ -1,0 +1,90 @@
+"""Micro-batches of an optimizer step: which one is at hand, what its backward does, and how much its gradients count.
+
+A micro-batch counts by `factor`: one part in all of the step's, times the loss scale of fp16. `scaled` multiplies a
+loss by it before its backward, so that nothing small is lost on the way; the gradients of any other backward, as of a
+plain `loss.backward()`, are multiplied where they arrive. Either way nothing depends on how the loss came about: from
+the engine, from a submodule that was called by itself, from two engines, or through several calls of one.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from zcore.core import compat
+
+__all__ = ["Accumulation", "scaled"]
+
+_factors: dict[int, float] = {}  # of the losses of the backwards under way, by autograd's number
+
+
+def scaled(loss: Tensor, factor: float) -> Tensor:
+    """`loss` times `factor`, at least in fp32; the backward of the result knows that its gradients are."""
+    result = (loss.float() if loss.dtype.itemsize == 2 else loss) * factor
+
+    def note(grad: Tensor) -> None:
+        backward = compat.current_backward()
+        if backward not in _factors:
+            compat.queue_backward_callback(lambda: _factors.__delitem__(backward))
+        _factors[backward] = factor
+
+    result.register_hook(note)
+    return result
+
+
+@dataclass(slots=True)
+class Accumulation:
+    """The state of the optimizer step at hand, of an engine or of a hand-written loop; that has one micro-batch."""
+
+    steps: int = 1  # micro-batches of an optimizer step
+    reduces_each: bool = True  # gradients after each of them: no rank has room for whole ones
+    loss_scale: float = 1.0
+    is_held_back: bool = False  # inside no_sync()
+    done: int = 0  # micro-batches of this step that are over
+    num_backwards: int = 0  # of the one at hand
+    has_synced: bool = False  # whether the last backward reduced gradients
+    was_unscaled: bool = False  # whether one of this step ran without its factor
+    _backward_factor: float | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the micro-batch at hand is the last one of its optimizer step."""
+        return self.done + 1 == self.steps
+
+    @property
+    def reduces(self) -> bool:
+        """Whether a backward reduces gradients, and does not only add them up on this rank."""
+        return (self.is_last or self.reduces_each) and not self.is_held_back
+
+    @property
+    def factor(self) -> float:
+        """What a loss counts by."""
+        return self.loss_scale / self.steps
+
+    def begin_backward(self, backward: int) -> None:
+        """Autograd's backward of that number has begun."""
+        self._backward_factor = _factors.get(backward)
+
+    @property
+    def missing_factor(self) -> float:
+        """What the gradients of the backward under way are still to be multiplied by."""
+        return self.factor / (self._backward_factor or 1.0)
+
+    def end_backward(self) -> None:
+        """It has gradients, and is over."""
+        self.num_backwards += 1
+        self.has_synced = self.reduces
+        self.was_unscaled |= self._backward_factor is None
+
+    def end_micro_batch(self) -> None:
+        """`step()` was called, and does not end the optimizer step."""
+        self.done += 1
+        self.begin_micro_batch()
+
+    def begin_micro_batch(self) -> None:
+        """No backward of the micro-batch at hand counts."""
+        self.num_backwards = 0
+
+    def begin_step(self) -> None:
+        """The next micro-batch is the first one of its optimizer step."""
+        self.done = self.num_backwards = 0
+        self.has_synced = self.was_unscaled = False

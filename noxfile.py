@@ -13,7 +13,8 @@ import nox
 ROOT = Path(__file__).parent
 WHEELS = ("zcore-core", "zcore-comm", "zcore-zero", "zcore-pipe", "zcore-offload", "zcore-infer", "zcore-kernels")
 # The extras that a wheel's own tests use, and those that docs/examples use.
-TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[cli]"}
+TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[bench,cli]"}
+TESTED_WITH = {"zcore-comm": ("torchx[kubernetes]",)}  # what docs name and no extra holds
 COMMAND_EXTRAS = {"zcore-core": "[cli]", "zcore-comm": "[cli]"}  # what the commands of `zcore` need
 EXAMPLE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[examples]"}
 # Sets of wheels that a user may well combine; `alone-*` shows each by itself.
@@ -117,7 +118,8 @@ def add_alone_session(wheel: str) -> None:
 
     def alone(session: nox.Session) -> None:
         needed = dict.fromkeys(("zcore-core", wheel))
-        install_built(session, *needed, extras={wheel: TEST_EXTRAS.get(wheel, "")}, beside=("pytest", "hypothesis"))
+        beside = ("pytest", "hypothesis", *TESTED_WITH.get(wheel, ()))
+        install_built(session, *needed, extras={wheel: TEST_EXTRAS.get(wheel, "")}, beside=beside)
         session.run("pytest", f"packages/{wheel}/tests", *session.posargs)
 
     alone.__doc__ = f"Install the built {wheel} and what it declares, nothing else, and run its own tests there."

@@ -7,6 +7,7 @@ part it is the loop anyone would write.
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -196,6 +197,16 @@ class Recipe:
         """What the forward runs in."""
         return torch.autocast("cpu", dtype=getattr(torch, self.autocast)) if self.autocast else nullcontext()
 
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """What steps the whole model: torch's class, or zcore's where torch has none that steps like it."""
+        for name in ("wte", "wpe", "head"):
+            if hasattr(model, name):
+                getattr(model, name).weight.use_muon = False  # whole parameters do not know what module they are of
+        kind = getattr(zero, self.optimizer, None) or getattr(torch.optim, self.optimizer)
+        fused = {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
+        optimizer: torch.optim.Optimizer = kind(self.groups(model), **dict(self.hyper), **fused)
+        return optimizer
+
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups, frozen parameters among them."""
         if self.num_groups == 1:
@@ -240,7 +251,7 @@ def train_plain(recipe: Recipe, *, parts: int = 1) -> Run:
             param.data = param.data.to(recipe.compute)
         for param in master.parameters():  # what is frozen has no master apart
             param.data = param.data.to(torch.float32 if param.requires_grad else recipe.compute)
-    optimizer = getattr(torch.optim, recipe.optimizer)(recipe.groups(master), **dict(recipe.hyper), fused=True)
+    optimizer = recipe.build_optimizer(master)
     pairs = [pair for pair in zip(master.parameters(), compute.parameters(), strict=True) if pair[0].requires_grad]
     losses, norms = [], []
     for step in range(recipe.steps):

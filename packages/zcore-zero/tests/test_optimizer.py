@@ -11,7 +11,7 @@ from torch import nn
 from zcore import zero
 from zcore.core.errors import ConfigError
 from zcore.core.mesh import build_mesh
-from zcore.zero.optimizer import refuse_matrix_wise
+from zcore.zero.optimizers.building import refuse_matrix_wise
 
 HYPER = {"lr": 0.02, "weight_decay": 0.1}
 NO_OPTIMIZER = settings(optimizer=None)

@@ -9,9 +9,9 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
 
 from zcore.core.errors import ConfigError
-from zcore.zero.cycles import LRRangeTest, OneCycle
-from zcore.zero.schedulers import build_scheduler
-from zcore.zero.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
+from zcore.zero.schedules.building import build_scheduler
+from zcore.zero.schedules.cycles import LRRangeTest, OneCycle
+from zcore.zero.schedules.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
 
 LOG2, LOG3 = math.log(2) / math.log(4), math.log(3) / math.log(4)  # ln(i + 1) / ln(n) for n = 4
 COS1, COS2, COS3 = ((1 + math.cos(math.pi * p)) / 2 for p in (0.25, 0.5, 0.75))  # p = (i - n + 1) / (T - n)

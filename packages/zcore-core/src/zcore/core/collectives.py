@@ -230,13 +230,15 @@ class CallLog:
     def __init__(self, group: str) -> None:
         self.traffic = Traffic()
         self._group = group
-        self._index = 0
+        self._num_calls: Counter[bool] = Counter()  # of collectives; of messages, which two ranks know of
 
     def note(self, op: str, label: str, tensor: Tensor) -> Call:
         """A call of `op` starts; `tensor` is the larger side."""
         payload_bytes = tensor.numel() * tensor.element_size()
-        call = Call(op, label, tensor.numel(), tensor.dtype, payload_bytes, self._group, self._index)
-        self._index += 1
+        is_message = op in ("send", "recv")
+        index = self._num_calls[is_message]
+        self._num_calls[is_message] += 1
+        call = Call(op, label, tensor.numel(), tensor.dtype, payload_bytes, self._group, index)
         self.traffic.calls[op] += 1
         self.traffic.payload_bytes[op] += payload_bytes
         _recent.append(call)

@@ -2,15 +2,18 @@
 
 from zcore.zero.config import TrainingConfig
 from zcore.zero.consolidated import consolidated_state_dict
-from zcore.zero.cycles import LRRangeTest, OneCycle
 from zcore.zero.engine import Engine
 from zcore.zero.gathered import GatheredParameters
 from zcore.zero.initialize import Init, init_distributed, initialize
 from zcore.zero.memory import MemoryReport, RankMemory
+from zcore.zero.optimizers.lamb import Lamb
+from zcore.zero.optimizers.lion import Lion
+from zcore.zero.optimizers.muon import Muon
 from zcore.zero.placement import TABLE, Placement, Row
 from zcore.zero.precision import Precision
+from zcore.zero.schedules.cycles import LRRangeTest, OneCycle
+from zcore.zero.schedules.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
 from zcore.zero.sharding import ShardingOptions, clip_grad_norm_, no_sync, shard
-from zcore.zero.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
 
 __all__ = [
     "TABLE",
@@ -18,7 +21,10 @@ __all__ = [
     "GatheredParameters",
     "Init",
     "LRRangeTest",
+    "Lamb",
+    "Lion",
     "MemoryReport",
+    "Muon",
     "OneCycle",
     "Placement",
     "Precision",

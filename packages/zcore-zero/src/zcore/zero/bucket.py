@@ -10,6 +10,7 @@ A bucket makes the moves it is asked for; when to make them is the business of `
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from enum import Enum, auto
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from zcore.zero.bucket_param import BucketParam
 from zcore.zero.buffer import BucketDtypes, BucketGradients, BucketParameters, DataParallelGroups, Ledger
 from zcore.zero.fragment_gradients import FragmentGradients
 from zcore.zero.layout import BucketPlan
+from zcore.zero.parts import Parts
 from zcore.zero.placement import Placement, Row, owned_slices
 from zcore.zero.sharded_parameter import lost_edit
 from zcore.zero.units import ParamSites
@@ -110,6 +112,7 @@ class Bucket:
                 plan, row, dp=dp, dtypes=dtypes, groups=groups, device=device, ledger=ledger
             )
         self._groups = groups
+        self._dp = dp
         self._pending: Pending | None = None
         self.params = tuple(self._make_param(index, each) for index, each in enumerate(members))
         self.grads = FragmentGradients(self.params, self.gradients) if self.gradients is not None else None
@@ -118,6 +121,23 @@ class Bucket:
         fragment = self.plan.layout.fragment(index, self.owned)
         held = self.memory.master[fragment.offset : fragment.offset + fragment.numel]
         return BucketParam.of(member, owner=self, index=index, full=self.memory.views[index], held=held, place=fragment)
+
+    def parts(self, index: int) -> Parts:
+        """Where the parts of parameter `index` lie over the ranks."""
+        layout, dp = self.plan.layout, self._dp
+        held = [
+            layout.fragment(index, owned_slices(self.row, replace(dp, shard_rank=rank)))
+            for rank in range(dp.shard_size)
+        ]
+        own, mine = held[dp.shard_rank], dp.shard_rank * dp.replicate_size + dp.replicate_rank
+        counted = layout.fragment(index, range(mine, mine + 1))
+        start = max(counted.start - own.start, 0)
+        return Parts(
+            self.plan.params[index].shape,
+            tuple(range(each.start, each.stop) for each in held),
+            slice(start, start + counted.numel),
+            self._groups,
+        )
 
     @property
     def values(self) -> tuple[int, int]:

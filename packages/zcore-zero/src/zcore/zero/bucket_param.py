@@ -38,6 +38,7 @@ class BucketParam:
             held, owner=owner, index=index, fqn=spec.fqn, full_shape=spec.shape, start=place.start
         )
         shard.requires_grad_(spec.trainable)
+        shard.use_muon = bool(getattr(member.param, "use_muon", member.is_hidden_matrix))
         whole.__dict__[FRAGMENT] = shard
         return cls(whole, shard, place, tuple((weakref.ref(module), name) for module, name in member.sites))
 

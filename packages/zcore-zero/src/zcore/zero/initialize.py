@@ -26,7 +26,7 @@ from zcore.zero.buffer import DataParallelGroups
 from zcore.zero.config import DTYPES, WITHOUT_EFFECT, CommsLogger, TrainingConfig, ZeroOptimization
 from zcore.zero.deferred import deferred_init
 from zcore.zero.engine import Engine
-from zcore.zero.optimizer import (
+from zcore.zero.optimizers.building import (
     GroupsByName,
     OptimizerSource,
     ParamGroups,
@@ -37,7 +37,8 @@ from zcore.zero.optimizer import (
     release_params,
 )
 from zcore.zero.precision import Precision
-from zcore.zero.schedulers import build_scheduler
+from zcore.zero.schedules.building import build_scheduler
+from zcore.zero.sharded_parameter import ShardedParameter
 from zcore.zero.sharding import Sharding, ShardingOptions, find_shardable
 
 __all__ = ["ConfigSource", "Init", "init_distributed", "initialize"]
@@ -139,7 +140,7 @@ def initialize(
         elif schedule is None and settings.scheduler is not None:
             assert built is not None
             schedule = build_scheduler(settings.scheduler.type, settings.scheduler.params, built)
-        _agree_on_objects(sharding, built, schedule, groups)
+        _agree_on_objects(sharding, built, schedule)
         return Engine(
             model,
             sharding,
@@ -194,7 +195,6 @@ def _agree_on_objects(
     sharding: Sharding,
     optimizer: torch.optim.Optimizer | None,
     schedule: LRScheduler | None,
-    groups: GroupsByName,
 ) -> None:
     """Objects that a program passes are not in the config, but must be the same on every rank as well."""
     if schedule is not None and schedule.optimizer is not optimizer:
@@ -202,16 +202,15 @@ def _agree_on_objects(
             "The learning-rate schedule that was passed belongs to another optimizer than this engine's. Pass a "
             "function from the optimizer to the schedule, or both objects, the schedule made on that optimizer."
         )
-    settings = [] if optimizer is None else [dict(group, params=None) for group in optimizer.param_groups]
     facts: dict[str, Plain] = {
         "optimizer": type(optimizer).__name__,
         "lr_scheduler": type(schedule).__name__,
         "parameter group": {
             str(index): {
-                "parameters": list(group["params"]),
-                "settings": {key: repr(value) for key, value in setting.items() if key != "params"},
+                "parameters": [param.fqn for param in group["params"] if isinstance(param, ShardedParameter)],
+                "settings": {key: repr(value) for key, value in group.items() if key != "params"},
             }
-            for index, (group, setting) in enumerate(zip(groups, settings, strict=False))
+            for index, group in enumerate([] if optimizer is None else optimizer.param_groups)
         },
     }
     dp = sharding.dp

@@ -7,13 +7,16 @@ where a fragment would give a wrong result or a puzzling shape error, it refuses
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NoReturn, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, NoReturn, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from zcore.core.errors import StateError
+
+if TYPE_CHECKING:
+    from zcore.zero.parts import Parts
 
 __all__ = ["FragmentValues", "ParameterOwner", "ShardedParameter", "UnreducedGradient", "lost_edit"]
 
@@ -50,6 +53,10 @@ VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
 class ParameterOwner(Protocol):
     """The bucket that a fragment belongs to, as the fragment needs it."""
+
+    def parts(self, index: int) -> "Parts":
+        """Where the parts of a parameter lie over the ranks."""
+        ...
 
     def stands_for_whole(self) -> bool:
         """Whether the parameters are being read or edited whole."""
@@ -92,6 +99,7 @@ class ShardedParameter(nn.Parameter):
     full_start: int  # where the fragment begins in the flattened parameter
     full_stop: int
     position: int  # in its bucket
+    use_muon: bool  # whether optimizers for hidden matrices step it
     _owner: "weakref.ref[ParameterOwner]"  # weak: the bucket owns the fragment
 
     @classmethod

@@ -24,7 +24,7 @@ from zcore.zero.deferred import TAG, recording_of
 from zcore.zero.gathering import Gatherer, GatherLimits
 from zcore.zero.hooks import Conductor, Site
 from zcore.zero.layout import BucketPlan, plan_buckets
-from zcore.zero.optimizer import refuse_matrix_wise
+from zcore.zero.optimizers.building import refuse_matrix_wise
 from zcore.zero.placement import Row, row_for
 from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer

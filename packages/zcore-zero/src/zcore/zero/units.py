@@ -27,6 +27,7 @@ class ParamSites:
     param: nn.Parameter
     sites: tuple[tuple[nn.Module, str], ...]
     owner: str  # fully qualified name of the module at the first site
+    is_hidden_matrix: bool = False  # two dimensions and more, and no embedding nor the output head of one
 
 
 def find_parameters(model: nn.Module) -> tuple[ParamSites, ...]:
@@ -44,9 +45,14 @@ def find_parameters(model: nn.Module) -> tuple[ParamSites, ...]:
             _refuse_kind(param, fqn)
             first.setdefault(id(param), (fqn, module_name, param))
             sites.setdefault(id(param), []).append((module, name))
+    embeddings = {tuple(each.weight.shape) for each in model.modules() if isinstance(each, nn.Embedding)}
     return tuple(
         ParamSites(
-            ParamSpec(fqn, tuple(param.shape), param.dtype, param.requires_grad), param, tuple(sites[key]), owner
+            ParamSpec(fqn, tuple(param.shape), param.dtype, param.requires_grad),
+            param,
+            tuple(sites[key]),
+            owner,
+            is_hidden_matrix=param.dim() > 1 and tuple(param.shape) not in embeddings,
         )
         for key, (fqn, owner, param) in first.items()
     )

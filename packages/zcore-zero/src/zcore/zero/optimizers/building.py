@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from zcore.core.errors import ConfigError, StateError, nearest
 from zcore.zero.config import Choice
+from zcore.zero.optimizers.lamb import Lamb
+from zcore.zero.optimizers.lion import Lion
+from zcore.zero.optimizers.muon import Muon
 from zcore.zero.sharded_parameter import ShardedParameter
 
 __all__ = [
@@ -34,6 +37,7 @@ OptimizerSource = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
 StatesByName = dict[str, dict[str, Any]]  # torch's states of whole parameters
 GroupsByName = list[dict[str, Any]]  # torch's groups with "params" a list of fully qualified names
 
+OWN: dict[str, type[torch.optim.Optimizer]] = {"Lamb": Lamb, "Lion": Lion, "Muon": Muon}  # beside torch's, or in place
 MATRIX_WISE = frozenset({"Muon", "Adafactor", "LBFGS", "SparseAdam"})  # of torch.optim: they need whole parameters
 
 
@@ -151,35 +155,34 @@ def build_optimizer(
 
 def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
     params = dict(choice.params)
-    name = choice.type
+    known = {key: value for key, value in vars(torch.optim).items() if _is_optimizer(value)} | OWN
+    name = {each.lower(): each for each in known}.get(choice.type.lower(), choice.type)  # as DeepSpeed reads names
     params.pop("torch_adam", None)  # which implementation: there is one here
     decoupled = params.pop("adam_w_mode", True)
     if name == "Adam" and decoupled:
         name = "AdamW"
         if params.get("weight_decay"):
             logger.info("optimizer Adam: weight decay is decoupled, as in DeepSpeed; adam_w_mode: false makes it L2.")
-    known = {
-        key: value
-        for key, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and key != "Optimizer"
-    }
     if name not in known:
         near = nearest(name, known)
-        advice = f"Did you mean {near}?" if near else f"Known are {', '.join(sorted(set(known) - MATRIX_WISE))}."
-        raise ConfigError(f"optimizer.type is {choice.type!r}, which torch.optim does not have. {advice}")
+        usable = sorted(each for each, kind in known.items() if not _is_matrix_wise(kind))
+        advice = f"Did you mean {near}?" if near else f"Known are {', '.join(usable)}."
+        raise ConfigError(f"optimizer.type is {choice.type!r}, which neither zcore.zero nor torch.optim has. {advice}")
     _refuse_matrix_wise_class(known[name])
     accepted = inspect.signature(known[name]).parameters
+    where = "zcore.zero" if name in OWN else "torch.optim"
     if unknown := sorted(set(params) - set(accepted)):
         near = nearest(unknown[0], accepted)
         advice = f"Did you mean {near}?" if near else f"It takes {', '.join(list(accepted)[1:])}."
-        raise ConfigError(f"optimizer.params.{unknown[0]} is not an argument of torch.optim.{name}. {advice}")
+        raise ConfigError(f"optimizer.params.{unknown[0]} is not an argument of {where}.{name}. {advice}")
     if "fused" in accepted and "foreach" not in params and device.type in ("cpu", "cuda"):
         params.setdefault("fused", True)
     try:
-        return known[name](groups, **params)
+        built: torch.optim.Optimizer = known[name](groups, **params)
+        return built
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"optimizer.params: torch.optim.{name} refuses {params}: {error}. Change that value in the config."
+            f"optimizer.params: {where}.{name} refuses {params}: {error}. Change that value in the config."
         ) from error
 
 
@@ -191,9 +194,18 @@ def refuse_matrix_wise(optimizer: torch.optim.Optimizer) -> None:
     _refuse_matrix_wise_class(type(optimizer))
 
 
+def _is_optimizer(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+
+
+def _is_matrix_wise(kind: type) -> bool:
+    return not issubclass(kind, Muon) and not MATRIX_WISE.isdisjoint(base.__name__ for base in kind.__mro__)
+
+
 def _refuse_matrix_wise_class(kind: type) -> None:
-    if not MATRIX_WISE.isdisjoint(base.__name__ for base in kind.__mro__):
+    if _is_matrix_wise(kind):
+        other = "zcore.zero.Muon" if kind.__name__ == "Muon" else "zcore.zero.Muon for matrices"
         raise ConfigError(
-            f"{kind.__name__} looks at whole matrices, but sharded parameters are stepped in flat pieces. Take an "
-            "element-wise optimizer such as AdamW, Adagrad or SGD."
+            f"{kind.__module__}.{kind.__name__} looks at whole matrices, but sharded parameters are stepped in flat "
+            f"pieces. Take {other}, or an element-wise optimizer such as AdamW, Adagrad or SGD."
         )

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from zcore.core.errors import ConfigError, nearest
-from zcore.zero.cycles import LRRangeTest, OneCycle
-from zcore.zero.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
+from zcore.zero.schedules.cycles import LRRangeTest, OneCycle
+from zcore.zero.schedules.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
 
 __all__ = ["build_scheduler"]
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from zcore.core.errors import ConfigError
-from zcore.zero.lr_of_groups import per_group, remember_initial_lr
+from zcore.zero.schedules.lr_of_groups import per_group, remember_initial_lr
 
 __all__ = ["WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 

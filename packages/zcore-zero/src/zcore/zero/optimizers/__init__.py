@@ -1,0 +1,1 @@
+"""Optimizers of sharded parameters: torch's, by name, class or object, and those that torch lacks."""

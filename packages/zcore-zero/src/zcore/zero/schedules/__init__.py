@@ -1,0 +1,1 @@
+"""Learning-rate schedules by DeepSpeed's names, beside those of torch."""

@@ -176,6 +176,7 @@ class Recipe:
     autocast: str | None = None  # bfloat16 or float16: torch's own
     accumulate: str | None = None  # in what gradients accumulate, and travel: fp32, bf16, fp16; None: as by default
     communicate: str | None = None
+    predivides: bool = False  # gradients by the number of ranks, before they travel
     seed: int = 0
 
     def build(self) -> nn.Module:
@@ -261,7 +262,10 @@ def train_plain(recipe: Recipe, *, parts: int = 1) -> Run:
             for part in range(parts)
         ]
         for (param, _), grads in zip(pairs, zip(*of_parts, strict=True), strict=True):
+            grads = [each if each is None or not recipe.predivides else each / parts for each in grads]
             param.grad = _mean(list(grads), dtype=DTYPES.get(recipe.communicate or ""), out_dtype=param.dtype)
+            if param.grad is not None and recipe.predivides:
+                param.grad.mul_(parts)
             if param.grad is not None and recipe.loss_scale != 1.0:
                 param.grad.mul_(1.0 / recipe.loss_scale)
         gradients = [param for param, _ in pairs if param.grad is not None]
@@ -316,7 +320,9 @@ def _mean(grads: list[Tensor | None], *, dtype: torch.dtype | None, out_dtype: t
     return total.to(out_dtype).mul_(1.0 / len(whole))
 
 
-def config_of(recipe: Recipe, *, stage: int, shard_size: int = -1, **zero_options: Any) -> dict[str, Any]:
+def config_of(
+    recipe: Recipe, *, stage: int, shard_size: int = -1, recompute: dict[str, Any] | None = None, **zero_options: Any
+) -> dict[str, Any]:
     """The engine's config for a recipe."""
     return {
         "train_batch_size": ROWS * recipe.accumulation,
@@ -327,7 +333,9 @@ def config_of(recipe: Recipe, *, stage: int, shard_size: int = -1, **zero_option
         "torch_autocast": {"enabled": recipe.autocast is not None, "dtype": recipe.autocast},
         "data_types": {"grad_accum_dtype": recipe.accumulate},
         "communication_data_type": recipe.communicate,
+        "prescale_gradients": recipe.predivides,
         "fp16": {"enabled": recipe.compute is torch.float16, "loss_scale": recipe.loss_scale},
+        "activation_checkpointing": recompute or {},
         "zero_optimization": {
             "stage": stage,
             "mics_shard_size": shard_size,

@@ -11,9 +11,11 @@ from zcore.zero.optimizers.lion import Lion
 from zcore.zero.optimizers.muon import Muon
 from zcore.zero.placement import TABLE, Placement, Row
 from zcore.zero.precision import Precision
+from zcore.zero.recompute import checkpoint
 from zcore.zero.schedules.cycles import LRRangeTest, OneCycle
 from zcore.zero.schedules.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
 from zcore.zero.sharding import ShardingOptions, clip_grad_norm_, no_sync, shard
+from zcore.zero.units import set_leaf_modules
 
 __all__ = [
     "TABLE",
@@ -35,10 +37,12 @@ __all__ = [
     "WarmupCosineLR",
     "WarmupDecayLR",
     "WarmupLR",
+    "checkpoint",
     "clip_grad_norm_",
     "consolidated_state_dict",
     "init_distributed",
     "initialize",
     "no_sync",
+    "set_leaf_modules",
     "shard",
 ]

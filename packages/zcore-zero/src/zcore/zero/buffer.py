@@ -34,6 +34,7 @@ class BucketDtypes:
     master: torch.dtype
     accumulate: torch.dtype | None = None  # of gradients on their rank; None: as the master
     reduce: torch.dtype | None = None  # of gradients on their way; None: as they accumulate
+    predivide: float = 1.0  # what gradients are divided by before they travel, so that sums stay in range
 
     @property
     def of_gradients(self) -> tuple[torch.dtype, torch.dtype]:
@@ -170,6 +171,7 @@ class BucketGradients:
         self._device = device
         self._groups = groups
         self._ledger = ledger
+        self._predivide = dtypes.predivide
         self._mean_over = dp.size
         self._transient = row.gradients is Placement.SHARD
         self._stepped_whole = row.optimizer is Placement.WHOLE
@@ -217,6 +219,8 @@ class BucketGradients:
         full = self._live_full()
         self._keep_reduced(full)
         self._zero_unwritten(full)
+        if self._predivide != 1.0:
+            full.mul_(1.0 / self._predivide)
         sent = full
         if self._reduce_dtype != self._dtype:
             sent = self._groups.reduce.empty(full.numel(), dtype=self._reduce_dtype, device=self._device).copy_(full)
@@ -245,7 +249,7 @@ class BucketGradients:
             self._groups.replicate.all_reduce(out, label=self._plan.name).wait()
         if out.dtype != self._master_dtype:
             out = self._in_master_dtype(out)
-        factor = unscale / self._mean_over
+        factor = unscale * self._predivide / self._mean_over
         if factor != 1.0:
             out.mul_(factor)
         self.reduced = out if self.reduced is None else self.reduced.add_(out)

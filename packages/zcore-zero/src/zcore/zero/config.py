@@ -121,6 +121,31 @@ class DataTypes(Config):
     }
 
 
+class LeafModules(Config):
+    """Modules that are gathered as one, whichever of their parts a rank uses; see `zero.set_leaf_modules`."""
+
+    classes: tuple[str, ...] = ()  # names of types, with or without the module they are defined in
+    names: tuple[str, ...] = ()  # fully qualified
+    name_suffixes: tuple[str, ...] = ()
+
+
+class ActivationCheckpointing(Config):
+    """Which blocks compute their activations again in the backward; see `zero.checkpoint`."""
+
+    every: PositiveInt | None = None  # 1: each block, 2: every second one; null: none
+    save: tuple[Literal["attention", "matmul"], ...] = ()  # results that are kept all the same
+    # Of DeepSpeed's section, which says how its `checkpoint` saves what a model hands to it.
+    partition_activations: bool = False  # over tensor-parallel ranks
+    contiguous_memory_optimization: bool = False
+    number_checkpoints: PositiveInt | None = None
+    synchronize_checkpoint_boundary: bool = False
+    profile: bool = False
+
+    known_unserved: ClassVar[Mapping[str, str]] = {
+        "cpu_checkpointing": "Saved activations stay on the device.",
+    }
+
+
 class ZeroOptimization(Config):
     """What is sharded, and how far ahead and in which pieces it moves. Sizes are in elements, not bytes."""
 
@@ -136,6 +161,7 @@ class ZeroOptimization(Config):
     # Norms and biases; DeepSpeed's 1e5 keeps whole matrices of a small model unsharded.
     stage3_param_persistence_threshold: NonNegativeInt | Auto = 8_192
     stage3_model_persistence_threshold: NonNegativeInt | Auto = Field(default=2**63 - 1)
+    leaf_module: LeafModules = LeafModules()
     # How things are always done here; another value changes no result, and is warned of (see `WITHOUT_EFFECT`).
     contiguous_gradients: bool | Auto = True
     reduce_scatter: bool | Auto = True
@@ -161,7 +187,6 @@ class ZeroOptimization(Config):
         "mics_hierarchical_params_gather": "Leave it out.",
         "zenflow": "States stay on the device.",
         "cpu_offload_param": "Parameters stay on the device.",
-        "leaf_module": "Blocks are recognised.",
         "stage3_module_granularity_threshold": "Blocks are recognised.",
         "legacy_stage1": "Leave it out.",
         "zeropp_loco_param": "Reductions move the accumulation dtype.",
@@ -216,14 +241,23 @@ class CommsLogger(Config):
         return frozenset(recorded)
 
 
-WITHOUT_EFFECT = (
-    "contiguous_gradients",
-    "reduce_scatter",
-    "allgather_partitions",
-    "round_robin_gradients",
-    "sub_group_size",
-    "stage3_gather_16bit_weights_on_model_save",
-)
+WITHOUT_EFFECT = {
+    "zero_optimization": (
+        "contiguous_gradients",
+        "reduce_scatter",
+        "allgather_partitions",
+        "round_robin_gradients",
+        "sub_group_size",
+        "stage3_gather_16bit_weights_on_model_save",
+    ),
+    "activation_checkpointing": (
+        "partition_activations",
+        "contiguous_memory_optimization",
+        "number_checkpoints",
+        "synchronize_checkpoint_boundary",
+        "profile",
+    ),
+}
 
 
 class TrainingConfig(Config):
@@ -244,16 +278,17 @@ class TrainingConfig(Config):
     torch_autocast: TorchAutocast = TorchAutocast()
     data_types: DataTypes = DataTypes()
     communication_data_type: DtypeName | Auto | None = None  # of reductions; null: as gradients accumulate
+    prescale_gradients: bool = False  # divide by the ranks before gradients travel, not after
+    gradient_predivide_factor: PositiveFloat = 1.0  # without it: by this much before, by the rest after
     gradient_clipping: NonNegativeFloat | Auto = 0.0  # largest global 2-norm; 0 is off, as in torch
     zero_optimization: ZeroOptimization = ZeroOptimization()
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     zero_allow_untested_optimizer: bool = True  # any element-wise optimizer is allowed, asked for or not
     steps_per_print: PositiveInt | None = None  # log loss, norm and learning rate every so many
     comms_logger: CommsLogger = CommsLogger()
 
     known_unserved: ClassVar[Mapping[str, str]] = {
         "amp": "Use bf16.",
-        "activation_checkpointing": "Wrap blocks with torch.utils.checkpoint, which works under every stage.",
-        "prescale_gradients": "Gradients are summed, then divided.",
         "wall_clock_breakdown": "Use torch.profiler; collectives are named in it.",
         "flops_profiler": "Use torch.utils.flop_counter.",
         "tensorboard": "Log from the training loop.",
@@ -269,7 +304,6 @@ class TrainingConfig(Config):
         "checkpoint": "Not served.",
         "elasticity": "Not served.",
         "compile": "Call torch.compile on the blocks.",
-        "gradient_predivide_factor": "Gradients are summed, then divided.",
         "disable_allgather": "Leave it out.",
         "sequence_parallel_size": "Data parallel only.",
         "seq_parallel_communication_data_type": "Data parallel only.",

@@ -37,9 +37,11 @@ from zcore.zero.optimizers.building import (
     release_params,
 )
 from zcore.zero.precision import Precision
+from zcore.zero.recompute import checkpoint
 from zcore.zero.schedules.building import build_scheduler
 from zcore.zero.sharded_parameter import ShardedParameter
 from zcore.zero.sharding import Sharding, ShardingOptions, find_shardable
+from zcore.zero.units import set_leaf_modules
 
 __all__ = ["ConfigSource", "Init", "init_distributed", "initialize"]
 
@@ -115,7 +117,7 @@ def initialize(
         _agree_on_config(raw)  # before the mesh: groups cut in different ways would wait for each other
         mesh = _mesh_for(raw.zero_optimization, mesh)
         settings = raw.settle(dp_size=data_parallel(mesh).size)
-        _warn_of_no_effect(raw.zero_optimization)
+        _warn_of_no_effect(raw)
         source = optimizer or settings.optimizer
         if lr_scheduler is not None or settings.scheduler is not None:
             _need_optimizer(source)
@@ -128,7 +130,9 @@ def initialize(
         else:
             groups = name_groups(model_parameters, model)
             _rehearse(settings, groups)
-        sharding = Sharding(model, mesh, zero_stage=settings.zero_optimization.stage, options=_options(settings))
+        _mark_modules(model, settings)
+        options = _options(settings, dp_size=data_parallel(mesh).size)
+        sharding = Sharding(model, mesh, zero_stage=settings.zero_optimization.stage, options=options)
         built = None
         if source is not None:
             built = build_optimizer(source, groups, sharding.fragments, device=sharding.device)
@@ -236,10 +240,10 @@ def _mesh_for(zero: ZeroOptimization, given: DeviceMesh | None) -> DeviceMesh:
     return build_mesh(dp_replicate=-1, dp_shard=zero.mics_shard_size)
 
 
-def _options(settings: TrainingConfig) -> ShardingOptions:
+def _options(settings: TrainingConfig, *, dp_size: int) -> ShardingOptions:
     zero = settings.zero_optimization
     return ShardingOptions(
-        precision=_precision(settings),
+        precision=_precision(settings, dp_size=dp_size),
         bucket_numel=min(int(zero.reduce_bucket_size), int(zero.allgather_bucket_size)),
         small_numel=int(zero.stage3_param_persistence_threshold),
         small_total_numel=int(zero.stage3_model_persistence_threshold),
@@ -250,13 +254,14 @@ def _options(settings: TrainingConfig) -> ShardingOptions:
     )
 
 
-def _precision(settings: TrainingConfig) -> Precision:
+def _precision(settings: TrainingConfig, *, dp_size: int) -> Precision:
     compute = torch.float16 if settings.fp16.enabled else torch.bfloat16 if settings.bf16.enabled else None
     accumulate, reduce = settings.data_types.grad_accum_dtype, settings.communication_data_type
     return Precision(
         compute,
         accumulate=None if accumulate is None else DTYPES[accumulate],
         reduce=None if reduce is None else DTYPES[reduce],
+        predivide=float(dp_size) if settings.prescale_gradients else settings.gradient_predivide_factor,
     )
 
 
@@ -265,9 +270,20 @@ def _need_optimizer(source: object) -> None:
         raise ConfigError("A learning-rate schedule needs an optimizer: pass one, or give the config an `optimizer`.")
 
 
-def _warn_of_no_effect(zero: ZeroOptimization) -> None:
+def _warn_of_no_effect(settings: TrainingConfig) -> None:
     if dist.get_rank() != 0:
         return
-    for name in WITHOUT_EFFECT:
-        if name in zero.model_fields_set and getattr(zero, name) != ZeroOptimization.model_fields[name].default:
-            logger.warning("zero_optimization.%s is accepted and has no effect here.", name)
+    for section, names in WITHOUT_EFFECT.items():
+        given = getattr(settings, section)
+        for name in names:
+            if name in given.model_fields_set and getattr(given, name) != type(given).model_fields[name].default:
+                logger.warning("%s.%s is accepted and has no effect here.", section, name)
+
+
+def _mark_modules(model: nn.Module, settings: TrainingConfig) -> None:
+    """What the config says of parts of the model: which are gathered as one, and which are computed again."""
+    leaf = settings.zero_optimization.leaf_module
+    set_leaf_modules(model, leaf.classes, names=leaf.names, suffixes=leaf.name_suffixes)
+    recompute = settings.activation_checkpointing
+    if recompute.every is not None:
+        checkpoint(model, every=recompute.every, save=recompute.save)

@@ -24,13 +24,20 @@ class Precision:
     compute: torch.dtype | None = None
     accumulate: torch.dtype | None = None  # of gradients on their rank; None: as the master
     reduce: torch.dtype | None = None  # of gradients on their way; None: as they accumulate
+    predivide: float = 1.0  # what gradients are divided by before they travel, so that sums stay in range
 
     def dtypes_of(self, dtype: torch.dtype, *, trainable: bool) -> BucketDtypes:
         """For a parameter built in `dtype`. Frozen and integer parameters have no master apart."""
         if not dtype.is_floating_point:
             return BucketDtypes(compute=dtype, master=dtype)
         master = dtype if self.compute is None else torch.float32 if trainable else self.compute
-        return BucketDtypes(self.compute or dtype, master, accumulate=self.accumulate, reduce=self.reduce)
+        return BucketDtypes(
+            self.compute or dtype,
+            master,
+            accumulate=self.accumulate,
+            reduce=self.reduce,
+            predivide=self.predivide,
+        )
 
     def cast_inputs(
         self, args: tuple[object, ...], kwargs: dict[str, object]

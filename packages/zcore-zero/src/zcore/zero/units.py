@@ -1,22 +1,25 @@
 """Which parameters of a model are used together: its transformer blocks, and the runs of modules between them.
 
 Blocks are recognised, never listed by name: the classes that a Hugging Face model says must not be split, else repeated
-children of one ModuleList or Sequential that are made of several modules themselves.
+children of one ModuleList or Sequential that are made of several modules themselves. Leaf modules, which a user has
+named, are blocks, too: all that is in them is gathered together, whichever part of it a rank uses.
 
     GPT: wte, wpe | h.0 | h.1 | ... | ln_f, lm_head      runs at both ends, a unit per block
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from zcore.core.errors import LayoutError
+from zcore.core.errors import ConfigError, LayoutError
 from zcore.zero.layout import ParamSpec, Unit
 
-__all__ = ["ParamSites", "find_blocks", "find_parameters", "find_units"]
+__all__ = ["ParamSites", "find_blocks", "find_parameters", "find_units", "set_leaf_modules"]
+
+LEAF = "_zcore_leaf"  # attribute of a module
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,41 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     found = {name: module for name, module in model.named_modules() if type(module).__name__ in declared and name}
     if not found:
         found = {name: module for name, module in _repeated(model) if name}
+    found |= {name: module for name, module in model.named_modules() if getattr(module, LEAF, False) and name}
     return {name: module for name, module in found.items() if not any(outer in found for outer in _ancestors(name))}
+
+
+def set_leaf_modules(
+    model: nn.Module, classes: Iterable[type | str] = (), *, names: Iterable[str] = (), suffixes: Iterable[str] = ()
+) -> list[nn.Module]:
+    """Have modules of `model` gathered as one, whichever of their parts a rank uses; call it before sharding.
+
+    For what data decide, such as experts that tokens are routed to: ranks then use different parts without waiting for
+    each other. classes: types, or their names, with or without the module they are defined in. names: fully qualified.
+    suffixes: endings of such names. Returns the modules. Raises ConfigError for one of these that fits no module.
+    """
+    chosen: dict[str, nn.Module] = {}
+    modules = {name: module for name, module in model.named_modules() if name}
+
+    def choose(what: str, wanted: object, fits: Callable[[str, nn.Module], bool]) -> None:
+        found = {name: module for name, module in modules.items() if fits(name, module)}
+        if not found:
+            raise ConfigError(f"No module of this {type(model).__name__} is of the {what} {wanted!r}: none is a leaf.")
+        chosen.update(found)
+
+    for each in classes:
+        choose("class", each, lambda name, module, each=each: each in _names_of(type(module)))  # type: ignore[misc]
+    for each in names:
+        choose("name", each, lambda name, module, each=each: name == each)  # type: ignore[misc]
+    for each in suffixes:
+        choose("name ending", each, lambda name, module, each=each: name.endswith(each))  # type: ignore[misc]
+    for module in chosen.values():
+        setattr(module, LEAF, True)
+    return list(chosen.values())
+
+
+def _names_of(kind: type) -> tuple[type | str, ...]:
+    return kind, kind.__name__, f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _repeated(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

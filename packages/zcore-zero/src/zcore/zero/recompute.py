@@ -1,0 +1,88 @@
+"""Activations that are computed again in the backward: blocks keep their inputs only, and what a policy names.
+
+Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174; torch's `checkpoint` does the work, and
+its selective contexts keep the results of chosen operations. A block is computed again when its gradients are due, and
+its weights gathered for them anyway: under stage 3 nothing is gathered more often for it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from zcore.core.errors import ConfigError, StateError
+from zcore.zero.units import find_blocks
+
+__all__ = ["SAVEABLE", "checkpoint"]
+
+aten = torch.ops.aten
+SAVEABLE = {
+    "matmul": (aten.mm, aten.addmm, aten.bmm, aten.baddbmm),
+    "attention": (
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+        aten._scaled_dot_product_fused_attention_overrideable,
+    ),
+}
+MARK = "_zcore_recomputes"  # attribute of a block
+
+
+def checkpoint(model: nn.Module, *, every: int = 1, save: Sequence[str] = ()) -> nn.Module:
+    """Have each `every`-th block of `model` keep its inputs only, and compute the rest again in the backward.
+
+    Blocks are those that stage 3 gathers. save: results that are kept, too, of "matmul" or "attention". Call it before
+    or after sharding; the bits trained stay the same. Returns `model`. Raises ConfigError where no block is
+    recognisable, or the settings cannot be; StateError for a model that computes again already.
+    """
+    if every < 1:
+        raise ConfigError(f"activation_checkpointing.every is {every}; 1 is each block, 2 every second one.")
+    if unknown := sorted(set(save) - SAVEABLE.keys()):
+        raise ConfigError(f"activation_checkpointing.save has {unknown[0]!r}; expected some of {', '.join(SAVEABLE)}.")
+    blocks = list(find_blocks(model).values())
+    if not blocks:
+        raise ConfigError(
+            "activation_checkpointing: no blocks are recognisable in this model. Put repeated layers into a ModuleList "
+            "or Sequential, name them by `zero.set_leaf_modules`, or call torch.utils.checkpoint in the forward."
+        )
+    if any(getattr(module, "gradient_checkpointing", False) or hasattr(module, MARK) for module in model.modules()):
+        raise StateError(
+            "This model computes activations again already. Leave out activation_checkpointing.every, or the call of "
+            "gradient_checkpointing_enable() or zero.checkpoint() before."
+        )
+    run = partial(torch_checkpoint, use_reentrant=False)
+    if save:
+        run = partial(run, context_fn=partial(create_selective_checkpoint_contexts, _policy(frozenset(save))))
+    for index, block in enumerate(blocks):
+        if index % every == 0:
+            _recompute(block, run)
+    return model
+
+
+def _policy(save: frozenset[str]) -> Callable[..., CheckpointPolicy]:
+    kept = {packet for name in save for packet in SAVEABLE[name]}
+
+    def policy(context: object, operation: Any, *args: object, **kwargs: object) -> CheckpointPolicy:
+        is_kept = operation.overloadpacket in kept
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+def _recompute(block: nn.Module, run: Callable[..., Any]) -> None:
+    """Through what Hugging Face's layers offer, which knows of their caches; else around the forward itself."""
+    setattr(block, MARK, True)
+    if hasattr(block, "gradient_checkpointing"):
+        block.__dict__.update(gradient_checkpointing=True, _gradient_checkpointing_func=run)
+        return
+    forward = block.forward
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return run(forward, *args, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+
+    block.forward = recomputed  # inside of __call__, where hooks are

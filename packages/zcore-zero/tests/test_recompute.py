@@ -1,0 +1,175 @@
+"""Blocks that compute their activations again train the same bits, hold less, and are gathered no more often."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from parity import GPT, Recipe, bits_that_differ, by_row, train_rows
+from tiny_models import TinyModel, refusal, settings, train_step
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zcore import zero
+from zcore.core.errors import ConfigError, StateError
+
+Ranks = Callable[..., Any]
+RECIPE = Recipe("gpt", model_options=(("num_blocks", 3),), steps=2, accumulation=2, clip=0.5)
+WAYS: list[dict[str, Any]] = [{"every": 1}, {"every": 2, "save": ["matmul"]}, {"every": 1, "save": ["attention"]}]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_recomputing_changes_no_bit(ranks: Ranks, stage: int) -> None:
+    row = {"stage": stage}
+    trainings = [(RECIPE, row), *((RECIPE, {**row, "recompute": way}) for way in WAYS)]
+    straight, *recomputed = by_row(ranks(2, train_rows, trainings))
+    assert [bits_that_differ(run, straight) for run in recomputed] == [[] for _ in WAYS]
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def operations_of_backward(**settings: Any) -> dict[str, int]:
+    torch.manual_seed(0)
+    model = GPT(num_blocks=4)
+    if settings:
+        assert zero.checkpoint(model, **settings) is model
+    loss = model(tokens())
+    with Operations() as operations:
+        loss.backward()
+    return operations.counts
+
+
+def test_policies_choose_which_blocks_and_which_operations_run_again() -> None:
+    plain = operations_of_backward()
+    assert "native_layer_norm" not in plain
+    every = operations_of_backward(every=1)
+    assert every["native_layer_norm"] == 4 * 2  # two in each block
+    assert operations_of_backward(every=3)["native_layer_norm"] == 2 * 2  # blocks 0 and 3
+    kept = operations_of_backward(every=1, save=("matmul",))
+    assert kept["native_layer_norm"] == every["native_layer_norm"]
+    assert (every["addmm"], kept.get("addmm", 0)) == (4 * 3, 0)  # no gradient needs the last one's result
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert attention in every
+    assert attention not in operations_of_backward(every=1, save=("attention",))
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Of what autograd keeps of a forward, but the parameters."""
+    kept: dict[int, int] = {}
+    own = {param.untyped_storage().data_ptr() for param in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens())
+    total = sum(kept.values())
+    loss.backward()
+    return total
+
+
+def test_what_is_held_between_forward_and_backward_shrinks_block_by_block() -> None:
+    plain, half, all_blocks = (
+        saved_bytes(model)
+        for model in (
+            GPT(num_blocks=8),
+            zero.checkpoint(GPT(num_blocks=8), every=2),
+            zero.checkpoint(GPT(num_blocks=8)),
+        )
+    )
+    assert all_blocks < half < plain
+    assert all_blocks < 0.25 * plain
+
+
+def count_gathers() -> list[dict[str, int]]:
+    counts = []
+    for section in ({}, {"every": 1}):
+        engine = zero.initialize(TinyModel(), settings(3, activation_checkpointing=section))
+        train_step(engine, 0)
+        before = engine.traffic()["gather"].calls.copy()
+        train_step(engine, 1)
+        counts.append(dict(engine.traffic()["gather"].calls - before))
+    return counts
+
+
+def test_stage_3_gathers_no_more_often(ranks: Ranks) -> None:
+    straight, recomputed = ranks(2, count_gathers)[0]
+    assert straight["all_gather"] > 0
+    assert recomputed == straight
+
+
+def test_without_gradients_nothing_is_set_up_to_run_again() -> None:
+    model = zero.checkpoint(GPT())
+    with torch.no_grad(), Operations() as operations:
+        model(tokens())
+    assert operations.counts["native_layer_norm"] == 5
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "words"),
+    [
+        (lambda: zero.checkpoint(nn.Linear(3, 3)), ConfigError, "no blocks are recognisable"),
+        (lambda: zero.checkpoint(GPT(), every=0), ConfigError, "every is 0"),
+        (lambda: zero.checkpoint(GPT(), save=("norms",)), ConfigError, "'norms'; expected some of matmul, attention"),
+        (lambda: zero.checkpoint(zero.checkpoint(GPT())), StateError, "already"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(act: Callable[[], object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        act()
+
+
+def train_llama() -> list[list[float]]:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    losses = []
+    for section in ({}, {"every": 2}):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+        again: list[int] = []
+        for layer in model.model.layers:
+            layer.input_layernorm.register_forward_hook(lambda *_, again=again: again.append(1))
+        engine = zero.initialize(model, settings(3, activation_checkpointing=section))
+        ids = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(engine.dp_rank))
+        losses.append([])
+        for _ in range(3):
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+            losses[-1].append(loss.item())
+        assert len(again) == 3 * (5 if section else 3)  # layers 0 and 2 twice
+    return losses
+
+
+def test_layers_of_transformers_are_recomputed_through_their_own_switch(ranks: Ranks) -> None:
+    pytest.importorskip("transformers")
+    for straight, recomputed in ranks(2, train_llama):
+        assert straight == recomputed
+
+
+def tell_of_keys() -> str:
+    config = settings(1, activation_checkpointing={"partition_activations": True, "cpu_checkpointing": True})
+    return refusal(lambda: zero.initialize(TinyModel(), config))
+
+
+def test_saved_activations_are_not_moved_yet(ranks: Ranks) -> None:
+    assert "activation_checkpointing.cpu_checkpointing" in ranks(1, tell_of_keys)[0]

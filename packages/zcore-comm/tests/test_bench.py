@@ -10,8 +10,8 @@ import torch.distributed as dist
 from zcore.comm.bench.contenders import COPY, OPS, SOCKETS, Case, Contender, build_contenders
 from zcore.comm.bench.measure import Plan, Report, leave_out_too_large, measure, rows_of, sizes_up_to
 from zcore.comm.bench.table import tables_of
-from zcore.comm.recording.tables import write_tables
 from zcore.core.errors import CollectiveError, ConfigError
+from zcore.core.tables import write_tables
 from zcore.core.testing import RankFailed
 
 CPU = torch.device("cpu")

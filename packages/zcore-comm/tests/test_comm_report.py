@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zcore.comm.recording.comm_report import SHOWN_RANKS, CommReport, build_report, bus_factor
-from zcore.comm.recording.tables import shown_seconds
 from zcore.comm.recording.totals import CallRecord, Group, Kind, RankTotals, Totals, size_class
 from zcore.core.quantities import shown_bytes
+from zcore.core.tables import shown_seconds
 
 MIB = 2**20
 

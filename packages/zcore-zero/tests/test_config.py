@@ -45,7 +45,20 @@ SERVED = {
         "round_robin_gradients": False,
         "sub_group_size": 1e12,
         "stage3_gather_16bit_weights_on_model_save": False,
+        "leaf_module": {"classes": ["Experts"], "names": [], "name_suffixes": ["mlp"]},
     },
+    "activation_checkpointing": {
+        "every": 1,
+        "save": ["matmul"],
+        "partition_activations": False,
+        "contiguous_memory_optimization": False,
+        "number_checkpoints": None,
+        "synchronize_checkpoint_boundary": False,
+        "profile": False,
+    },
+    "prescale_gradients": True,
+    "gradient_predivide_factor": 2.0,
+    "wall_clock_breakdown": True,
 }
 
 # What the field's trainers write where a program is to fill in.
@@ -69,7 +82,7 @@ AUTO = {
 OFF = [
     {"fp16": {"enabled": False, "loss_scale": 0}},
     {"wall_clock_breakdown": False},
-    {"prescale_gradients": False},
+    {"activation_checkpointing": {"cpu_checkpointing": False}},
     {"sparse_gradients": False},
     {"zero_optimization": {"cpu_offload": False}},
     {"zero_optimization": {"offload_optimizer": None}},

@@ -240,6 +240,11 @@ class Bucket:
         # As of the start: a step while the gather is in flight makes it stale before it arrives.
         self._gathered = self.values
 
+    @property
+    def is_on_its_way(self) -> bool:
+        """Whether a gather communicates, and nobody has waited for it."""
+        return self._pending is not None
+
     def wait(self) -> None:
         """INFLIGHT -> AVAILABLE."""
         pending, self._pending = self._pending, None

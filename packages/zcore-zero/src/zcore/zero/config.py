@@ -285,11 +285,11 @@ class TrainingConfig(Config):
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     zero_allow_untested_optimizer: bool = True  # any element-wise optimizer is allowed, asked for or not
     steps_per_print: PositiveInt | None = None  # log loss, norm and learning rate every so many
+    wall_clock_breakdown: bool = False  # log what the step spent its time on, as often as `steps_per_print`, or 10
     comms_logger: CommsLogger = CommsLogger()
 
     known_unserved: ClassVar[Mapping[str, str]] = {
         "amp": "Use bf16.",
-        "wall_clock_breakdown": "Use torch.profiler; collectives are named in it.",
         "flops_profiler": "Use torch.utils.flop_counter.",
         "tensorboard": "Log from the training loop.",
         "wandb": "Log from the training loop.",

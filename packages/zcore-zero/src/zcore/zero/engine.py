@@ -26,6 +26,7 @@ from zcore.zero.memory import MemoryReport, measure_memory
 from zcore.zero.placement import Placement
 from zcore.zero.run_state import RunState
 from zcore.zero.sharding import Sharding
+from zcore.zero.timeline import Kind, Recorder, Timeline
 
 __all__ = ["Engine"]
 
@@ -76,6 +77,11 @@ class Engine:
         self._accumulation.loss_scale = self.loss_scale
         self._clip_norm = float(config.gradient_clipping)
         self._grad_norm: float | None = None
+        self._recorder: Recorder | None = None  # of the step at hand, if it is to be explained
+        self._timeline: Timeline | None = None  # of the last such step
+        self._explained_every = 0
+        if config.wall_clock_breakdown:
+            self.explain_steps(every=config.steps_per_print or 10)
         self._said: set[str] = set()  # warnings that are said once
         self._tells_losses = events is not None or (config.steps_per_print is not None and self.global_rank == 0)
 
@@ -172,8 +178,12 @@ class Engine:
                 "backward() nor step()."
             )
         self._warn_of_backwards()
+        if self._recorder is not None:
+            self._recorder.note(Kind.PHASE, "step")
         if not is_boundary:
             accumulation.end_micro_batch()
+            if self._recorder is not None:
+                self._recorder.note(Kind.PHASE, "outside the model")
             return
         assert self.optimizer is not None
         self._is_step_applied = False
@@ -185,14 +195,14 @@ class Engine:
             if self._clip_norm:
                 self.sharding.scale_gradients(clip_factor(self._grad_norm, self._clip_norm))
             self.optimizer.step()
+            self._is_step_applied = True
+            self.global_steps += 1
             if self._scaler is not None:
                 self._scaler.note_clean_step()
         finally:
             self.sharding.reducer.clear()
             self._micro_steps_before += accumulation.steps
             self._begin_step()
-        self._is_step_applied = True
-        self.global_steps += 1
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self._tell_step(loss)
@@ -204,6 +214,8 @@ class Engine:
 
     def _begin_step(self) -> None:
         """The next micro-batch is the first one of its optimizer step."""
+        self._end_timeline()
+        self._begin_timeline()
         self._accumulation.begin_step()
         self._accumulation.loss_scale = self.loss_scale
         self._losses = []
@@ -306,6 +318,47 @@ class Engine:
     def eval(self) -> "Engine":
         """Put the model into evaluation mode."""
         return self.train(False)
+
+    def explain_steps(self, *, every: int = 1) -> None:
+        """Record each `every`-th optimizer step of this rank for `explain_step`, from the next on; 0 records no more.
+
+        A recorded step takes some microseconds more for each transfer.
+        """
+        self._explained_every = every
+        if not self._accumulation.num_backwards and not self._accumulation.done:
+            self._begin_timeline()
+
+    def explain_step(self) -> Timeline:
+        """What was gathered and reduced when in the last recorded step, how long this rank waited for it, and why.
+
+        Print it, give it to Rich, take `to_dict()`, or `save_trace("step.json")`. Raises StateError if none was
+        recorded.
+        """
+        if self._timeline is None:
+            raise StateError(
+                "No step was recorded yet. Call `engine.explain_steps(every=10)`, or set wall_clock_breakdown in the "
+                "config, and ask after such a step."
+            )
+        return self._timeline
+
+    def _begin_timeline(self) -> None:
+        """Record the step that begins, if it is its turn."""
+        before, self._recorder = self._recorder, None
+        if self._explained_every and (self.global_steps + 1) % self._explained_every == 0:
+            self._recorder = Recorder(self.sharding.ledger, step=self.global_steps + 1)
+            self._recorder.note(Kind.PHASE, "outside the model")
+        if before is not self._recorder:
+            self.sharding.explain_to(self._recorder)
+
+    def _end_timeline(self) -> None:
+        """The step is over; if it was recorded, it can be explained."""
+        if self._recorder is None:
+            return
+        self._recorder.note(Kind.PHASE, "end")
+        sizes = {bucket.plan.name: bucket.memory.gathered_bytes for bucket in self.sharding.buckets}
+        self._timeline = Timeline.of(self._recorder.marks, step=self._recorder.step, rank=self.global_rank, sizes=sizes)
+        if self.config.wall_clock_breakdown and self.global_rank == 0:
+            log_visibly(logger, "%s", self._timeline.summary())
 
     def get_global_grad_norm(self) -> float | None:
         """The norm of the whole gradient at the last optimizer step, before clipping; None before the first."""

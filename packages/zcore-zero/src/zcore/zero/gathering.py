@@ -9,12 +9,14 @@ import logging
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import NamedTuple
 
 import torch
 
 from zcore.core import compat
 from zcore.zero.bucket import Bucket, ParamState
+from zcore.zero.timeline import Kind, Recorder
 from zcore.zero.trace import Pass, Trace, Use, plan_prefetch, returns_within
 
 __all__ = ["GatherLimits", "Gatherer"]
@@ -58,6 +60,7 @@ class Gatherer:
         self._live: dict[int, Bucket] = {}  # transient ones with gathered memory
         self._is_at_rest = True  # until the first use after a step
         self._has_warned = False
+        self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
         self._digest = 0  # of the buckets gathered since the last comparison, in order; below 2^24, exact in fp32
 
     def begin(self, *, training: bool) -> None:
@@ -76,7 +79,7 @@ class Gatherer:
                 if bucket.state is ParamState.AVAILABLE and bucket.index not in self._kept:
                     self._idle.setdefault(bucket.index)
             elif bucket.state is ParamState.SHARDED:
-                bucket.gather()
+                self._gather(bucket, why="kept whole, and stepped since")
             elif bucket.state is ParamState.AVAILABLE:
                 bucket.show_whole()
 
@@ -142,12 +145,12 @@ class Gatherer:
             if in_hand:
                 return
         if bucket.state is ParamState.SHARDED:
-            self._start(bucket)
+            self._start(bucket, why=self._why_not_ahead(bucket) if self.recorder is not None else "")
         self._ahead.pop(bucket.index, None)
         if bucket.is_transient:
             self._prefetch()
         if bucket.state is ParamState.INFLIGHT:
-            bucket.wait()
+            self._wait(bucket, module=module or "the model")
         if not bucket.is_transient:
             bucket.show_whole()
 
@@ -179,7 +182,7 @@ class Gatherer:
         if self._pinned[bucket.index] == 1:
             self._drop_if_stale(bucket)
         if bucket.state is ParamState.SHARDED:
-            self._start(bucket)
+            self._start(bucket, why="for GatheredParameters")
         if bucket.state is ParamState.INFLIGHT:
             bucket.wait()
         bucket.memory.allow_writes()
@@ -269,9 +272,9 @@ class Gatherer:
         if bucket.state is ParamState.AVAILABLE:
             self._reshard(bucket)
 
-    def _start(self, bucket: Bucket) -> None:
+    def _start(self, bucket: Bucket, *, why: str) -> None:
         self._make_room()
-        bucket.gather()
+        self._gather(bucket, why=why)
         if bucket.is_transient:
             self._digest = (self._digest * 1_000_003 + bucket.index + 1) % 2**24
             self._live[bucket.index] = bucket
@@ -279,6 +282,8 @@ class Gatherer:
     def _reshard(self, bucket: Bucket) -> None:
         self._idle.pop(bucket.index, None)
         bucket.reshard()
+        if self.recorder is not None:
+            self.recorder.note(Kind.FREE, bucket.plan.name)
         self._live.pop(bucket.index, None)
 
     def _is_in_hand(self, bucket: Bucket) -> bool:
@@ -318,7 +323,40 @@ class Gatherer:
         for index in planned:
             self._idle.pop(index, None)
         for index in missing:
-            self._start(self._buckets[index])
+            self._start(self._buckets[index], why="ahead")
+
+    def _gather(self, bucket: Bucket, *, why: str) -> None:
+        began_ns = perf_counter_ns()
+        bucket.gather()
+        if self.recorder is not None and bucket.is_on_its_way:
+            self.recorder.note(Kind.START, bucket.plan.name, transfer="gather", why=why, at_ns=began_ns)
+
+    def _wait(self, bucket: Bucket, *, module: str) -> None:
+        recorder = self.recorder if bucket.is_on_its_way else None
+        if recorder is not None:
+            recorder.note(Kind.NEED, bucket.plan.name, transfer="gather", why=f"for {module}")
+        bucket.wait()
+        if recorder is not None:
+            recorder.note(Kind.COME, bucket.plan.name, transfer="gather")
+
+    def _why_not_ahead(self, bucket: Bucket) -> str:
+        """What kept `bucket` from being gathered before the use that has just been noted."""
+        limits = self._limits
+        if not bucket.is_transient:
+            return "kept whole, and stepped since"
+        if not limits.prefetch_numel:
+            return "not ahead: overlap_comm is off, or stage3_prefetch_bucket_size is 0"
+        if not self._trace.recorded:
+            return "not ahead: the order is not known before the second step"
+        if self._trace.left_at is not None:
+            return "not ahead: modules ran in another order than in the step before"
+        if self._trace.has_just_begun:
+            return "the first of the step"
+        if bucket.plan.layout.numel > limits.prefetch_numel:
+            return "not ahead: larger than stage3_prefetch_bucket_size"
+        if bucket.plan.layout.numel > limits.max_live_numel - self._live_numel:
+            return "not ahead: stage3_max_live_parameters left no room"
+        return "not ahead: stage3_prefetch_bucket_size left no room"
 
     @property
     def _live_numel(self) -> int:

@@ -25,6 +25,7 @@ from zcore.zero.gathering import Gatherer
 from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer
 from zcore.zero.saved import SavedTensors, bucket_of, others_decide
+from zcore.zero.timeline import Kind, Recorder
 from zcore.zero.trace import Pass
 
 __all__ = ["Conductor", "Phase", "Site"]
@@ -39,6 +40,9 @@ class Phase(Enum):
     REST = auto()
     FORWARD = auto()
     BACKWARD = auto()
+
+
+SHOWN_PHASES = {Phase.REST: "outside the model", Phase.FORWARD: "forward", Phase.BACKWARD: "backward"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class Conductor:
         self._interrupted = Phase.REST  # what the model was doing when the backward began
         self._backward = -1  # which of autograd's
         self.has_gradients = False  # whether a parameter got one in the last backward
+        self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
         self._saved = SavedTensors(buckets)
         self._saver: nn.Module | int | None = None  # whose forward opened `saved`, or the backward that recomputes
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -132,7 +137,7 @@ class Conductor:
         if not compat.in_backward():  # else a checkpointed root is recomputed: the step is under way already
             self.recover()
             self._saved.close()  # left open by an interrupt: nothing encloses the root
-            self._phase = Phase.FORWARD
+            self._enter(Phase.FORWARD)
             self.gatherer.begin(training=torch.is_grad_enabled())
         self._begin_saving(module)
         return self._precision.cast_inputs(args, kwargs)
@@ -141,8 +146,13 @@ class Conductor:
         self._end_saving(module)
         if compat.in_backward():
             return
-        self._phase = Phase.REST
+        self._enter(Phase.REST)
         self._come_to_rest(result)
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        if self.recorder is not None:
+            self.recorder.note(Kind.PHASE, SHOWN_PHASES[phase])
 
     def _site_pre(self, site: Site) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
         def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -252,7 +262,8 @@ class Conductor:
             if self._saver != compat.current_backward():
                 self._end_recomputing()  # what was computed again is being differentiated: it saves no more
             return
-        self._interrupted, self._phase = self._phase, Phase.BACKWARD
+        self._interrupted = self._phase
+        self._enter(Phase.BACKWARD)
         self._backward = compat.current_backward()
         self.has_gradients = False
         self._reducer.begin(self._backward)
@@ -273,6 +284,7 @@ class Conductor:
                     self._reducer.clear()
                     self.gatherer.forget_order()
                     raise
+        self._enter(self._phase)
 
     def abandon(self) -> None:
         """Forget a backward that did not finish, with all gradients of this step."""

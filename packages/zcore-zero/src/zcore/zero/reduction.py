@@ -17,7 +17,8 @@ from zcore.core.errors import MismatchError, StateError
 from zcore.core.mesh import DataParallel
 from zcore.zero.accumulation import Accumulation
 from zcore.zero.bucket import Bucket
-from zcore.zero.buffer import BucketGradients, DataParallelGroups
+from zcore.zero.buffer import DataParallelGroups
+from zcore.zero.timeline import Kind, Recorder
 
 __all__ = ["Reducer"]
 
@@ -55,7 +56,8 @@ class Reducer:
         self._next = 0  # position in the order
         self._started: set[int] = set()  # buckets before it, for a look-up with every gradient
         self._has_nested = False  # whether gradients of a backward inside this one have come
-        self._inflight: deque[BucketGradients] = deque()
+        self._inflight: deque[Bucket] = deque()
+        self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
 
     def note_loss(self, loss: Tensor) -> None:
         """Remember whether `loss` is finite, without waiting for the device.
@@ -170,16 +172,25 @@ class Reducer:
     def _start_next(self) -> None:
         index = self._order[self._next]
         self._started.add(index)
-        gradients = self._by_index[index].gradients
-        assert gradients is not None
-        gradients.start_reduce()
-        self._inflight.append(gradients)
+        bucket = self._by_index[index]
+        assert bucket.gradients is not None
+        self._note(bucket, Kind.START, why="" if not self._remaining[index] else "a parameter of it had no gradient")
+        bucket.gradients.start_reduce()
+        self._inflight.append(bucket)
         self._finish_what_is_inflight(down_to=self._max_inflight)
         self._next += 1
 
     def _finish_what_is_inflight(self, down_to: int = 0) -> None:
         while len(self._inflight) > down_to:
-            self._inflight.popleft().finish_reduce(unscale=1.0 / self.accumulation.loss_scale)
+            bucket = self._inflight.popleft()
+            assert bucket.gradients is not None
+            self._note(bucket, Kind.NEED, why="before the next is summed" if down_to else "the backward is over")
+            bucket.gradients.finish_reduce(unscale=1.0 / self.accumulation.loss_scale)
+            self._note(bucket, Kind.COME)
+
+    def _note(self, bucket: Bucket, kind: Kind, *, why: str = "") -> None:
+        if self.recorder is not None:
+            self.recorder.note(kind, bucket.plan.name, transfer="reduce", why=why)
 
     def _agree_on_order(self) -> None:
         """After the first reduction: the order in which data rank 0 completed its buckets, then the rest."""

@@ -29,6 +29,7 @@ from zcore.zero.placement import Row, row_for
 from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer
 from zcore.zero.sharded_parameter import ShardedParameter, UnreducedGradient
+from zcore.zero.timeline import Recorder
 from zcore.zero.units import ParamSites, find_blocks, find_parameters, find_units
 
 __all__ = ["Sharding", "ShardingOptions", "clip_grad_norm_", "find_shardable", "no_sync", "shard", "sharding_of"]
@@ -206,6 +207,11 @@ class Sharding:
                 "No trainable parameter of the model got a gradient from this loss: it was computed from something "
                 "else. Compute it from what `engine(...)` returns, without detach(), and check what is frozen."
             )
+
+    def explain_to(self, recorder: Recorder | None) -> None:
+        """Tell `recorder` of every transfer and phase from now on, or nobody any more."""
+        for part in (self.gatherer, self.reducer, self.conductor):
+            part.recorder = recorder
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -53,6 +53,11 @@ class Trace:
         return True
 
     @property
+    def has_just_begun(self) -> bool:
+        """Whether the last use was the first of its step."""
+        return len(self._current) == 1
+
+    @property
     def upcoming(self) -> Iterator[Use]:
         """What is expected after the last use; nothing once the step has left the recorded order."""
         if self.left_at is None:

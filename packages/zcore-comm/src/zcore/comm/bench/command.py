@@ -58,7 +58,7 @@ def bench(
     from zcore.comm.bench.measure import Plan, Report, sizes_up_to
     from zcore.comm.bench.plot import check_plot, draw_plot
     from zcore.comm.bench.table import tables_of
-    from zcore.comm.recording.tables import draw_tables
+    from zcore.core.tables import draw_tables
 
     low, high = parse_bytes(min_bytes), parse_bytes(max_bytes)
     if low > high:
@@ -98,7 +98,7 @@ def tune(
 
     from zcore.comm.bench.measure import sizes_up_to
     from zcore.comm.bench.tune import Found, TunePlan, table_of
-    from zcore.comm.recording.tables import draw_tables
+    from zcore.core.tables import draw_tables
 
     sizes_bytes = sizes_up_to(parse_bytes(max_bytes), min_bytes=256)
     plan = TunePlan(sizes_bytes=sizes_bytes, rounds=rounds, is_dry=dry_run)

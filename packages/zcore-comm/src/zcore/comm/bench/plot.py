@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from zcore.comm.bench.contenders import COPY, SOCKETS
 from zcore.comm.bench.measure import Report, Row
-from zcore.comm.recording.tables import shown_seconds
 from zcore.core.errors import NotInstalledError
 from zcore.core.quantities import shown_bytes
+from zcore.core.tables import shown_seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,8 +2,8 @@
 
 from zcore.comm.bench.contenders import COPY
 from zcore.comm.bench.measure import Report, Row
-from zcore.comm.recording.tables import Table, shown_rate, shown_seconds
 from zcore.core.quantities import shown_bytes
+from zcore.core.tables import Table, shown_rate, shown_seconds
 
 __all__ = ["tables_of"]
 

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from zcore.comm.recording.tables import Table, draw_tables, shown_rate, shown_seconds, write_tables
 from zcore.comm.recording.totals import Group, RankTotals, Totals
 from zcore.core.quantities import shown_bytes
+from zcore.core.tables import Table, draw_tables, shown_rate, shown_seconds, write_tables
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

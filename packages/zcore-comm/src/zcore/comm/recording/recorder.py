@@ -26,7 +26,6 @@ from zcore.comm.calls.served import served_of
 from zcore.comm.recording.chrome_trace import trace_of
 from zcore.comm.recording.comm_report import SYMMETRIC_OPS, CommReport, build_report
 from zcore.comm.recording.recorded import LISTENERS, Recorded
-from zcore.comm.recording.tables import shown_seconds
 from zcore.comm.recording.totals import CallRecord, Group, Kind, RankTotals, Totals
 from zcore.comm.texts import exchange_texts
 from zcore.core.collectives import Collectives
@@ -34,6 +33,7 @@ from zcore.core.errors import ConfigError, nearest
 from zcore.core.events import log_visibly
 from zcore.core.quantities import shown_bytes
 from zcore.core.recording import OPS
+from zcore.core.tables import shown_seconds
 
 __all__ = ["Recording", "record", "wall_offset_s"]
 

@@ -7,7 +7,8 @@ part it is the loop anyone would write.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -192,6 +193,10 @@ class Recipe:
         y = torch.tanh(x @ torch.linspace(-1, 1, 240, dtype=self.dtype).view(12, 20))
         return {"x": x, "y": y, "step": step}
 
+    def loss(self, model: Callable[..., Tensor], batch: Mapping[str, Any]) -> Tensor:
+        """What is made smaller; `model` may be an engine."""
+        return model(**batch)
+
     def autocasting(self) -> AbstractContextManager[object]:
         """What the forward runs in."""
         return torch.autocast("cpu", dtype=getattr(torch, self.autocast)) if self.autocast else nullcontext()
@@ -229,8 +234,14 @@ class Run:
         return Run(losses, runs[0].norms, runs[0].state)
 
 
-def train_plain(recipe: Recipe, *, parts: int = 1) -> Run:
-    """The single process. See the header for `parts`. Mixed precision computes in a copy and steps fp32 masters."""
+def train_plain(
+    recipe: Recipe, *, parts: int = 1, reduces_each: bool = False, clip_norms: Sequence[float] | None = None
+) -> Run:
+    """The single process. See the header for `parts`. Mixed precision computes in a copy and steps fp32 masters.
+
+    `reduces_each`: the parts are added up for each micro-batch, as stages 2 and 3 do, in place of each step.
+    `clip_norms`: what to take for the norms when clipping, one per step; else what torch comes to.
+    """
     master = recipe.build()
     built_dtypes = {name: value.dtype for name, value in master.state_dict().items()}
     compute = master
@@ -246,15 +257,23 @@ def train_plain(recipe: Recipe, *, parts: int = 1) -> Run:
     for step in range(recipe.steps):
         compute.zero_grad()
         of_parts = [
-            list(_gradients_of_part(recipe, compute, step, part=part, parts=parts, losses=losses))
+            [
+                _gradients_of_part(recipe, compute, step, micro, part=part, parts=parts, losses=losses)
+                for micro in range(recipe.accumulation)
+            ]
             for part in range(parts)
-        ]
-        for (param, _), grads in zip(pairs, zip(*of_parts, strict=True), strict=True):
-            param.grad = _mean(list(grads), dtype=DTYPES.get(recipe.communicate or ""), out_dtype=param.dtype)
+        ]  # [part][micro-batch][parameter]
+        for index, (param, _) in enumerate(pairs):
+            grads = [[of_micro_batch[index] for of_micro_batch in of_part] for of_part in of_parts]
+            param.grad = _reduced(recipe, grads, reduces_each=reduces_each, out_dtype=param.dtype)
             if param.grad is not None and recipe.loss_scale != 1.0:
                 param.grad.mul_(1.0 / recipe.loss_scale)
         gradients = [param for param, _ in pairs if param.grad is not None]
-        norms.append(float(nn.utils.clip_grad_norm_(gradients, recipe.clip or float("inf"))))
+        norm = nn.utils.get_total_norm([param.grad for param in gradients if param.grad is not None])
+        norms.append(float(norm))
+        if clip_norms is not None:
+            norm = torch.tensor(clip_norms[step], dtype=torch.float64)
+        nn.utils.clip_grads_with_norm_(gradients, recipe.clip or float("inf"), norm)
         optimizer.step()
         with torch.no_grad():
             for param, computing in pairs:
@@ -266,30 +285,43 @@ def train_plain(recipe: Recipe, *, parts: int = 1) -> Run:
 
 
 def _gradients_of_part(
-    recipe: Recipe, model: nn.Module, step: int, *, part: int, parts: int, losses: list[float]
-) -> Iterator[Tensor | None]:
-    """Gradients over the step's micro-batches, accumulated in the master's dtype."""
-    params = [param for param in model.parameters() if param.requires_grad]
-    sums: list[Tensor | None] = [None] * len(params)
-    for micro in range(recipe.accumulation):
-        batch = part_of(recipe.batch(step, micro), part=part, parts=parts)
-        if recipe.compute is not None:
-            batch = {
-                key: value.to(recipe.compute) if isinstance(value, Tensor) and value.is_floating_point() else value
-                for key, value in batch.items()
-            }
-        with recipe.autocasting():
-            loss = model(**batch)
-        losses.append(loss.item())
-        (loss / recipe.accumulation * recipe.loss_scale).backward()
-        for index, param in enumerate(params):
-            if param.grad is not None:
-                grad = param.grad if recipe.compute is None else param.grad.float()
-                grad = grad.to(DTYPES[recipe.accumulate]) if recipe.accumulate else grad
-                so_far = sums[index]
-                sums[index] = grad if so_far is None else so_far + grad
+    recipe: Recipe, model: nn.Module, step: int, micro: int, *, part: int, parts: int, losses: list[float]
+) -> list[Tensor | None]:
+    """Gradients of one micro-batch, in the dtype they accumulate in."""
+    batch = part_of(recipe.batch(step, micro), part=part, parts=parts)
+    if recipe.compute is not None:
+        batch = {
+            key: value.to(recipe.compute) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for key, value in batch.items()
+        }
+    with recipe.autocasting():
+        loss = recipe.loss(model, batch)
+    losses.append(loss.item())
+    (loss / recipe.accumulation * recipe.loss_scale).backward()
+    found: list[Tensor | None] = []
+    for param in model.parameters():
+        if param.requires_grad:
+            grad = param.grad if recipe.compute is None or param.grad is None else param.grad.float()
+            found.append(grad.to(DTYPES[recipe.accumulate]) if recipe.accumulate and grad is not None else grad)
             param.grad = None
-    yield from sums
+    return found
+
+
+def _reduced(
+    recipe: Recipe, grads: list[list[Tensor | None]], *, reduces_each: bool, out_dtype: torch.dtype
+) -> Tensor | None:
+    """One parameter's gradient from those of each part and micro-batch."""
+    dtype = DTYPES.get(recipe.communicate or "")
+    if reduces_each:
+        of_micro_batches = zip(*grads, strict=True)
+        return _sum(_mean(list(of_parts), dtype=dtype, out_dtype=out_dtype) for of_parts in of_micro_batches)
+    return _mean([_sum(of_part) for of_part in grads], dtype=dtype, out_dtype=out_dtype)
+
+
+def _sum(grads: Iterable[Tensor | None]) -> Tensor | None:
+    """One after the other."""
+    given = [each for each in grads if each is not None]
+    return functools.reduce(Tensor.add, given) if given else None
 
 
 def _mean(grads: list[Tensor | None], *, dtype: torch.dtype | None, out_dtype: torch.dtype) -> Tensor | None:
@@ -353,7 +385,7 @@ def train_zero(
             batch = part_of(recipe.batch(step, micro), part=engine.dp_rank, parts=engine.dp_size)
             is_last = micro == recipe.accumulation - 1
             with engine.no_sync() if holds_back and not is_last else nullcontext():
-                loss = engine(**batch)
+                loss = recipe.loss(engine, batch)
                 engine.backward(loss)
             engine.step()
             losses.append(loss.item())

@@ -7,8 +7,9 @@ part it is the loop anyone would write.
 """
 
 import copy
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -194,6 +195,10 @@ class Recipe:
         y = torch.tanh(x @ torch.linspace(-1, 1, 240, dtype=self.dtype).view(12, 20))
         return {"x": x, "y": y, "step": step}
 
+    def loss(self, model: Callable[..., Tensor], batch: Mapping[str, Any]) -> Tensor:
+        """What is made smaller; `model` may be an engine."""
+        return model(**batch)
+
     def autocasting(self) -> AbstractContextManager[object]:
         """What the forward runs in."""
         return torch.autocast("cpu", dtype=getattr(torch, self.autocast)) if self.autocast else nullcontext()
@@ -241,8 +246,14 @@ class Run:
         return Run(losses, runs[0].norms, runs[0].state)
 
 
-def train_plain(recipe: Recipe, *, parts: int = 1) -> Run:
-    """The single process. See the header for `parts`. Mixed precision computes in a copy and steps fp32 masters."""
+def train_plain(
+    recipe: Recipe, *, parts: int = 1, reduces_each: bool = False, clip_norms: Sequence[float] | None = None
+) -> Run:
+    """The single process. See the header for `parts`. Mixed precision computes in a copy and steps fp32 masters.
+
+    `reduces_each`: the parts are added up for each micro-batch, as stages 2 and 3 do, in place of each step.
+    `clip_norms`: what to take for the norms when clipping, one per step; else what torch comes to.
+    """
     master = recipe.build()
     built_dtypes = {name: value.dtype for name, value in master.state_dict().items()}
     compute = master
@@ -258,18 +269,23 @@ def train_plain(recipe: Recipe, *, parts: int = 1) -> Run:
     for step in range(recipe.steps):
         compute.zero_grad()
         of_parts = [
-            list(_gradients_of_part(recipe, compute, step, part=part, parts=parts, losses=losses))
+            [
+                _gradients_of_part(recipe, compute, step, micro, part=part, parts=parts, losses=losses)
+                for micro in range(recipe.accumulation)
+            ]
             for part in range(parts)
-        ]
-        for (param, _), grads in zip(pairs, zip(*of_parts, strict=True), strict=True):
-            grads = [each if each is None or not recipe.predivides else each / parts for each in grads]
-            param.grad = _mean(list(grads), dtype=DTYPES.get(recipe.communicate or ""), out_dtype=param.dtype)
-            if param.grad is not None and recipe.predivides:
-                param.grad.mul_(parts)
+        ]  # [part][micro-batch][parameter]
+        for index, (param, _) in enumerate(pairs):
+            grads = [[of_micro_batch[index] for of_micro_batch in of_part] for of_part in of_parts]
+            param.grad = _reduced(recipe, grads, reduces_each=reduces_each, out_dtype=param.dtype)
             if param.grad is not None and recipe.loss_scale != 1.0:
                 param.grad.mul_(1.0 / recipe.loss_scale)
         gradients = [param for param, _ in pairs if param.grad is not None]
-        norms.append(float(nn.utils.clip_grad_norm_(gradients, recipe.clip or float("inf"))))
+        norm = nn.utils.get_total_norm([param.grad for param in gradients if param.grad is not None])
+        norms.append(float(norm))
+        if clip_norms is not None:
+            norm = torch.tensor(clip_norms[step], dtype=torch.float64)
+        nn.utils.clip_grads_with_norm_(gradients, recipe.clip or float("inf"), norm)
         optimizer.step()
         with torch.no_grad():
             for param, computing in pairs:
@@ -281,43 +297,57 @@ def train_plain(recipe: Recipe, *, parts: int = 1) -> Run:
 
 
 def _gradients_of_part(
-    recipe: Recipe, model: nn.Module, step: int, *, part: int, parts: int, losses: list[float]
-) -> Iterator[Tensor | None]:
-    """Gradients over the step's micro-batches, accumulated in the master's dtype."""
-    params = [param for param in model.parameters() if param.requires_grad]
-    sums: list[Tensor | None] = [None] * len(params)
-    for micro in range(recipe.accumulation):
-        batch = part_of(recipe.batch(step, micro), part=part, parts=parts)
-        if recipe.compute is not None:
-            batch = {
-                key: value.to(recipe.compute) if isinstance(value, Tensor) and value.is_floating_point() else value
-                for key, value in batch.items()
-            }
-        with recipe.autocasting():
-            loss = model(**batch)
-        losses.append(loss.item())
-        (loss / recipe.accumulation * recipe.loss_scale).backward()
-        for index, param in enumerate(params):
-            if param.grad is not None:
-                grad = param.grad if recipe.compute is None else param.grad.float()
-                grad = grad.to(DTYPES[recipe.accumulate]) if recipe.accumulate else grad
-                so_far = sums[index]
-                sums[index] = grad if so_far is None else so_far + grad
+    recipe: Recipe, model: nn.Module, step: int, micro: int, *, part: int, parts: int, losses: list[float]
+) -> list[Tensor | None]:
+    """Gradients of one micro-batch, in the dtype they accumulate in."""
+    batch = part_of(recipe.batch(step, micro), part=part, parts=parts)
+    if recipe.compute is not None:
+        batch = {
+            key: value.to(recipe.compute) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for key, value in batch.items()
+        }
+    with recipe.autocasting():
+        loss = recipe.loss(model, batch)
+    losses.append(loss.item())
+    (loss / recipe.accumulation * recipe.loss_scale).backward()
+    found: list[Tensor | None] = []
+    for param in model.parameters():
+        if param.requires_grad:
+            grad = param.grad if recipe.compute is None or param.grad is None else param.grad.float()
+            found.append(grad.to(DTYPES[recipe.accumulate]) if recipe.accumulate and grad is not None else grad)
             param.grad = None
-    yield from sums
+    return found
 
 
-def _mean(grads: list[Tensor | None], *, dtype: torch.dtype | None, out_dtype: torch.dtype) -> Tensor | None:
-    """In the order of the ranks' sums; `dtype` is what travels."""
+def _reduced(
+    recipe: Recipe, grads: list[list[Tensor | None]], *, reduces_each: bool, out_dtype: torch.dtype
+) -> Tensor | None:
+    """One parameter's gradient from those of each part and micro-batch."""
+    mean = functools.partial(_mean, recipe=recipe, out_dtype=out_dtype)
+    if reduces_each:
+        return _sum(mean(list(of_parts)) for of_parts in zip(*grads, strict=True))
+    return mean([_sum(of_part) for of_part in grads])
+
+
+def _sum(grads: Iterable[Tensor | None]) -> Tensor | None:
+    """One after the other."""
+    given = [each for each in grads if each is not None]
+    return functools.reduce(Tensor.add, given) if given else None
+
+
+def _mean(grads: list[Tensor | None], *, recipe: Recipe, out_dtype: torch.dtype) -> Tensor | None:
+    """In the order of the ranks' sums, and in the dtype that travels."""
     given = [each for each in grads if each is not None]
     if not given:
         return None
-    whole = [(torch.zeros_like(given[0]) if each is None else each).to(dtype or given[0].dtype) for each in grads]
-    if len(whole) == 1:
-        return whole[0].to(out_dtype)
-    total = torch.empty_like(whole[0])
-    tree_sum([each.view(-1) for each in whole], out=total.view(-1))
-    return total.to(out_dtype).mul_(1.0 / len(whole))
+    dtype, parts = DTYPES.get(recipe.communicate or "", given[0].dtype), len(grads)
+    whole = [torch.zeros_like(given[0]) if each is None else each for each in grads]
+    sent = [(each / parts if recipe.predivides else each).to(dtype) for each in whole]
+    if parts == 1:
+        return sent[0].to(out_dtype)
+    total = torch.empty_like(sent[0])
+    tree_sum([each.view(-1) for each in sent], out=total.view(-1))
+    return total.to(out_dtype) if recipe.predivides else total.to(out_dtype).mul_(1.0 / parts)
 
 
 def config_of(
@@ -372,7 +402,7 @@ def train_zero(
             batch = part_of(recipe.batch(step, micro), part=engine.dp_rank, parts=engine.dp_size)
             is_last = micro == recipe.accumulation - 1
             with engine.no_sync() if holds_back and not is_last else nullcontext():
-                loss = engine(**batch)
+                loss = recipe.loss(engine, batch)
                 engine.backward(loss)
             engine.step()
             losses.append(loss.item())

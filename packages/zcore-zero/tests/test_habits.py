@@ -748,6 +748,24 @@ def pass_a_spent_optimizer():
     zero.initialize(Blocks(), {}, optimizer=optimizer)
 
 
+class Casting(nn.Module):
+    """Computes in fp64 by casting a layer, and not only what goes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(12, 4), nn.Linear(4, 12)
+
+    def forward(self, x):
+        self.up = self.up.double()
+        return self.up(self.down(x).double()).to(x.dtype)
+
+
+def cast_in_the_forward(stage):
+    model = sharded(stage=stage, kind=lambda: nn.Sequential(Casting(), Casting()))
+    for step in range(2):
+        model(rows_of(step)).sum().backward()
+
+
 def load_after_init():
     with zero.Init():
         model = Blocks()
@@ -821,6 +839,11 @@ REFUSED = {
     ),
     "a weight tied late": (tie_late, ["StateError", "aux.weight", "before it is sharded"]),
     "a weight replaced late": (replace_late, ["StateError", "main.weight", "before it is sharded"]),
+    "a layer cast in a forward": (
+        lambda: cast_in_the_forward(3),
+        ["StateError", "0.up.weight", "other memory", "torch_autocast"],
+    ),
+    "the same whole": (lambda: cast_in_the_forward(0), ["StateError", "0.up.weight", "other memory"]),
     "an edit inside a block that reads": (edit_inside_reading, ["StateError", "modifier_rank", "outermost"]),
     "a step inside a block that reads": (step_inside_reading, ["StateError", "SGD", "outside the block"]),
     "copying the whole into a fragment": (copy_the_whole, ["StateError", "(12, 12)", "GatheredParameters"]),

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from zcore import zero
 from zcore.core.errors import MismatchError, StateError
@@ -167,6 +168,60 @@ def test_ranks_that_skip_different_blocks_are_told_and_without_zcore_comm_go_on_
         else:
             assert BY_ZERO in message
             assert losses == pytest.approx(expected, rel=1e-5)
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])
+
+    def forward(self, x, num_experts):
+        return x + sum(torch.tanh(expert(x)) for expert in self.experts[:num_experts])
+
+
+class Experts(nn.Module):
+    """Blocks of two experts, of which a rank may need only the first."""
+
+    def __init__(self, *, recomputes=False):
+        super().__init__()
+        self.blocks = nn.ModuleList(Expert() for _ in range(5))
+        self.recomputes = recomputes
+
+    def forward(self, x, num_experts):
+        for block in self.blocks:
+            x = checkpoint(block, x, num_experts, use_reentrant=False) if self.recomputes else block(x, num_experts)
+        return x.square().mean()
+
+
+def starve_experts():
+    rank = dist.get_rank()
+    found = []
+    for stage, recomputes in ((1, False), (2, False), (3, False), (3, True)):
+        torch.manual_seed(0)
+        options = zero.ShardingOptions(small_numel=12)
+        model = zero.shard(Experts(recomputes=recomputes), build_mesh(dp=-1), stage=stage, options=options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            model(rows_of(step, rank=rank, world_size=2), num_experts=2 - rank).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(zero.consolidated_state_dict(model, rank=None))
+    return found
+
+
+def test_a_rank_whose_experts_have_no_token_neither_waits_for_the_others_in_vain_nor_loses_a_gradient(ranks):
+    """One rank's buckets are complete within the backward, the other's never are; both gather on."""
+    torch.manual_seed(0)
+    plain = Experts()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(3):
+        for rank in range(2):
+            (plain(rows_of(step, rank=rank, world_size=2), num_experts=2 - rank) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for by_stage in ranks(2, starve_experts):
+        for state in by_stage:
+            torch.testing.assert_close(state, plain.state_dict())
 
 
 def copy_it():

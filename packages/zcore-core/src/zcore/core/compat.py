@@ -22,6 +22,7 @@ __all__ = [
     "backend_of",
     "current_backward",
     "current_node",
+    "current_node_number",
     "default_store",
     "in_backward",
     "is_held_elsewhere",
@@ -175,6 +176,15 @@ def current_node() -> object | None:
     """The node of autograd's graph that this thread runs; None outside of a backward."""
     node: object | None = torch._C._current_autograd_node()
     return node
+
+
+def current_node_number() -> int:
+    """The sequence number of that node; -1 outside of a backward. What it waits for of greater number is done.
+
+    One that accumulates a gradient has the greatest number there is.
+    """
+    node = torch._C._current_autograd_node()
+    return -1 if node is None else int(node._sequence_nr())
 
 
 def in_backward() -> bool:

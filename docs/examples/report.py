@@ -1,4 +1,4 @@
-"""What the example shows at its end: memory per rank, bits per byte, a sample, and where everything lies."""
+"""What the examples show: memory per rank, and train_gpt.py's bits per byte, sample, and where everything lies."""
 
 import math
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.panel import Panel
 from rich.syntax import Syntax
@@ -13,6 +14,12 @@ from rich.table import Table
 from text import Corpus, compressed_bits_per_byte
 
 from zcore.zero import MemoryReport, RankMemory
+
+
+def print_once(line: str) -> None:
+    """Say what takes its time, on one rank."""
+    if dist.get_rank() == 0:
+        print(line, flush=True)
 
 
 def show(

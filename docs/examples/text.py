@@ -40,14 +40,26 @@ class Corpus:
 
 def load_corpus(*, vocab_size: int, root: Path | None = None) -> Corpus:
     """Read the sources under `root` (the standard library); encode them with a tokenizer trained on the train part."""
+    train, held_out = read_sources(root)
+    return encode_corpus(train_tokenizer(train, vocab_size=vocab_size), train, held_out)
+
+
+def read_sources(root: Path | None = None) -> tuple[list[str], list[str]]:
+    """The sources under `root` (the standard library): those to train on, and those held out."""
     root = root or Path(sysconfig.get_paths()["stdlib"])
     paths = source_files(root)
     train, held_out = (
         [(root / path).read_text(encoding="utf-8", errors="replace") for path in paths if is_held_out(path) == wanted]
         for wanted in (False, True)
     )
-    tokenizer = train_tokenizer(train, vocab_size=vocab_size)
-    train_stream, held_out_stream = encode(tokenizer, train), encode(tokenizer, held_out)
+    return train, held_out
+
+
+def encode_corpus(
+    tokenizer: Tokenizer, train: Sequence[str], held_out: Sequence[str], *, separator: str = SEPARATOR
+) -> Corpus:
+    """The texts as streams of `tokenizer`, which knows `separator` as one token."""
+    train_stream, held_out_stream = (encode(tokenizer, texts, separator=separator) for texts in (train, held_out))
     train_bytes = sum(len(text.encode()) for text in train)
     return Corpus(tokenizer, train_stream, held_out_stream, "".join(held_out).encode(), train_bytes / len(train_stream))
 
@@ -81,11 +93,12 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+def encode(tokenizer: Tokenizer, texts: Sequence[str], *, separator: str = SEPARATOR) -> Tensor:
     """The texts as one stream [tokens] int32, a separator before each and at the end."""
-    separator = tokenizer.token_to_id(SEPARATOR)
-    ids = (torch.tensor([separator, *encoding.ids], dtype=torch.int32) for encoding in tokenizer.encode_batch(texts))
-    return torch.cat([*ids, torch.tensor([separator], dtype=torch.int32)])
+    between = tokenizer.token_to_id(separator)
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    ids = (torch.tensor([between, *encoding.ids], dtype=torch.int32) for encoding in encodings)
+    return torch.cat([*ids, torch.tensor([between], dtype=torch.int32)])
 
 
 def train_batches(

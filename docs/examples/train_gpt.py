@@ -19,6 +19,7 @@ import report
 import torch
 import torch.distributed as dist
 from gpt import GPT, GPTConfig, generate
+from report import print_once
 from safetensors.torch import save_file
 from text import IGNORED, Corpus, held_out_batches, load_corpus, train_batches
 from torch.nn import functional as F
@@ -93,12 +94,6 @@ def main() -> None:
             corpus, history, memory, sample, stage=stage, options=options, out=args.out, steps=steps, train_s=train_s
         )
     dist.destroy_process_group()
-
-
-def print_once(line: str) -> None:
-    """Say what takes its time, on one rank."""
-    if dist.get_rank() == 0:
-        print(line, flush=True)
 
 
 def train(engine: zero.Engine, corpus: Corpus, history: dict, *, steps: int, seed: int, out: Path) -> None:

@@ -1,4 +1,7 @@
-"""The recipe for Hugging Face models in docs/zero.md: built inside Init, trained, saved whole, read by plain torch."""
+"""The recipes for Hugging Face models in docs/zero.md: built inside Init, trained, saved whole, read by plain torch.
+
+And adapters on a frozen base, where PEFT edits the model before it is sharded.
+"""
 
 import pytest
 import torch
@@ -47,3 +50,63 @@ def test_a_model_of_transformers_trains_and_is_read_back_with_the_same_logits(ra
     tokens = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(saved(input_ids=tokens).logits, torch.tensor(logits))
+
+
+def with_adapters(dtype):
+    """A frozen base of `dtype` with adapters of fp32, all of them trained from the first step on."""
+    import peft
+
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)).to(dtype)
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    return peft.get_peft_model(base, lora)
+
+
+def rows_of(step, part):
+    return torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(10 * step + part))
+
+
+def train_adapters_plainly(dtype, parts):
+    """Without zcore, the batch in `parts`; losses by step and part, and the trained weights."""
+    model = with_adapters(dtype).train()
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.01, fused=True)
+    losses = []
+    for step in range(5):
+        for part in range(parts):
+            tokens = rows_of(step, part)
+            loss = model(input_ids=tokens, labels=tokens).loss
+            (loss / parts).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, model.state_dict()
+
+
+def train_adapters_sharded(dtype):
+    engine = zero.initialize(with_adapters(dtype), config=settings(zero_stage=3)).train()
+    losses = []
+    for step in range(5):
+        tokens = rows_of(step, engine.dp_rank)
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses, engine.consolidated_state_dict(), engine.memory_report()
+
+
+def in_both_dtypes(train, *args):
+    """In one start of ranks, as importing PEFT takes longer than training."""
+    return {dtype: train(dtype, *args) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def test_adapters_on_a_frozen_base_train_as_in_plain_torch_bit_for_bit(ranks):
+    pytest.importorskip("peft")
+    (plain,) = ranks(1, in_both_dtypes, train_adapters_plainly, 2)
+    first, second = ranks(2, in_both_dtypes, train_adapters_sharded)
+    for dtype, (losses, weights) in plain.items():
+        (own, whole, memory), (other, _, _) = first[dtype], second[dtype]
+        assert losses == [loss for pair in zip(own, other, strict=True) for loss in pair]
+        assert weights.keys() == whole.keys()
+        assert [name for name in weights if not torch.equal(weights[name], whole[name])] == []
+        held = memory.ranks[0]
+        assert held.gradients_bytes < held.parameters_bytes  # none of the base

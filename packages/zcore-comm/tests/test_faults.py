@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hosts import HOSTS, move_to_hosts_of
+from hosts import HOSTS, message_of, move_to_hosts_of
 
 from zcore.comm.choice import serve
 from zcore.core import compat
@@ -162,3 +162,41 @@ def test_a_rank_that_calls_something_else_is_told_with_both_sides(ranks, world, 
         assert type_name == "MismatchError", message
         plain = re.sub(r"#\d+ of dp[^:]*: ", "", message)  # where a call is told with its number
         assert [each for each in expected if each not in plain] == [], (rank, message)
+
+
+def is_killed_long_after_an_error_elsewhere(hosts, giver):
+    """`giver` has caught an error of a side group that it still holds; the last rank is killed three calls later."""
+    rank, store = dist.get_rank(), compat.default_store()
+    os.environ["ZCORE_COMM_HOST"] = hosts[rank]
+    killed, partner = dist.get_world_size() - 1, 1
+    side_ranks = sorted([giver, partner])
+    side, main = dist.new_group(side_ranks, timeout=timedelta(seconds=1)), dist.new_group()
+    if rank in side_ranks:
+        evaluation = serve(side, name="evaluation")
+        if rank == giver:
+            said = message_of(lambda: evaluation.all_reduce(torch.ones(4), label="metrics").wait())
+            assert "the timeout of 1 s has passed" in said, said
+            store.set("has given up", "1")
+        store.wait(["has given up"])
+    group = serve(main, name="dp")
+    for number in range(3):
+        group.all_reduce(torch.ones(SMALL), label=f"grads.{number}").wait()
+    dist.barrier()
+    if rank == killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    group.all_reduce(torch.ones(SMALL), label="grads.3").wait()
+
+
+@pytest.mark.parametrize(("hosts", "giver"), [("abc", 0), ("abc", 2), ("aba", 2), ("aabb", 0)])
+def test_a_killed_rank_is_named_whatever_error_of_another_group_somebody_caught_before(ranks, hosts, giver):
+    with pytest.raises(RankFailed) as caught:
+        ranks(len(hosts), is_killed_long_after_an_error_elsewhere, hosts, giver)
+    *others, killed = caught.value.failures
+    for each in others:
+        assert re.search(r"all_reduce grads.3 \(.*\) did not complete", each.message), each.message
+        assert f"rank {killed.rank} (" in each.message.partition("Missing: ")[2].partition(" Arrived: ")[0], each.message
+        told = re.sub(r" \(in another group it had given up: .*?: all_reduce metrics [^)]*\)[^)]*\)", "", each.message)
+        assert "metrics" not in told, each.message
+        if hosts[each.rank] == hosts[killed.rank]:  # where it is seen to have ended
+            assert f"did not complete: rank {killed.rank} has raised, was killed, or left" in each.message
+            assert ("in another group it had given up" in each.message) == (giver == killed.rank)

@@ -195,7 +195,8 @@ class Journal:
     def find_trouble(self, call: Call, *, is_lost: bool = False) -> ZcoreError | None:
         """Why `call`, for which this rank waits, cannot complete; None as long as it still may.
 
-        is_lost: a connection broke, so that any rank that ended or gave up may be the cause, wherever it was.
+        is_lost: a connection broke, so that any rank that ended, or gave up in another part of what serves this process
+        group, may be the cause, however far it came.
         """
         return self._trouble_in(call, self._read(), is_lost=is_lost)
 
@@ -244,10 +245,8 @@ class Journal:
             has_ended = home.has_ended()
             here, elsewhere = self._said_by(card)
             said = there.given_up if there is not None else None
-            if is_lost:
-                said = here or elsewhere
-            elif has_ended:
-                said = here
+            if is_lost or has_ended:
+                said = here  # not `elsewhere`: of one that goes on it may be long past, and no reason for anything
             if said is not None:
                 return self._relayed(said, home.global_rank, told)
             if there is not None and card is not None:
@@ -308,7 +307,7 @@ class Journal:
     def _relayed(self, reason: tuple[str, str], global_rank: int, told: Mapping[int, Told]) -> ZcoreError:
         """The error of another rank, and what it could not see from its host but is seen from this one.
 
-        Ranks that gave up, and ended for that, are no cause of it.
+        Ranks that gave up here, and ended for that, are no cause of it.
         """
         kind, words = reason
         if not words.startswith(FIRST_WORDS):
@@ -316,13 +315,10 @@ class Journal:
         seen = [
             f"Rank {home.global_rank} ({home.state()})."
             for home in self.homes
-            if (home.has_ended() or home.is_stopped()) and home.state() not in words and not _gave_up(told, home)
+            if (home.has_ended() or home.is_stopped())
+            and home.state() not in words
+            and self._said_by(told.get(home.life))[0] is None
         ]
         return RELAYED.get(kind, CollectiveError)(
             " ".join([words, *([f"Seen from rank {self.homes[self.rank].global_rank}:", *seen] if seen else [])])
         )
-
-
-def _gave_up(told: Mapping[int, Told], home: Home) -> bool:
-    card = told.get(home.life)
-    return card is not None and any(group.given_up is not None for group in card.groups.values())

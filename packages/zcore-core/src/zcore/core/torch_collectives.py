@@ -48,10 +48,11 @@ _of_thread = _OfThread()
 class TorchPending:
     """Works of torch, waited for in order, then whatever arithmetic is left.
 
-    With `on_stream` a wait orders the current CUDA stream behind them, each time; no host waits.
+    With `on_stream` a wait orders the current CUDA stream behind them, each time; no host waits. An error is this
+    call's own, whoever brought it to its end, and raised by each wait for it. Several threads may wait.
     """
 
-    __slots__ = ("_call", "_event", "_finish", "_line", "_on_stream", "_works")
+    __slots__ = ("_call", "_error", "_event", "_finish", "_line", "_lock", "_on_stream", "_works")
 
     def __init__(
         self,
@@ -61,53 +62,61 @@ class TorchPending:
         *,
         on_stream: bool = False,
     ) -> None:
+        assert finish is None or not on_stream  # the stream of a later wait would not be ordered behind the arithmetic
         self._call = call
         self._on_stream = on_stream
         self._event: torch.cuda.Event | None = None  # behind the works; these hold the tensors, and are let go of
         self._works = [work for work in works if work is not None]
         self._finish = finish
+        self._error: CollectiveError | None = None
         self._line: _Line | None = None
+        self._lock = threading.RLock()  # the line's, for a call in one
 
     def line_up(self) -> "TorchPending":
         """Be brought to its end behind what this thread has started before; itself."""
         self._line = _of_thread.line
+        self._lock = self._line.lock
         self._line.calls.append(self)
         return self
 
     def is_completed(self) -> bool:
-        """Whether everything started has ended, on an accelerator there; also after `wait`."""
+        """Whether everything has ended, on an accelerator there; what is left to `wait` has not. Also after `wait`."""
+        works = self._works  # before the event, which another thread's wait makes before it lets go of them
         if self._event is not None:
             return bool(self._event.query())
-        return all(work.is_completed() for work in tuple(self._works))
+        return self._finish is None and all(work.is_completed() for work in works)
 
     def wait(self) -> None:
         """Wait, and name the collective if it failed."""
-        line = self._line
-        if line is not None:
-            with line.lock:
-                while self in line.calls:
-                    line.calls.popleft()._end()
-        self._end()
+        with self._lock:
+            while self._line is not None and self in self._line.calls:
+                self._line.calls.popleft()._end()
+            self._end()
+        if self._error is not None:
+            raise self._error
 
     def _end(self) -> None:
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
-            return
-        finish, self._finish = self._finish, None
-        try:
-            for work in self._works:
-                work.wait()
-            if self._on_stream and self._works:
-                event = torch.cuda.Event()
-                event.record()
-                self._event = event  # before the works go: another thread may ask how they stand
-            self._works = []
-            if finish is not None:
-                finish()
-        except CollectiveError:
-            raise  # of a second half
-        except RuntimeError as error:
-            raise failed_collective(self._call, error) from error
+        elif self._error is None:
+            try:
+                self._end_works()
+            except RuntimeError as error:
+                self._error = failed_collective(self._call, error)
+                self._error.__cause__ = error
+                self._finish = None
+
+    def _end_works(self) -> None:
+        for work in self._works:
+            work.wait()
+        if self._on_stream and self._works:
+            event = torch.cuda.Event()
+            event.record()
+            self._event = event
+        self._works = []
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
 
 
 _num_sums: "WeakKeyDictionary[dist.ProcessGroup, int]" = WeakKeyDictionary()  # made over each process group

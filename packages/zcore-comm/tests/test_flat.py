@@ -362,17 +362,19 @@ def test_a_group_is_served_by_the_same_object_until_it_is_destroyed_and_then_let
         assert message.startswith(f"{StateError.__name__}: This process group was destroyed")
 
 
-def name_no_backend():
-    dist.init_process_group()
-    total = torch.ones(3)
+def name_backends(backend):
+    dist.init_process_group(backend)
+    total = torch.ones(3, dtype=torch.int16)  # gloo's own sums know no such numbers
     comm.all_reduce(total)
     core = TorchCollectives(dist.group.WORLD, name="core")
-    core.reduce_scatter(total[:1], torch.ones(2), label="x").wait()
-    return total.tolist()
+    core.reduce_scatter(total[:1], torch.ones(2, dtype=torch.int16), label="x").wait()
+    group = comm.collectives_of().inner
+    return total.tolist(), group.algorithm_for("all_reduce", 6), comm.empty(1, torch.float32).device.type
 
 
-def test_a_group_made_without_naming_a_backend_is_served_by_that_of_the_device(ranks):
-    assert ranks(2, name_no_backend, init_process_group=False) == [[2.0] * 3] * 2
+@pytest.mark.parametrize("backend", [None, "cpu:gloo", "cpu:gloo,cuda:gloo"])
+def test_a_group_with_a_backend_for_each_device_is_served_by_that_of_the_one_computed_on(ranks, backend):
+    assert ranks(2, name_backends, backend, init_process_group=False) == [([2] * 3, "shared memory", "cpu")] * 2
 
 
 def test_without_a_process_group_the_message_says_what_to_call():

@@ -20,6 +20,7 @@ __all__ = [
     "another_client_of",
     "backend_name",
     "backend_of",
+    "backends_of",
     "current_backward",
     "current_node",
     "default_store",
@@ -91,13 +92,15 @@ def backend_of(group: dist.ProcessGroup, device: torch.device) -> Any:
     return group._get_backend(device)
 
 
+def backends_of(group: dist.ProcessGroup | None = None) -> dict[str, str]:
+    """What moves tensors in `group`, by the type of their device."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+
+
 def backend_name(group: dist.ProcessGroup | None = None) -> str:
-    """What moves tensors in `group`; in one made without naming a backend, those of the device computed on."""
-    name = dist.get_backend(group)
-    if name != "undefined":
-        return name
-    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    return backends.get("cuda" if torch.cuda.is_available() else "cpu", name)
+    """What moves tensors of the device computed on in `group`; of another one, if it moves none of that."""
+    backends = backends_of(group)
+    return backends.get("cuda" if torch.cuda.is_available() else "cpu", next(iter(backends.values())))
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:

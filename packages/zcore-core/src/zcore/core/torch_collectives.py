@@ -134,16 +134,16 @@ def _settle_at_exit() -> None:
 class TorchCollectives:
     """The contract over torch.distributed, for any backend.
 
-    On gloo sums are an exchange and one tree sum; on others the backend's own. `group` is the process group, `name`
-    what reports call it. With one rank nothing is sent.
+    On gloo sums are an exchange and one tree sum; on others the backend's own. Which one it is depends, in a group that
+    has several, on the tensors' device. `group` is the process group, `name` what reports call it. With one rank
+    nothing is sent.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, name: str) -> None:
         self._group = group
         self._log = CallLog(name)
-        self._ordered = compat.backend_name(group) == "gloo"
-        self._on_stream = compat.backend_name(group) == "nccl"
-        if self._ordered:
+        self._backends = compat.backends_of(group)
+        if "gloo" in self._backends.values():
             _settle_at_exit()
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
@@ -188,7 +188,7 @@ class TorchCollectives:
         if self._size == 1:
             return TorchPending(call, [])
         return self._start(
-            call, lambda: compat.all_gather_flat(self._raw(output), self._raw(source), group=self._group)
+            call, output, lambda: compat.all_gather_flat(self._raw(output), self._raw(source), group=self._group)
         )
 
     def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> TorchPending:
@@ -198,8 +198,8 @@ class TorchCollectives:
             if output.data_ptr() != input.data_ptr():
                 output.copy_(input)
             return TorchPending(call, [])
-        if not self._ordered:
-            return self._start(call, lambda: compat.reduce_scatter_flat(output, input, group=self._group))
+        if not self._is_ordered(input):
+            return self._start(call, input, lambda: compat.reduce_scatter_flat(output, input, group=self._group))
         check_slots("reduce_scatter", label, whole=input, slot=output, size=self._size)
         slots, tag = input.tensor_split(self._size), self._tag(call)
         return TorchPending(call, [], self._try(call, lambda: self._peers.sum_slots(output, slots, tag=tag)))
@@ -209,13 +209,14 @@ class TorchCollectives:
         call = self._log.note("all_reduce", label, tensor)
         if self._size == 1 or not tensor.numel():
             return TorchPending(call, [])
-        if not self._ordered:
-            return self._start(call, lambda: dist.all_reduce(tensor, group=self._group, async_op=True))
+        if not self._is_ordered(tensor):
+            return self._start(call, tensor, lambda: dist.all_reduce(tensor, group=self._group, async_op=True))
         if tensor.numel() * tensor.element_size() <= SMALL_BYTES:
             gathered = tensor.new_empty(self._size * tensor.numel())
             parts = list(gathered.view(self._size, *tensor.shape).unbind())
             return self._start(
                 call,
+                tensor,
                 lambda: compat.all_gather_flat(self._raw(gathered), self._raw(tensor), group=self._group),
                 finish=lambda: tree_sum(parts, out=tensor),
             )
@@ -226,24 +227,26 @@ class TorchCollectives:
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> TorchPending:
         """See `Collectives.all_to_all`."""
         call = self._log.note("all_to_all", label, input)
-        return self._start(call, lambda: compat.all_to_all_flat(self._raw(output), self._raw(input), group=self._group))
+        return self._start(
+            call, input, lambda: compat.all_to_all_flat(self._raw(output), self._raw(input), group=self._group)
+        )
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> TorchPending:
         """See `Collectives.broadcast`."""
         call = self._log.note("broadcast", label, tensor)
         return self._start(
-            call, lambda: dist.broadcast(self._raw(tensor), group=self._group, group_src=src, async_op=True)
+            call, tensor, lambda: dist.broadcast(self._raw(tensor), group=self._group, group_src=src, async_op=True)
         )
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> TorchPending:
         """See `Collectives.send`."""
         call = self._log.note("send", label, tensor)
-        return self._start(call, lambda: dist.isend(self._raw(tensor), group=self._group, group_dst=dst))
+        return self._start(call, tensor, lambda: dist.isend(self._raw(tensor), group=self._group, group_dst=dst))
 
     def recv(self, tensor: Tensor, *, src: int, label: str) -> TorchPending:
         """See `Collectives.recv`."""
         call = self._log.note("recv", label, tensor)
-        return self._start(call, lambda: dist.irecv(self._raw(tensor), group=self._group, group_src=src))
+        return self._start(call, tensor, lambda: dist.irecv(self._raw(tensor), group=self._group, group_src=src))
 
     def start_coalesced(self, op: str, parts: Sequence[tuple[Tensor, Tensor, str]]) -> TorchPending:
         """Start several calls of one `op` (output, input, label) as one launch of the backend's, which sums by itself.
@@ -254,7 +257,9 @@ class TorchCollectives:
         calls = [self._log.note(op, label, output if gathers else sent) for output, sent, label in parts]
         outputs = [output for output, _, _ in parts]
         inputs = [self._sent_to(output, sent) if gathers else sent for output, sent, _ in parts]
-        return self._start(calls[0], lambda: compat.start_coalesced(op, outputs, inputs, group=self._group))
+        return self._start(
+            calls[0], outputs[0], lambda: compat.start_coalesced(op, outputs, inputs, group=self._group)
+        )
 
     def _sent_to(self, output: Tensor, input: Tensor) -> Tensor:
         """What is gathered from this rank: `input`, or its copy in `output` where the type is another one."""
@@ -273,12 +278,23 @@ class TorchCollectives:
 
     def _raw(self, tensor: Tensor) -> Tensor:
         """The same bytes in a type every backend moves: gloo knows no int16 and no float8."""
-        return raw(tensor) if self._ordered else tensor
+        return raw(tensor) if self._is_ordered(tensor) else tensor
+
+    def _is_ordered(self, tensor: Tensor) -> bool:
+        """Whether sums of such tensors have the order of one tree."""
+        return self._backends.get(tensor.device.type) == "gloo"
 
     def _start(
-        self, call: Call, start: Callable[[], dist.Work | None], *, finish: Callable[[], None] | None = None
+        self,
+        call: Call,
+        tensor: Tensor,
+        start: Callable[[], dist.Work | None],
+        *,
+        finish: Callable[[], None] | None = None,
     ) -> TorchPending:
-        return TorchPending(call, [self._try(call, start)], finish, on_stream=self._on_stream)
+        """Start a call of `tensor` and such as lie where it does."""
+        on_stream = self._backends.get(tensor.device.type) == "nccl"
+        return TorchPending(call, [self._try(call, start)], finish, on_stream=on_stream)
 
     def _try(self, call: Call, start: Callable[[], _T]) -> _T:
         try:

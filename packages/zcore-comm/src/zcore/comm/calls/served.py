@@ -110,17 +110,8 @@ def _is_born_in_pages(group: Collectives) -> bool:
 
 
 def _device_types(group: dist.ProcessGroup) -> tuple[str, ...]:
-    """What a group moves. gloo serves CPU tensors here, whatever else it could."""
-    if dist.get_backend(group) == "undefined":
-        return ("cpu",) if compat.backend_name(group) == "gloo" else ("cuda",)
-    return parse_device_types(dist.get_backend_config(group))
-
-
-def parse_device_types(backends: str) -> tuple[str, ...]:
-    """The types of device in torch's words for what serves which.
-
-    >>> parse_device_types("cpu:gloo,cuda:gloo")
-    ('cpu',)
-    """
-    pairs = (pair.split(":") for pair in backends.split(","))
-    return tuple(device_type for device_type, backend in pairs if backend != "gloo" or device_type == "cpu")
+    """What the backend moves that serves here; of gloo CPU tensors, whatever else it could."""
+    name = compat.backend_name(group)
+    if name == "gloo":
+        return ("cpu",)
+    return tuple(device_type for device_type, backend in compat.backends_of(group).items() if backend == name)

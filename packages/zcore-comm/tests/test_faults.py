@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from hosts import HOSTS, message_of, move_to_hosts_of
 
+import zcore.comm
 from zcore.comm.choice import serve
 from zcore.core import compat
+from zcore.core.collectives import tell_contents
 from zcore.core.testing import RankFailed
 
 DEADLINE_S = 2.0  # for a rank that does not come
@@ -200,3 +202,46 @@ def test_a_killed_rank_is_named_whatever_error_of_another_group_somebody_caught_
         if hosts[each.rank] == hosts[killed.rank]:  # where it is seen to have ended
             assert f"did not complete: rank {killed.rank} has raised, was killed, or left" in each.message
             assert ("in another group it had given up" in each.message) == (giver == killed.rank)
+
+
+def sum_two_buckets_as_one():
+    with zcore.comm.coalescing():
+        zcore.comm.all_reduce(torch.ones(3), label="grads.0")
+        zcore.comm.all_reduce(torch.ones(4), label="grads.1")
+
+
+def take_the_mean():
+    zcore.comm.all_reduce(torch.ones(LARGE + 1), dist.ReduceOp.AVG, label="grads.0")
+
+
+def broadcast_a_bucket():
+    zcore.comm.broadcast(torch.ones(SMALL), src=0, label="grads.0")
+
+
+def call_without_the_last_rank(kind, act):
+    move_to_hosts_of(kind)
+    tell_contents("grads.0", ["layer.weight"])
+    tell_contents("grads.1", ["layer.bias"])
+    zcore.comm.barrier()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        compat.default_store().wait(["told"], timedelta(seconds=AMPLE_S))
+        return ""
+    message = message_of(globals()[act])
+    compat.default_store().set("told", "1")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "act", "buckets"),
+    [
+        ("shared memory", 2, "sum_two_buckets_as_one", ["grads.0 holds layer.weight", "grads.1 holds layer.bias"]),
+        ("two levels", 4, "take_the_mean", ["grads.0 holds layer.weight"]),
+        ("pairwise", 2, "broadcast_a_bucket", ["grads.0 holds layer.weight"]),
+    ],
+)
+def test_what_lies_in_the_data_is_told_whatever_has_become_of_their_label(ranks, kind, world_size, act, buckets):
+    *others, _ = ranks(world_size, call_without_the_last_rank, kind, act, group_timeout_s=DEADLINE_S)
+    for message in others:
+        assert "CollectiveError" in message
+        for bucket in buckets:
+            assert f" Bucket {bucket}." in message, message

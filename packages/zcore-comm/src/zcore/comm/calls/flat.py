@@ -23,7 +23,7 @@ from torch import Tensor
 from zcore.comm.calls.blocks import Block, open_block
 from zcore.comm.calls.requests import DeferrableCollectives
 from zcore.comm.calls.served import Served, served_of
-from zcore.core.collectives import Pending
+from zcore.core.collectives import Pending, derived_label
 from zcore.core.errors import ConfigError, LayoutError, StateError
 
 __all__ = ["Work", "all_gather", "all_reduce", "all_to_all", "barrier", "broadcast", "empty", "reduce_scatter"]
@@ -299,7 +299,7 @@ class _Call:
             return None, label
         if not (dtype.is_floating_point or dtype.is_complex):
             raise ConfigError(f"{self}: a mean of {dtype} is no {dtype}; expected floating-point numbers, or SUM.")
-        return lambda: result.div_(size), f"mean of {label}"
+        return lambda: result.div_(size), derived_label(f"mean of {label}", parts=[label])
 
     def source(self, src: int | None, group_src: int | None) -> int:
         """The source's rank in the group."""

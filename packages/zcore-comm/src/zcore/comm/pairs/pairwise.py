@@ -21,7 +21,7 @@ from zcore.comm.progress import STEP_S, Polled, Stepping, advance_all, has_steps
 from zcore.comm.ranks.journal import Journal
 from zcore.comm.ranks.words import has_passed
 from zcore.comm.sizes import check_exchange, check_process
-from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, tree_sum
+from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, derived_label, tree_sum
 from zcore.core.errors import StateError, ZcoreError
 from zcore.core.exchange import WINDOW_PIECES, Finish
 from zcore.core.torch_collectives import TorchCollectives
@@ -153,7 +153,7 @@ class PairwiseCollectives:
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Polled:
         """See `Collectives.broadcast`."""
-        call, tag = self._begin("broadcast", f"{label} from rank {src}", tensor)
+        call, tag = self._begin("broadcast", derived_label(f"{label} from rank {src}", parts=[label]), tensor)
         if self._choice(call) == "scatter":
             return self._add(call, lambda: self._peers.scatter_to_all(tensor, src=src, tag=tag), has_one_step=False)
         return self._add(

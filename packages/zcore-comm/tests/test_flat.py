@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hosts import message_of
 
 import zcore.comm
+from zcore.comm.calls.served import current_device
 from zcore.comm.memory.pages import own_pages
 from zcore.core import compat
 from zcore.core.collectives import tree_sum
@@ -262,6 +263,11 @@ REFUSED = {
         ConfigError,
         "empty: a buffer of (2, 3) elements was asked for; expected one number",
     ),
+    "a fraction for a size": (
+        lambda: comm.empty(torch.tensor(2.5), torch.float32),
+        ConfigError,
+        "empty: a buffer of tensor(2.5000) elements was asked for; expected one number",
+    ),
     "a name as group": (
         lambda: comm.all_reduce(ones(2), group="dp"),
         ConfigError,
@@ -273,6 +279,29 @@ REFUSED = {
         "empty: device is on meta; the group moves tensors on cpu",
     ),
 }
+
+
+class Eight(int):
+    """A number of 8 bits, as NumPy's, whose products overflow."""
+
+    def __mul__(self, other):
+        return Eight((int(self) * int(other) + 128) % 256 - 128)
+
+    __rmul__ = __mul__
+
+
+def make_buffers():
+    numels = [Eight(100), torch.tensor(100), True]
+    return [comm.empty(numel, torch.float32).untyped_storage().nbytes() for numel in numels]
+
+
+def test_a_size_may_be_of_any_type_that_counts(ranks):
+    assert ranks(2, make_buffers) == [[400, 400, 4]] * 2
+
+
+def test_a_device_without_a_number_is_the_current_one_of_its_type(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert [current_device("cuda"), current_device("cpu")] == [torch.device("cuda", 3), torch.device("cpu")]
 
 
 def refuse():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zcore.comm.calls.blocks import Block, open_block
 from zcore.comm.calls.requests import DeferrableCollectives
-from zcore.comm.calls.served import Served, served_of
+from zcore.comm.calls.served import Served, current_device, served_of
 from zcore.core.collectives import Pending, derived_label
 from zcore.core.errors import ConfigError, LayoutError, StateError
 
@@ -71,11 +71,19 @@ def empty(
     served = served_of(group)
     device = served.device if device is None else torch.device(device)
     _check_device("empty", served, device)
-    if device.index is None and device.type == served.device.type:
-        device = served.device
-    if not isinstance(numel, SupportsIndex) or operator.index(numel) < 0:
-        raise ConfigError(f"empty: a buffer of {numel} elements was asked for; expected one number, 0 or more.")
-    return served.collectives.empty(numel, dtype=dtype, device=device)
+    device = current_device(device.type) if device.index is None else device
+    return served.collectives.empty(_checked_numel(numel), dtype=dtype, device=device)
+
+
+def _checked_numel(numel: SupportsIndex) -> int:
+    """As a number of Python's: one of 8 bits would overflow in the count of bytes."""
+    try:
+        count = operator.index(numel)
+    except TypeError:  # no number, or none that counts
+        count = -1
+    if count < 0:
+        raise ConfigError(f"empty: a buffer of {numel!r} elements was asked for; expected one number, 0 or more.")
+    return count
 
 
 def all_gather(

@@ -20,7 +20,7 @@ from zcore.core.collectives import Collectives
 from zcore.core.errors import ConfigError, StateError
 from zcore.core.torch_collectives import TorchCollectives
 
-__all__ = ["Served", "collectives_of", "served_of"]
+__all__ = ["Served", "collectives_of", "current_device", "served_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,10 +37,14 @@ class Served:
     def device(self) -> torch.device:
         """Where its buffers are born: torch's default device if the group moves that, else the first that it does."""
         default = torch.get_default_device()
-        device_type = default.type if default.type in self.device_types else self.device_types[0]
-        if device_type == "cpu":
-            return torch.device("cpu")
-        return torch.device(device_type, torch.get_device_module(device_type).current_device())
+        return current_device(default.type if default.type in self.device_types else self.device_types[0])
+
+
+def current_device(device_type: str) -> torch.device:
+    """The device of that type on which the caller's next tensor would be born."""
+    if device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(device_type, torch.get_device_module(device_type).current_device())
 
 
 _served: dict[dist.ProcessGroup, Served] = {}

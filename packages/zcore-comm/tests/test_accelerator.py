@@ -2,8 +2,10 @@
 
 import logging
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -49,7 +51,7 @@ def test_calls_are_those_of_torch(ranks):
     )
 
 
-def call_in_a_block():
+def call_in_blocks(depth):
     """Calls of each op that the backend starts together: what was recorded, and the results."""
     group = FLOW.around(Recorded(served(), dist.group.WORLD, name="dp"))
     own = group.rank + 1.0
@@ -57,7 +59,10 @@ def call_in_a_block():
     summed = [torch.empty(1), torch.empty(2)]
     reduced = [torch.full((numel,), own) for numel in (1, 2)]
     with zcore.comm.record() as recording:
-        with zcore.comm.coalescing(group) as block:
+        with ExitStack() as blocks:
+            block = group
+            for _ in range(depth):
+                block = blocks.enter_context(zcore.comm.coalescing(block))
             pending = [
                 *(block.all_gather(output, torch.full((output.numel() // 2,), own), label="w") for output in gathered),
                 *(block.reduce_scatter(output, torch.full((2 * output.numel(),), own), label="g") for output in summed),
@@ -69,7 +74,8 @@ def call_in_a_block():
     return recorded, dict(group.traffic.calls), [each.tolist() for each in (*gathered, *summed, *reduced)]
 
 
-def test_what_joins_is_started_by_the_backend_where_it_lies(ranks):
+@pytest.mark.parametrize("depth", [1, 3])
+def test_what_joins_is_started_by_the_backend_where_it_lies_in_a_block_of_blocks_too(ranks, depth):
     recorded = [
         ("all_gather", "w", 8),
         ("all_gather", "w and 1 more", 64),  # of another type
@@ -78,7 +84,7 @@ def test_what_joins_is_started_by_the_backend_where_it_lies(ranks):
     ]
     results = [[1.0, 2.0], [1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0], [3.0], [3.0] * 2, [3.0], [3.0] * 2]
     calls = {"all_gather": 3, "reduce_scatter": 2, "all_reduce": 2}  # copied together they would be one
-    assert ranks(2, call_in_a_block) == [(recorded, calls, results)] * 2
+    assert ranks(2, call_in_blocks, depth) == [(recorded, calls, results)] * 2
 
 
 class Told(logging.Handler):

@@ -21,7 +21,14 @@ import torch
 import torch.distributed as dist
 
 from zcore.comm.calls.joins import JoinCall, plan_joins
-from zcore.comm.calls.requests import DeferrableCollectives, Request, Together, joined_label, starter_of
+from zcore.comm.calls.requests import (
+    DeferrableCollectives,
+    Request,
+    StartsTogether,
+    Together,
+    joined_label,
+    starter_of,
+)
 from zcore.comm.calls.served import collectives_of
 from zcore.core.collectives import Collectives, Pending
 from zcore.core.errors import LayoutError, StateError, ZcoreError
@@ -101,7 +108,7 @@ class Block:
     def _start_joined(self, requests: Sequence[Request]) -> Pending:
         if len(requests) == 1:
             return self._start(requests[0])
-        if isinstance(self._group, DeferrableCollectives) and self._group.starts_together(requests[0].op):
+        if isinstance(self._group, StartsTogether) and self._group.starts_together(requests[0].op):
             return self._start(Together(tuple(requests)))
         joined = _pack(requests, self._group)
         return _Joined(self._start(joined), requests, joined, self._group.size)

@@ -173,6 +173,10 @@ class DeferrableCollectives(Around):
         """See `StartsTogether`: whether what serves does so."""
         return isinstance(self.inner, StartsTogether) and self.inner.starts_together(op)
 
+    def start_together(self, together: Together) -> Pending:
+        """See `StartsTogether`; handed over as one."""
+        return self.start(together)
+
     def _hand_over(
         self, op: str, output: Tensor, input: Tensor, *, label: str, priority: int | None, src: int = 0
     ) -> Pending:

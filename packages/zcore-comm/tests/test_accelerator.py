@@ -1,6 +1,7 @@
 """What the watch says of calls that no host waits for; over gloo, as it does not matter here what moves the bytes."""
 
 import logging
+import threading
 import time
 from contextlib import ExitStack
 from datetime import timedelta
@@ -17,6 +18,7 @@ from zcore.comm.pairs.algorithms import DEFAULT_TABLE
 from zcore.comm.ranks.meeting import meet
 from zcore.comm.recording.recorded import Recorded
 from zcore.core import compat
+from zcore.core.collectives import CallLog
 
 
 def served(group=None):
@@ -119,6 +121,36 @@ def test_a_call_that_is_late_is_told_by_the_watch_with_both_sides(ranks):
         assert words[0].startswith("MismatchError: ")
         for each in ("all_reduce grads.1", "broadcast start from rank 1", "on rank 0", "on rank 1"):
             assert each in words[0]
+
+
+def follow_what_cannot_be_asked():
+    """Two calls whose device has an error, and a third: what is told, and whether the third is looked at."""
+    told, is_seen = Told(), threading.Event()
+    logging.getLogger("zcore.comm.ranks").addHandler(told)
+    group = dist.group.WORLD
+    journal = Parts(group, meet(group, name="dp"), DEFAULT_TABLE, name="dp").journal(range(2), "dp")
+    log = CallLog("dp")
+
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def see():
+        is_seen.set()
+        return True
+
+    for number, is_done in enumerate((fail, fail, see)):
+        call = log.note("all_reduce", f"grads.{number}", torch.ones(1))
+        journal.start(call)
+        journal.follow(call, is_done)
+    return is_seen.wait(20), told.words
+
+
+def test_a_call_that_cannot_be_asked_how_it_stands_is_told_once_and_left(ranks):
+    for is_seen, words in ranks(2, follow_what_cannot_be_asked):
+        assert is_seen
+        assert len(words) == 1
+        assert "Nobody looks after all_reduce grads.0" in words[0]
+        assert "RuntimeError: CUDA error: an illegal memory access" in words[0]
 
 
 def never_come():

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from zcore.comm.ranks.cards import CallWord, Cards, GroupWord, Told, program_line
 from zcore.comm.ranks.home import Home
 from zcore.comm.ranks.patience import Patience
-from zcore.comm.ranks.words import about_missing, differed_before, differs, failed, has_left, has_passed
+from zcore.comm.ranks.words import (
+    AFTER_FAILURE,
+    about_missing,
+    differed_before,
+    differs,
+    failed,
+    has_left,
+    has_passed,
+)
 from zcore.core.collectives import Call, tag_of
 from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
 from zcore.core.exchange import STEP_TAGS
@@ -80,6 +88,7 @@ class Journal:
         self._calls: deque[_Made] = deque(maxlen=MAX_REMEMBERED_CALLS)
         self._given_up: tuple[str, str] | None = None  # kind and words of the error that ended this rank's part
         self._followed: deque[_Followed] = deque()
+        self._has_told_of_unknown = False
         self._wait: Wait | None = None
         cards.add(self)
 
@@ -162,7 +171,7 @@ class Journal:
 
     def _look_after_followed(self) -> None:
         """Finish what is done, and tell, once, what keeps the oldest of the others."""
-        while self._followed and self._followed[0].is_done():
+        while self._followed and self._is_over(self._followed[0]):
             self.finish(self._followed.popleft().call)
         if not self._followed:
             return
@@ -177,6 +186,23 @@ class Journal:
             logger.error("%s: %s", type(trouble).__name__, trouble)
         else:
             self._tell_after(oldest.patience, oldest.call, told)
+
+    def _is_over(self, followed: _Followed) -> bool:
+        """Whether it needs no look any more, be it that nobody can say how it stands: that is told of the first one."""
+        try:
+            return followed.is_done()
+        except Exception as error:  # noqa: BLE001 - of the device, after which all calls may have it
+            if not self._has_told_of_unknown:
+                logger.error(
+                    "Nobody looks after %s any more: asked how it stands, it raised %s: %s. Look for the first error in "
+                    "this rank's output, %s",
+                    followed.call,
+                    type(error).__name__,
+                    error,
+                    AFTER_FAILURE,
+                )
+            self._has_told_of_unknown = True
+            return True
 
     def _trouble_after(
         self, patience: Patience, call: Call, told: Mapping[int, Told], *, at_end: str = ""

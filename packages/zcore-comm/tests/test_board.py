@@ -67,7 +67,9 @@ def test_what_is_freed_and_how_far_a_call_has_come_are_told():
 
 
 @pytest.mark.parametrize(
-    "beginning", ["g" * 79, "g" * 200, "\u0436" * 50, "x" + "\u0436" * 50], ids=lambda label: f"{len(label.encode())} bytes"
+    "beginning",
+    ["g" * 79, "g" * 200, "\u0436" * 50, "x" + "\u0436" * 50],
+    ids=lambda label: f"{len(label.encode())} bytes",
 )
 def test_labels_longer_than_an_entry_are_told_apart_by_their_ends(beginning):
     board = Board(mmap.mmap(-1, BOARD_BYTES), 0)

@@ -196,7 +196,9 @@ def test_a_killed_rank_is_named_whatever_error_of_another_group_somebody_caught_
     *others, killed = caught.value.failures
     for each in others:
         assert re.search(r"all_reduce grads.3 \(.*\) did not complete", each.message), each.message
-        assert f"rank {killed.rank} (" in each.message.partition("Missing: ")[2].partition(" Arrived: ")[0], each.message
+        assert f"rank {killed.rank} (" in each.message.partition("Missing: ")[2].partition(" Arrived: ")[0], (
+            each.message
+        )
         told = re.sub(r" \(in another group it had given up: .*?: all_reduce metrics [^)]*\)[^)]*\)", "", each.message)
         assert "metrics" not in told, each.message
         if hosts[each.rank] == hosts[killed.rank]:  # where it is seen to have ended

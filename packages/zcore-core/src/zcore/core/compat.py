@@ -39,6 +39,12 @@ __all__ = [
     "tree_leaves",
 ]
 
+# What starts several calls as one, a newer name first.
+COALESCED = {
+    "all_gather": ("all_gather_single_coalesced", "allgather_into_tensor_coalesced"),
+    "reduce_scatter": ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
+}
+
 
 def _first(*names: str) -> Callable[..., dist.Work | None]:
     """The first of `names` that this torch has."""
@@ -59,12 +65,6 @@ def reduce_scatter_flat(output: torch.Tensor, input: torch.Tensor, *, group: dis
 def all_to_all_flat(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup) -> dist.Work | None:
     """Start the exchange of equal slots: slot r of `input` goes to rank r, slot r of `output` comes from it."""
     return cast("dist.Work | None", dist.all_to_all_single(output, input, group=group, async_op=True))
-
-
-COALESCED = {
-    "all_gather": ("all_gather_single_coalesced", "allgather_into_tensor_coalesced"),
-    "reduce_scatter": ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
-}
 
 
 def start_coalesced(

@@ -257,9 +257,7 @@ class TorchCollectives:
         calls = [self._log.note(op, label, output if gathers else sent) for output, sent, label in parts]
         outputs = [output for output, _, _ in parts]
         inputs = [self._sent_to(output, sent) if gathers else sent for output, sent, _ in parts]
-        return self._start(
-            calls[0], outputs[0], lambda: compat.start_coalesced(op, outputs, inputs, group=self._group)
-        )
+        return self._start(calls[0], outputs[0], lambda: compat.start_coalesced(op, outputs, inputs, group=self._group))
 
     def _sent_to(self, output: Tensor, input: Tensor) -> Tensor:
         """What is gathered from this rank: `input`, or its copy in `output` where the type is another one."""

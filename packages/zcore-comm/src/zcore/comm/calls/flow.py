@@ -119,9 +119,9 @@ class Flow:
 
     def __init__(self, limit_bytes: int | None = None) -> None:
         self._limit_bytes = _checked(limit_bytes)
-        # A program may use groups from several threads, each group from one. Starts are chosen under this lock, and made
-        # without it: one that waits for other ranks is not to keep calls of another group from starting, which these
-        # may be waiting for.
+        # A program may use groups from several threads, each group from one. Starts are chosen under this lock and
+        # made without it: one that waits for other ranks is not to keep calls of another group from starting, which
+        # these may be waiting for.
         self._lock = threading.RLock()
         self._held: list[_Call] = []  # in the order of the calls
         self._in_flight_bytes = 0

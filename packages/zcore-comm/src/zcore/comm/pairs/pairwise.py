@@ -46,7 +46,7 @@ class PairwiseCollectives:
         self._worker = Worker(f"zcore {name}", abort=peers.abort)
         self._process = os.getpid()
         self._broken: Exception | None = None
-        self._left: Task | None = None  # the last call, if it is left to who waits for it
+        self._direct_task: Task | None = None  # the last call, if it is left to who waits for it
 
     @property
     def rank(self) -> int:
@@ -200,26 +200,26 @@ class PairwiseCollectives:
             journal.finish(call)
 
         task = Task(act)
-        self.hand_over(self._left)
-        self._left = task if has_one_step and call.payload_bytes <= direct_bytes else None
-        if self._left is None:
+        self.hand_over(self._direct_task)
+        self._direct_task = task if has_one_step and call.payload_bytes <= direct_bytes else None
+        if self._direct_task is None:
             self._worker.add(task)
         return _Pending(self, call, task)
 
     def hand_over(self, task: Task | None) -> None:
         """Have the worker do what was left to who waits for it: somebody has more to do than to wait."""
-        if task is not None and task is self._left:
-            self._left = None
+        if task is not None and task is self._direct_task:
+            self._direct_task = None
             self._worker.add(task)
 
     def wait_for(self, call: Call, task: Task) -> None:
         """Return when the call is done. Raises what ended it, each time."""
         if self._broken is not None and not (task.wait(0) and task.error is None):
             raise self._broken
-        if task is self._left and has_steps():
+        if task is self._direct_task and has_steps():
             self.hand_over(task)
-        if task is self._left:
-            self._left = None
+        if task is self._direct_task:
+            self._direct_task = None
             with self._journal.looking_after(call, self._worker.abort) as wait:
                 task.run()
             if wait.trouble is not None:

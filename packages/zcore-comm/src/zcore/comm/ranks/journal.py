@@ -194,8 +194,8 @@ class Journal:
         except Exception as error:  # noqa: BLE001 - of the device, after which all calls may have it
             if not self._has_told_of_unknown:
                 logger.error(
-                    "Nobody looks after %s any more: asked how it stands, it raised %s: %s. Look for the first error in "
-                    "this rank's output, %s",
+                    "Nobody looks after %s any more: asked how it stands, it raised %s: %s. Look for the first error "
+                    "in this rank's output, %s",
                     followed.call,
                     type(error).__name__,
                     error,
@@ -241,7 +241,7 @@ class Journal:
         said, _ = self._said_by(told.get(self.homes[rank].life))
         return self._relayed(said, self.homes[rank].global_rank, told) if said is not None else None
 
-    def left(self, rank: int) -> str:
+    def reason_left(self, rank: int) -> str:
         """The reason where a rank has ended that has said nothing of this group."""
         _, elsewhere = self._said_by(self._read().get(self.homes[rank].life))
         return has_left(self.homes[rank].global_rank, said=elsewhere)

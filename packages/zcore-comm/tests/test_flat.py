@@ -2,6 +2,7 @@
 
 import gc
 import re
+import threading
 import weakref
 from functools import partial
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from hosts import message_of
 
 import zcore.comm
+from zcore.comm.calls.flat import Work
 from zcore.comm.calls.served import current_device
 from zcore.comm.memory.pages import own_pages
 from zcore.core import compat
@@ -302,6 +304,32 @@ def test_a_size_may_be_of_any_type_that_counts(ranks):
 def test_a_device_without_a_number_is_the_current_one_of_its_type(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert [current_device("cuda"), current_device("cpu")] == [torch.device("cuda", 3), torch.device("cpu")]
+
+
+class Sum:
+    def wait(self):
+        """It is there."""
+
+
+def test_threads_that_wait_for_one_mean_all_return_when_it_is_divided():
+    is_at_it, may_end, found = threading.Event(), threading.Event(), []
+    divided = []
+
+    def divide():
+        is_at_it.set()
+        assert may_end.wait(10)
+        divided.append(True)
+
+    work = Work(Sum(), divide)
+    threads = [threading.Thread(target=lambda: found.append(work.wait() and list(divided))) for _ in range(2)]
+    threads[0].start()
+    assert is_at_it.wait(10)
+    threads[1].start()
+    threads[1].join(0.1)  # it is not to return
+    may_end.set()
+    for thread in threads:
+        thread.join()
+    assert found == [[True]] * 2
 
 
 def refuse():

@@ -13,6 +13,7 @@ anything is sent. What moves the data is chosen for each group at its first use 
 """
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import SupportsIndex
 
@@ -34,11 +35,12 @@ UNNAMED = "unnamed"
 class Work:
     """A collective on its way, as `torch.distributed.Work` to whoever waits for it."""
 
-    __slots__ = ("_finish", "_pending")
+    __slots__ = ("_finish", "_lock", "_pending")
 
     def __init__(self, pending: Pending, finish: Callable[[], object] | None) -> None:
         self._pending = pending
         self._finish = finish
+        self._lock = threading.RLock()  # of several threads that wait none returns before the result is there
 
     def wait(self) -> bool:
         """Return True when the result is there (on CUDA: when the current stream is ordered behind it).
@@ -47,10 +49,11 @@ class Work:
         CollectiveError if a rank died, left, or did not come before the group's timeout; MismatchError where ranks
         made different calls and that can be seen; StateError inside the block of `coalescing` that collects the call.
         """
-        self._pending.wait()
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()
+        with self._lock:
+            self._pending.wait()
+            finish, self._finish = self._finish, None
+            if finish is not None:
+                finish()
         return True
 
 

@@ -1,9 +1,12 @@
 """What the watch says of calls that no host waits for; over gloo, as it does not matter here what moves the bytes."""
 
 import logging
+import threading
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -15,6 +18,7 @@ from zcore.comm.pairs.algorithms import DEFAULT_TABLE
 from zcore.comm.ranks.meeting import meet
 from zcore.comm.recording.recorded import Recorded
 from zcore.core import compat
+from zcore.core.collectives import CallLog
 
 
 def served(group=None):
@@ -49,7 +53,7 @@ def test_calls_are_those_of_torch(ranks):
     )
 
 
-def call_in_a_block():
+def call_in_blocks(depth):
     """Calls of each op that the backend starts together: what was recorded, and the results."""
     group = FLOW.around(Recorded(served(), dist.group.WORLD, name="dp"))
     own = group.rank + 1.0
@@ -57,7 +61,10 @@ def call_in_a_block():
     summed = [torch.empty(1), torch.empty(2)]
     reduced = [torch.full((numel,), own) for numel in (1, 2)]
     with zcore.comm.record() as recording:
-        with zcore.comm.coalescing(group) as block:
+        with ExitStack() as blocks:
+            block = group
+            for _ in range(depth):
+                block = blocks.enter_context(zcore.comm.coalescing(block))
             pending = [
                 *(block.all_gather(output, torch.full((output.numel() // 2,), own), label="w") for output in gathered),
                 *(block.reduce_scatter(output, torch.full((2 * output.numel(),), own), label="g") for output in summed),
@@ -69,7 +76,8 @@ def call_in_a_block():
     return recorded, dict(group.traffic.calls), [each.tolist() for each in (*gathered, *summed, *reduced)]
 
 
-def test_what_joins_is_started_by_the_backend_where_it_lies(ranks):
+@pytest.mark.parametrize("depth", [1, 3])
+def test_what_joins_is_started_by_the_backend_where_it_lies_in_a_block_of_blocks_too(ranks, depth):
     recorded = [
         ("all_gather", "w", 8),
         ("all_gather", "w and 1 more", 64),  # of another type
@@ -78,7 +86,7 @@ def test_what_joins_is_started_by_the_backend_where_it_lies(ranks):
     ]
     results = [[1.0, 2.0], [1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0], [3.0], [3.0] * 2, [3.0], [3.0] * 2]
     calls = {"all_gather": 3, "reduce_scatter": 2, "all_reduce": 2}  # copied together they would be one
-    assert ranks(2, call_in_a_block) == [(recorded, calls, results)] * 2
+    assert ranks(2, call_in_blocks, depth) == [(recorded, calls, results)] * 2
 
 
 class Told(logging.Handler):
@@ -113,6 +121,36 @@ def test_a_call_that_is_late_is_told_by_the_watch_with_both_sides(ranks):
         assert words[0].startswith("MismatchError: ")
         for each in ("all_reduce grads.1", "broadcast start from rank 1", "on rank 0", "on rank 1"):
             assert each in words[0]
+
+
+def follow_what_cannot_be_asked():
+    """Two calls whose device has an error, and a third: what is told, and whether the third is looked at."""
+    told, is_seen = Told(), threading.Event()
+    logging.getLogger("zcore.comm.ranks").addHandler(told)
+    group = dist.group.WORLD
+    journal = Parts(group, meet(group, name="dp"), DEFAULT_TABLE, name="dp").journal(range(2), "dp")
+    log = CallLog("dp")
+
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def see():
+        is_seen.set()
+        return True
+
+    for number, is_done in enumerate((fail, fail, see)):
+        call = log.note("all_reduce", f"grads.{number}", torch.ones(1))
+        journal.start(call)
+        journal.follow(call, is_done)
+    return is_seen.wait(20), told.words
+
+
+def test_a_call_that_cannot_be_asked_how_it_stands_is_told_once_and_left(ranks):
+    for is_seen, words in ranks(2, follow_what_cannot_be_asked):
+        assert is_seen
+        assert len(words) == 1
+        assert "Nobody looks after all_reduce grads.0" in words[0]
+        assert "RuntimeError: CUDA error: an illegal memory access" in words[0]
 
 
 def never_come():

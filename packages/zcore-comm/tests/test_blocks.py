@@ -203,6 +203,20 @@ def test_calls_that_went_out_as_one_fail_as_one(ranks):
         assert "grads and 1 more" in first
 
 
+def join_other_contents(label):
+    """Two sums of 3 elements together on each rank, in opposite orders."""
+    one, two = torch.full((1,), 1.0), torch.full((2,), 10.0)
+    with zcore.comm.coalescing() as block:
+        pending = [block.all_reduce(each, label=label) for each in ((one, two), (two, one))[dist.get_rank()]]
+    return message_of(lambda: [each.wait() for each in pending])
+
+
+@pytest.mark.parametrize("label", ["grads", "g" * 50, "\u0436" * 50], ids=lambda label: f"{len(label.encode())} bytes")
+def test_joined_calls_of_other_contents_and_equal_totals_are_told_apart(ranks, label):
+    for message in ranks(2, join_other_contents, label):
+        assert message.startswith("MismatchError"), message
+
+
 def gather_into_freed_buffers():
     group = zcore.comm.collectives_of()
     buffers = [group.empty(200, dtype=torch.float32, device=CPU) for _ in range(2)]

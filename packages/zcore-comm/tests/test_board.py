@@ -64,3 +64,19 @@ def test_what_is_freed_and_how_far_a_call_has_come_are_told():
     written.set_stage(5, 2)
     written.finished = 4
     assert (read.freed(3), read.freed(4), read.stage_of(5), read.finished) == (8, 0, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    ["g" * 79, "g" * 200, "\u0436" * 50, "x" + "\u0436" * 50],
+    ids=lambda label: f"{len(label.encode())} bytes",
+)
+def test_labels_longer_than_an_entry_are_told_apart_by_their_ends(beginning):
+    board = Board(mmap.mmap(-1, BOARD_BYTES), 0)
+    one, other = (Entry("all_reduce", torch.float32, 9, 0, f"{beginning} and 1 more ({end})") for end in "ab")
+    board.start(0, one, place=0)
+    assert board.is_same(0, one)
+    assert not board.is_same(0, other)
+    shown, checksum = board.entry(0).label.split("...")
+    assert one.label.startswith(shown) and len(shown.encode()) > 60
+    assert len(checksum) == 8

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -63,3 +64,38 @@ def test_cards_are_read_until_the_store_stops_and_then_nobody_waits_for_long(hol
     os.kill(holder.pid, signal.SIGCONT)
     for each in (cards, others):
         each.end()
+
+
+class Faulty(Source):
+    """Its word and its looks fail a few times."""
+
+    key = "faulty"
+
+    def __init__(self):
+        self.words, self.looks, self.is_well = 0, 0, threading.Event()
+
+    def word(self):
+        self.words += 1
+        if self.words <= 2:
+            raise RuntimeError("no word")
+        return WORD
+
+    def look_after(self):
+        self.looks += 1
+        if self.looks <= 2:
+            raise RuntimeError("no look")
+        self.is_well.set()
+
+
+def test_a_fault_in_the_watch_is_told_once_and_does_not_end_it(caplog):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    cards, source = Cards(compat.another_client_of(store), world_size=2), Faulty()
+    cards.add(source)
+    assert source.is_well.wait(20)
+    cards.end()
+    told = [record.getMessage().partition(" failed")[0] for record in caplog.records if record.levelname == "ERROR"]
+    assert sorted(told) == sorted({*told, "Looking after the calls of faulty"})
+    assert cards.answers
+    others = Cards(compat.another_client_of(store), world_size=2)
+    assert others.read([cards.life])[cards.life].groups == {"faulty": WORD}
+    others.end()

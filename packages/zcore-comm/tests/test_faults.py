@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hosts import HOSTS, move_to_hosts_of
+from hosts import HOSTS, message_of, move_to_hosts_of
 
+import zcore.comm
 from zcore.comm.choice import serve
 from zcore.core import compat
+from zcore.core.collectives import tell_contents
 from zcore.core.testing import RankFailed
 
 DEADLINE_S = 2.0  # for a rank that does not come
@@ -162,3 +164,86 @@ def test_a_rank_that_calls_something_else_is_told_with_both_sides(ranks, world, 
         assert type_name == "MismatchError", message
         plain = re.sub(r"#\d+ of dp[^:]*: ", "", message)  # where a call is told with its number
         assert [each for each in expected if each not in plain] == [], (rank, message)
+
+
+def is_killed_long_after_an_error_elsewhere(hosts, giver):
+    """`giver` has caught an error of a side group that it still holds; the last rank is killed three calls later."""
+    rank, store = dist.get_rank(), compat.default_store()
+    os.environ["ZCORE_COMM_HOST"] = hosts[rank]
+    killed, partner = dist.get_world_size() - 1, 1
+    side_ranks = sorted([giver, partner])
+    side, main = dist.new_group(side_ranks, timeout=timedelta(seconds=1)), dist.new_group()
+    if rank in side_ranks:
+        evaluation = serve(side, name="evaluation")
+        if rank == giver:
+            said = message_of(lambda: evaluation.all_reduce(torch.ones(4), label="metrics").wait())
+            assert "the timeout of 1 s has passed" in said, said
+            store.set("has given up", "1")
+        store.wait(["has given up"])
+    group = serve(main, name="dp")
+    for number in range(3):
+        group.all_reduce(torch.ones(SMALL), label=f"grads.{number}").wait()
+    dist.barrier()
+    if rank == killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    group.all_reduce(torch.ones(SMALL), label="grads.3").wait()
+
+
+@pytest.mark.parametrize(("hosts", "giver"), [("abc", 0), ("abc", 2), ("aba", 2), ("aabb", 0)])
+def test_a_killed_rank_is_named_whatever_error_of_another_group_somebody_caught_before(ranks, hosts, giver):
+    with pytest.raises(RankFailed) as caught:
+        ranks(len(hosts), is_killed_long_after_an_error_elsewhere, hosts, giver)
+    *others, killed = caught.value.failures
+    for each in others:
+        assert re.search(r"all_reduce grads.3 \(.*\) did not complete", each.message), each.message
+        assert f"rank {killed.rank} (" in each.message.partition("Missing: ")[2].partition(" Arrived: ")[0], (
+            each.message
+        )
+        told = re.sub(r" \(in another group it had given up: .*?: all_reduce metrics [^)]*\)[^)]*\)", "", each.message)
+        assert "metrics" not in told, each.message
+        if hosts[each.rank] == hosts[killed.rank]:  # where it is seen to have ended
+            assert f"did not complete: rank {killed.rank} has raised, was killed, or left" in each.message
+            assert ("in another group it had given up" in each.message) == (giver == killed.rank)
+
+
+def sum_two_buckets_as_one():
+    with zcore.comm.coalescing():
+        zcore.comm.all_reduce(torch.ones(3), label="grads.0")
+        zcore.comm.all_reduce(torch.ones(4), label="grads.1")
+
+
+def take_the_mean():
+    zcore.comm.all_reduce(torch.ones(LARGE + 1), dist.ReduceOp.AVG, label="grads.0")
+
+
+def broadcast_a_bucket():
+    zcore.comm.broadcast(torch.ones(SMALL), src=0, label="grads.0")
+
+
+def call_without_the_last_rank(kind, act):
+    move_to_hosts_of(kind)
+    tell_contents("grads.0", ["layer.weight"])
+    tell_contents("grads.1", ["layer.bias"])
+    zcore.comm.barrier()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        compat.default_store().wait(["told"], timedelta(seconds=AMPLE_S))
+        return ""
+    message = message_of(globals()[act])
+    compat.default_store().set("told", "1")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "act", "buckets"),
+    [
+        ("shared memory", 2, "sum_two_buckets_as_one", ["grads.0 holds layer.weight", "grads.1 holds layer.bias"]),
+        ("two levels", 4, "take_the_mean", ["grads.0 holds layer.weight"]),
+        ("pairwise", 2, "broadcast_a_bucket", ["grads.0 holds layer.weight"]),
+    ],
+)
+def test_what_lies_in_the_data_is_told_whatever_has_become_of_their_label(ranks, kind, world_size, act, buckets):
+    *others, _ = ranks(world_size, call_without_the_last_rank, kind, act, group_timeout_s=DEADLINE_S)
+    for message in others:
+        assert "CollectiveError" in message
+        for bucket in buckets:
+            assert f" Bucket {bucket}." in message, message

@@ -3,6 +3,7 @@
 import pytest
 
 from zcore.comm.findings import find
+from zcore.comm.memory import pages
 from zcore.comm.pairs import algorithms
 from zcore.comm.ranks import meeting
 
@@ -22,6 +23,11 @@ def found():
 def test_shared_memory_serves_one_host_and_pairs_what_is_uneven():
     assert found()["one host"].served_by.startswith("shared memory (")
     assert "built-in table" in found()["other ranks"].served_by
+
+
+def test_memory_is_not_told_where_the_system_does_not_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "MEMINFO", tmp_path / "none")
+    assert found()["one host"].served_by == "shared memory"
 
 
 def test_a_machine_that_cannot_share_says_why(monkeypatch):

@@ -2,6 +2,7 @@
 
 import gc
 import re
+import threading
 import weakref
 from functools import partial
 
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from hosts import message_of
 
 import zcore.comm
+from zcore.comm.calls.flat import Work
+from zcore.comm.calls.served import current_device
 from zcore.comm.memory.pages import own_pages
 from zcore.core import compat
 from zcore.core.collectives import tree_sum
@@ -262,6 +265,11 @@ REFUSED = {
         ConfigError,
         "empty: a buffer of (2, 3) elements was asked for; expected one number",
     ),
+    "a fraction for a size": (
+        lambda: comm.empty(torch.tensor(2.5), torch.float32),
+        ConfigError,
+        "empty: a buffer of tensor(2.5000) elements was asked for; expected one number",
+    ),
     "a name as group": (
         lambda: comm.all_reduce(ones(2), group="dp"),
         ConfigError,
@@ -273,6 +281,55 @@ REFUSED = {
         "empty: device is on meta; the group moves tensors on cpu",
     ),
 }
+
+
+class Eight(int):
+    """A number of 8 bits, as NumPy's, whose products overflow."""
+
+    def __mul__(self, other):
+        return Eight((int(self) * int(other) + 128) % 256 - 128)
+
+    __rmul__ = __mul__
+
+
+def make_buffers():
+    numels = [Eight(100), torch.tensor(100), True]
+    return [comm.empty(numel, torch.float32).untyped_storage().nbytes() for numel in numels]
+
+
+def test_a_size_may_be_of_any_type_that_counts(ranks):
+    assert ranks(2, make_buffers) == [[400, 400, 4]] * 2
+
+
+def test_a_device_without_a_number_is_the_current_one_of_its_type(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert [current_device("cuda"), current_device("cpu")] == [torch.device("cuda", 3), torch.device("cpu")]
+
+
+class Sum:
+    def wait(self):
+        """It is there."""
+
+
+def test_threads_that_wait_for_one_mean_all_return_when_it_is_divided():
+    is_at_it, may_end, found = threading.Event(), threading.Event(), []
+    divided = []
+
+    def divide():
+        is_at_it.set()
+        assert may_end.wait(10)
+        divided.append(True)
+
+    work = Work(Sum(), divide)
+    threads = [threading.Thread(target=lambda: found.append(work.wait() and list(divided))) for _ in range(2)]
+    threads[0].start()
+    assert is_at_it.wait(10)
+    threads[1].start()
+    threads[1].join(0.1)  # it is not to return
+    may_end.set()
+    for thread in threads:
+        thread.join()
+    assert found == [[True]] * 2
 
 
 def refuse():
@@ -362,17 +419,19 @@ def test_a_group_is_served_by_the_same_object_until_it_is_destroyed_and_then_let
         assert message.startswith(f"{StateError.__name__}: This process group was destroyed")
 
 
-def name_no_backend():
-    dist.init_process_group()
-    total = torch.ones(3)
+def name_backends(backend):
+    dist.init_process_group(backend)
+    total = torch.ones(3, dtype=torch.int16)  # gloo's own sums know no such numbers
     comm.all_reduce(total)
     core = TorchCollectives(dist.group.WORLD, name="core")
-    core.reduce_scatter(total[:1], torch.ones(2), label="x").wait()
-    return total.tolist()
+    core.reduce_scatter(total[:1], torch.ones(2, dtype=torch.int16), label="x").wait()
+    group = comm.collectives_of().inner
+    return total.tolist(), group.algorithm_for("all_reduce", 6), comm.empty(1, torch.float32).device.type
 
 
-def test_a_group_made_without_naming_a_backend_is_served_by_that_of_the_device(ranks):
-    assert ranks(2, name_no_backend, init_process_group=False) == [[2.0] * 3] * 2
+@pytest.mark.parametrize("backend", [None, "cpu:gloo", "cpu:gloo,cuda:gloo"])
+def test_a_group_with_a_backend_for_each_device_is_served_by_that_of_the_one_computed_on(ranks, backend):
+    assert ranks(2, name_backends, backend, init_process_group=False) == [([2] * 3, "shared memory", "cpu")] * 2
 
 
 def test_without_a_process_group_the_message_says_what_to_call():

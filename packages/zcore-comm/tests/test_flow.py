@@ -1,5 +1,7 @@
 """Calls beyond the limit wait their turn: by priority between groups, in the order of the calls within one."""
 
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -107,6 +109,54 @@ def test_a_call_larger_than_the_limit_goes_alone_and_lifting_the_limit_or_a_mess
     names = ["larger than the limit", "held", "held, too"]
     expected = names[:1], names[:1], names[:2], names[:2], names, [200.0, 200.0, 100.0]
     assert ranks(2, large_and_lifted) == [expected] * 2
+
+
+class Done:
+    def wait(self):
+        """Nothing is to be waited for."""
+
+
+class Gate:
+    """A group whose call "slow" starts once `open` is set, as one that waits for other ranks."""
+
+    def __init__(self):
+        self.is_at_it, self.open, self.starts = threading.Event(), threading.Event(), []
+        self.collectives = DeferrableCollectives(None, start=self.start, flush=lambda: None)
+
+    def start(self, request):
+        if request.label == "slow":
+            self.is_at_it.set()
+            assert self.open.wait(10), "the call that would open it did not start"
+        self.starts.append(request.label)
+        return Done()
+
+
+def test_a_start_that_waits_for_other_ranks_keeps_no_call_of_another_group_from_starting():
+    flow, gate = Flow(), Gate()
+    slow = flow.around(gate.collectives)
+    quick = flow.around(DeferrableCollectives(None, start=lambda request: gate.open.set() or Done(), flush=None))
+    thread = threading.Thread(target=lambda: slow.all_reduce(torch.ones(1), label="slow").wait())
+    thread.start()
+    assert gate.is_at_it.wait(10)
+    quick.all_reduce(torch.ones(1), label="quick").wait()
+    thread.join()
+    assert (gate.starts, flow.in_flight_bytes, flow.held_bytes) == (["slow"], 0, 0)
+
+
+def test_calls_of_a_group_start_in_their_order_whichever_threads_start_them():
+    flow, gate = Flow(1), Gate()
+    group = flow.around(gate.collectives)
+    first = group.all_reduce(torch.ones(1), label="first")
+    slow = group.all_reduce(torch.ones(1), label="slow")  # held back
+    elsewhere = threading.Thread(target=first.wait)
+    elsewhere.start()
+    assert gate.is_at_it.wait(10)  # another thread's wait is starting it
+    own = threading.Thread(target=lambda: [group.all_reduce(torch.ones(1), label="last").wait(), slow.wait()])
+    own.start()
+    gate.open.set()
+    for thread in (elsewhere, own):
+        thread.join()
+    assert (gate.starts, flow.in_flight_bytes) == (["first", "slow", "last"], 0)
 
 
 def limit_the_functions():

@@ -97,17 +97,30 @@ def test_a_call_for_which_there_is_no_memory_leaves_the_group_in_step(ranks):
     assert [first[1], second[1]] == [[2.0] * 5] * 2
 
 
+NUM_OPEN = 200  # a board holds 64 calls at a time: then a start waits for the other rank
+
+
 def use_a_group_in_each_thread():
-    groups = [serve(dist.group.WORLD, name=f"thread {number}") for number in range(2)]
-    right = []
+    """Each thread starts many calls before it waits; rank 0 in the first group first, rank 1 in the second."""
+    groups, rank = [dist.new_group(timeout=timedelta(seconds=5)) for _ in range(2)], dist.get_rank()
+    for group in groups:
+        comm.barrier(group)  # the first uses, in one order
+    has_begun, right = threading.Event(), {}
 
-    def work(group):
-        for number in range(30):
-            whole = torch.empty(2 * 50_000)
-            group.all_gather(whole, torch.full((50_000,), float(group.rank + number)), label="x").wait()
-            right.append(whole.view(2, -1).mean(1).tolist() == [number, number + 1])
+    def work(index):
+        if index != rank:
+            has_begun.wait()
+        calls = []
+        for number in range(NUM_OPEN):
+            if number == 63:
+                has_begun.set()  # the next call but one waits
+            whole, own = torch.empty(2), torch.full((1,), float(rank + number))
+            calls.append((whole, comm.all_gather(whole, own, group=groups[index], async_op=True)))
+        for _, pending in calls:
+            pending.wait()
+        right[index] = [whole.tolist() == [number, number + 1] for number, (whole, _) in enumerate(calls)]
 
-    threads = [threading.Thread(target=work, args=(group,)) for group in groups]
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -115,8 +128,9 @@ def use_a_group_in_each_thread():
     return right
 
 
-def test_each_thread_may_use_a_group_of_its_own(ranks):
-    assert ranks(2, use_a_group_in_each_thread) == [[True] * 60] * 2
+def test_each_thread_may_use_a_group_of_its_own_with_any_number_of_open_calls(ranks):
+    all_right = [True] * NUM_OPEN
+    assert ranks(2, use_a_group_in_each_thread) == [{0: all_right, 1: all_right}] * 2
 
 
 def live_twice(kind):

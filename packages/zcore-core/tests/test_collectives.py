@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 
 from zcore.core import torch_collectives
-from zcore.core.collectives import Call, failed_collective, last_collective, tree_sum
+from zcore.core.collectives import (
+    Call,
+    contents_of,
+    derived_label,
+    failed_collective,
+    last_collective,
+    tell_contents,
+    tree_sum,
+)
 from zcore.core.errors import LayoutError
 from zcore.core.extensions import installed
 from zcore.core.testing import RankFailed
@@ -367,6 +375,19 @@ def test_a_peer_that_does_not_come_is_an_error_after_the_timeout_of_the_group(ra
     assert "all_gather blocks.3 (#0 of dp: " in failure.message
     assert "timeout" in failure.message
     assert caught.value.results == {1: "elsewhere"}
+
+
+def test_an_error_names_the_parameters_of_every_bucket_that_a_call_brings():
+    for number in range(6):
+        tell_contents(f"of test.{number}", [f"layers.{number}.{name}" for name in "abcdef"][: number + 1])
+    assert contents_of("of test") == contents_of(derived_label("mean of test", parts=["of test"])) == ""
+    mean = derived_label("mean of test.1", parts=["of test.1"])
+    assert contents_of(mean) == " Bucket of test.1 holds layers.1.a, layers.1.b."
+    joined = derived_label("joined", parts=["of test.0", mean, "of test"])
+    assert contents_of(joined) == f" Bucket of test.0 holds layers.0.a.{contents_of(mean)}"
+    all_of_them = contents_of(derived_label("all", parts=[f"of test.{number}" for number in range(6)]))
+    assert all_of_them.endswith("layers.3.d. 2 more buckets go with them.")
+    assert contents_of("of test.5").endswith("layers.5.d and 2 more parameters.")
 
 
 def free_and_alloc():

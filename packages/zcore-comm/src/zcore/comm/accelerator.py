@@ -21,7 +21,7 @@ from torch import Tensor
 from zcore.comm.calls.requests import Together
 from zcore.comm.ranks.journal import Journal
 from zcore.core import compat
-from zcore.core.collectives import CallLog, Traffic
+from zcore.core.collectives import CallLog, Traffic, derived_label
 from zcore.core.torch_collectives import TorchCollectives, TorchPending
 
 __all__ = ["AcceleratorCollectives"]
@@ -94,7 +94,7 @@ class AcceleratorCollectives:
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> TorchPending:
         """See `Collectives.broadcast`."""
-        words = f"{label} from rank {src}"
+        words = derived_label(f"{label} from rank {src}", parts=[label])
         return self._follow("broadcast", words, tensor, lambda: self._inner.broadcast(tensor, src=src, label=label))
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> TorchPending:

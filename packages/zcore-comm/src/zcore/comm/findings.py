@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from zcore.comm.memory.pages import available_bytes
+from zcore.comm.memory.pages import MAX_FILE_BYTES, available_bytes
 from zcore.comm.pairs.algorithms import read_table, table_path
 from zcore.comm.ranks.meeting import make_boards
 from zcore.core import compat
@@ -40,7 +40,11 @@ def _on_one_host() -> Finding:
         otherwise += f"; torch 2.13 would gather without a copy, {torch.__version__} cannot"
     if os.environ.get(APART):
         otherwise += f"; ${APART} is set: ranks where it differs share no memory"
-    return Finding(case, f"shared memory ({shown_bytes(available_bytes())} available)", otherwise)
+    num_bytes = available_bytes()
+    served_by = "shared memory"
+    if num_bytes < MAX_FILE_BYTES:  # else the system does not say
+        served_by += f" ({shown_bytes(num_bytes)} available)"
+    return Finding(case, served_by, otherwise)
 
 
 def _over_hosts() -> Finding:

@@ -34,7 +34,7 @@ from zcore.comm.pairs.pairwise import PairwiseCollectives
 from zcore.comm.progress import LOCK, Polled, is_reached_napping, note_closed, note_open
 from zcore.comm.ranks.journal import Journal
 from zcore.comm.sizes import check_exchange, check_process
-from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots
+from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, derived_label
 from zcore.core.errors import StateError, ZcoreError
 
 __all__ = ["HierarchicalCollectives", "plan_levels"]
@@ -190,7 +190,7 @@ class HierarchicalCollectives:
             )
         missing = -tensor.numel() % self._first.size
         if missing:  # else a rank with as many as that more would not be told apart
-            label = f"{tensor.numel()} of {label}"
+            label = derived_label(f"{tensor.numel()} of {label}", parts=[label])
         whole = torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
         part = whole.tensor_split(self._first.size)[self._first.rank]
 
@@ -213,7 +213,7 @@ class HierarchicalCollectives:
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.broadcast`."""
-        call = self._begin("broadcast", f"{label} from rank {src}", tensor)
+        call = self._begin("broadcast", derived_label(f"{label} from rank {src}", parts=[label]), tensor)
         host, local_rank = divmod(src, self._first.size)
 
         def send_in_column() -> Sequence[Polled]:

@@ -35,6 +35,7 @@ __all__ = [
     "Traffic",
     "check_slots",
     "contents_of",
+    "derived_label",
     "failed_collective",
     "last_collective",
     "tag_of",
@@ -42,7 +43,7 @@ __all__ = [
     "tree_sum",
 ]
 
-NAMED_CONTENTS = 4  # parameters of a bucket that an error names
+NAMED_CONTENTS, NAMED_BUCKETS = 4, 4  # parameters of a bucket that an error names; buckets that went out as one
 SUM_BLOCK_BYTES = 128 * 1024  # partial sums of more than two ranks stay in the cache
 
 
@@ -94,8 +95,30 @@ def tell_contents(label: str, names: Sequence[str]) -> None:
     _contents[label] = tuple(names)
 
 
+_parts: dict[str, tuple[str, ...]] = {}  # derived label -> those of its data that have contents
+
+
+def derived_label(label: str, *, parts: Sequence[str]) -> str:
+    """`label`, for a call with the data that others name `parts`: errors say what lies in these."""
+    told = tuple(each for part in parts for each in _parts.get(part, (part,)) if each in _contents)
+    if told:  # what counts steps has none, and would fill the memory
+        _parts[label] = told
+    return label
+
+
 def contents_of(label: str) -> str:
-    """A sentence with what `tell_contents` was given, and a space before it; else nothing."""
+    """Sentences with what `tell_contents` was given, and a space before each; else nothing.
+
+    >>> tell_contents("grads.0", ["layer.weight", "layer.bias"])
+    >>> contents_of(derived_label("mean of grads.0", parts=["grads.0"]))
+    ' Bucket grads.0 holds layer.weight, layer.bias.'
+    """
+    buckets = _parts.get(label, (label,))
+    told = "".join(_contents_of_one(each) for each in buckets[:NAMED_BUCKETS])
+    return f"{told} {more} more buckets go with them." if (more := len(buckets) - NAMED_BUCKETS) > 0 else told
+
+
+def _contents_of_one(label: str) -> str:
     names = _contents.get(label, ())
     if not names:
         return ""

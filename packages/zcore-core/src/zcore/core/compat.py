@@ -20,6 +20,7 @@ __all__ = [
     "another_client_of",
     "backend_name",
     "backend_of",
+    "backends_of",
     "current_backward",
     "current_node",
     "current_node_number",
@@ -38,6 +39,12 @@ __all__ = [
     "timeout_of",
     "tree_leaves",
 ]
+
+# What starts several calls as one, a newer name first.
+COALESCED = {
+    "all_gather": ("all_gather_single_coalesced", "allgather_into_tensor_coalesced"),
+    "reduce_scatter": ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
+}
 
 
 def _first(*names: str) -> Callable[..., dist.Work | None]:
@@ -59,12 +66,6 @@ def reduce_scatter_flat(output: torch.Tensor, input: torch.Tensor, *, group: dis
 def all_to_all_flat(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup) -> dist.Work | None:
     """Start the exchange of equal slots: slot r of `input` goes to rank r, slot r of `output` comes from it."""
     return cast("dist.Work | None", dist.all_to_all_single(output, input, group=group, async_op=True))
-
-
-COALESCED = {
-    "all_gather": ("all_gather_single_coalesced", "allgather_into_tensor_coalesced"),
-    "reduce_scatter": ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
-}
 
 
 def start_coalesced(
@@ -92,13 +93,15 @@ def backend_of(group: dist.ProcessGroup, device: torch.device) -> Any:
     return group._get_backend(device)
 
 
+def backends_of(group: dist.ProcessGroup | None = None) -> dict[str, str]:
+    """What moves tensors in `group`, by the type of their device."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+
+
 def backend_name(group: dist.ProcessGroup | None = None) -> str:
-    """What moves tensors in `group`; in one made without naming a backend, those of the device computed on."""
-    name = dist.get_backend(group)
-    if name != "undefined":
-        return name
-    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    return backends.get("cuda" if torch.cuda.is_available() else "cpu", name)
+    """What moves tensors of the device computed on in `group`; of another one, if it moves none of that."""
+    backends = backends_of(group)
+    return backends.get("cuda" if torch.cuda.is_available() else "cpu", next(iter(backends.values())))
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:

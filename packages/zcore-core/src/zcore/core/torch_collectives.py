@@ -48,10 +48,11 @@ _of_thread = _OfThread()
 class TorchPending:
     """Works of torch, waited for in order, then whatever arithmetic is left.
 
-    With `on_stream` a wait orders the current CUDA stream behind them, each time; no host waits.
+    With `on_stream` a wait orders the current CUDA stream behind them, each time; no host waits. An error is this
+    call's own, whoever brought it to its end, and raised by each wait for it. Several threads may wait.
     """
 
-    __slots__ = ("_call", "_event", "_finish", "_line", "_on_stream", "_works")
+    __slots__ = ("_call", "_error", "_event", "_finish", "_line", "_lock", "_on_stream", "_works")
 
     def __init__(
         self,
@@ -61,53 +62,61 @@ class TorchPending:
         *,
         on_stream: bool = False,
     ) -> None:
+        assert finish is None or not on_stream  # the stream of a later wait would not be ordered behind the arithmetic
         self._call = call
         self._on_stream = on_stream
         self._event: torch.cuda.Event | None = None  # behind the works; these hold the tensors, and are let go of
         self._works = [work for work in works if work is not None]
         self._finish = finish
+        self._error: CollectiveError | None = None
         self._line: _Line | None = None
+        self._lock = threading.RLock()  # the line's, for a call in one
 
     def line_up(self) -> "TorchPending":
         """Be brought to its end behind what this thread has started before; itself."""
         self._line = _of_thread.line
+        self._lock = self._line.lock
         self._line.calls.append(self)
         return self
 
     def is_completed(self) -> bool:
-        """Whether everything started has ended, on an accelerator there; also after `wait`."""
+        """Whether everything has ended, on an accelerator there; what is left to `wait` has not. Also after `wait`."""
+        works = self._works  # before the event, which another thread's wait makes before it lets go of them
         if self._event is not None:
             return bool(self._event.query())
-        return all(work.is_completed() for work in tuple(self._works))
+        return self._finish is None and all(work.is_completed() for work in works)
 
     def wait(self) -> None:
         """Wait, and name the collective if it failed."""
-        line = self._line
-        if line is not None:
-            with line.lock:
-                while self in line.calls:
-                    line.calls.popleft()._end()
-        self._end()
+        with self._lock:
+            while self._line is not None and self in self._line.calls:
+                self._line.calls.popleft()._end()
+            self._end()
+        if self._error is not None:
+            raise self._error
 
     def _end(self) -> None:
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
-            return
-        finish, self._finish = self._finish, None
-        try:
-            for work in self._works:
-                work.wait()
-            if self._on_stream and self._works:
-                event = torch.cuda.Event()
-                event.record()
-                self._event = event  # before the works go: another thread may ask how they stand
-            self._works = []
-            if finish is not None:
-                finish()
-        except CollectiveError:
-            raise  # of a second half
-        except RuntimeError as error:
-            raise failed_collective(self._call, error) from error
+        elif self._error is None:
+            try:
+                self._end_works()
+            except RuntimeError as error:
+                self._error = failed_collective(self._call, error)
+                self._error.__cause__ = error
+                self._finish = None
+
+    def _end_works(self) -> None:
+        for work in self._works:
+            work.wait()
+        if self._on_stream and self._works:
+            event = torch.cuda.Event()
+            event.record()
+            self._event = event
+        self._works = []
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
 
 
 _num_sums: "WeakKeyDictionary[dist.ProcessGroup, int]" = WeakKeyDictionary()  # made over each process group
@@ -125,16 +134,16 @@ def _settle_at_exit() -> None:
 class TorchCollectives:
     """The contract over torch.distributed, for any backend.
 
-    On gloo sums are an exchange and one tree sum; on others the backend's own. `group` is the process group, `name`
-    what reports call it. With one rank nothing is sent.
+    On gloo sums are an exchange and one tree sum; on others the backend's own. Which one it is depends, in a group that
+    has several, on the tensors' device. `group` is the process group, `name` what reports call it. With one rank
+    nothing is sent.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, name: str) -> None:
         self._group = group
         self._log = CallLog(name)
-        self._ordered = compat.backend_name(group) == "gloo"
-        self._on_stream = compat.backend_name(group) == "nccl"
-        if self._ordered:
+        self._backends = compat.backends_of(group)
+        if "gloo" in self._backends.values():
             _settle_at_exit()
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
@@ -179,7 +188,7 @@ class TorchCollectives:
         if self._size == 1:
             return TorchPending(call, [])
         return self._start(
-            call, lambda: compat.all_gather_flat(self._raw(output), self._raw(source), group=self._group)
+            call, output, lambda: compat.all_gather_flat(self._raw(output), self._raw(source), group=self._group)
         )
 
     def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> TorchPending:
@@ -189,8 +198,8 @@ class TorchCollectives:
             if output.data_ptr() != input.data_ptr():
                 output.copy_(input)
             return TorchPending(call, [])
-        if not self._ordered:
-            return self._start(call, lambda: compat.reduce_scatter_flat(output, input, group=self._group))
+        if not self._is_ordered(input):
+            return self._start(call, input, lambda: compat.reduce_scatter_flat(output, input, group=self._group))
         check_slots("reduce_scatter", label, whole=input, slot=output, size=self._size)
         slots, tag = input.tensor_split(self._size), self._tag(call)
         return TorchPending(call, [], self._try(call, lambda: self._peers.sum_slots(output, slots, tag=tag)))
@@ -200,13 +209,14 @@ class TorchCollectives:
         call = self._log.note("all_reduce", label, tensor)
         if self._size == 1 or not tensor.numel():
             return TorchPending(call, [])
-        if not self._ordered:
-            return self._start(call, lambda: dist.all_reduce(tensor, group=self._group, async_op=True))
+        if not self._is_ordered(tensor):
+            return self._start(call, tensor, lambda: dist.all_reduce(tensor, group=self._group, async_op=True))
         if tensor.numel() * tensor.element_size() <= SMALL_BYTES:
             gathered = tensor.new_empty(self._size * tensor.numel())
             parts = list(gathered.view(self._size, *tensor.shape).unbind())
             return self._start(
                 call,
+                tensor,
                 lambda: compat.all_gather_flat(self._raw(gathered), self._raw(tensor), group=self._group),
                 finish=lambda: tree_sum(parts, out=tensor),
             )
@@ -217,24 +227,26 @@ class TorchCollectives:
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> TorchPending:
         """See `Collectives.all_to_all`."""
         call = self._log.note("all_to_all", label, input)
-        return self._start(call, lambda: compat.all_to_all_flat(self._raw(output), self._raw(input), group=self._group))
+        return self._start(
+            call, input, lambda: compat.all_to_all_flat(self._raw(output), self._raw(input), group=self._group)
+        )
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> TorchPending:
         """See `Collectives.broadcast`."""
         call = self._log.note("broadcast", label, tensor)
         return self._start(
-            call, lambda: dist.broadcast(self._raw(tensor), group=self._group, group_src=src, async_op=True)
+            call, tensor, lambda: dist.broadcast(self._raw(tensor), group=self._group, group_src=src, async_op=True)
         )
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> TorchPending:
         """See `Collectives.send`."""
         call = self._log.note("send", label, tensor)
-        return self._start(call, lambda: dist.isend(self._raw(tensor), group=self._group, group_dst=dst))
+        return self._start(call, tensor, lambda: dist.isend(self._raw(tensor), group=self._group, group_dst=dst))
 
     def recv(self, tensor: Tensor, *, src: int, label: str) -> TorchPending:
         """See `Collectives.recv`."""
         call = self._log.note("recv", label, tensor)
-        return self._start(call, lambda: dist.irecv(self._raw(tensor), group=self._group, group_src=src))
+        return self._start(call, tensor, lambda: dist.irecv(self._raw(tensor), group=self._group, group_src=src))
 
     def start_coalesced(self, op: str, parts: Sequence[tuple[Tensor, Tensor, str]]) -> TorchPending:
         """Start several calls of one `op` (output, input, label) as one launch of the backend's, which sums by itself.
@@ -245,7 +257,7 @@ class TorchCollectives:
         calls = [self._log.note(op, label, output if gathers else sent) for output, sent, label in parts]
         outputs = [output for output, _, _ in parts]
         inputs = [self._sent_to(output, sent) if gathers else sent for output, sent, _ in parts]
-        return self._start(calls[0], lambda: compat.start_coalesced(op, outputs, inputs, group=self._group))
+        return self._start(calls[0], outputs[0], lambda: compat.start_coalesced(op, outputs, inputs, group=self._group))
 
     def _sent_to(self, output: Tensor, input: Tensor) -> Tensor:
         """What is gathered from this rank: `input`, or its copy in `output` where the type is another one."""
@@ -264,12 +276,23 @@ class TorchCollectives:
 
     def _raw(self, tensor: Tensor) -> Tensor:
         """The same bytes in a type every backend moves: gloo knows no int16 and no float8."""
-        return raw(tensor) if self._ordered else tensor
+        return raw(tensor) if self._is_ordered(tensor) else tensor
+
+    def _is_ordered(self, tensor: Tensor) -> bool:
+        """Whether sums of such tensors have the order of one tree."""
+        return self._backends.get(tensor.device.type) == "gloo"
 
     def _start(
-        self, call: Call, start: Callable[[], dist.Work | None], *, finish: Callable[[], None] | None = None
+        self,
+        call: Call,
+        tensor: Tensor,
+        start: Callable[[], dist.Work | None],
+        *,
+        finish: Callable[[], None] | None = None,
     ) -> TorchPending:
-        return TorchPending(call, [self._try(call, start)], finish, on_stream=self._on_stream)
+        """Start a call of `tensor` and such as lie where it does."""
+        on_stream = self._backends.get(tensor.device.type) == "nccl"
+        return TorchPending(call, [self._try(call, start)], finish, on_stream=on_stream)
 
     def _try(self, call: Call, start: Callable[[], _T]) -> _T:
         try:

@@ -90,7 +90,7 @@ def whole_numel(payload_bytes: int, size: int) -> int:
 
 def build_contenders(group: dist.ProcessGroup, device: torch.device) -> list[Contender]:
     """All that can serve `group`, torch's own calls first; every rank of it calls this."""
-    backend = dist.get_backend(group)
+    backend = compat.backend_name(group)
     rank, size, tensors = dist.get_rank(group), dist.get_world_size(group), _Tensors(device)
 
     def over(name: str, calls: _Calls, born: Collectives | None, barrier: Callable[[], object]) -> Contender:

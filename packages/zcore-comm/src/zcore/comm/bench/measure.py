@@ -34,6 +34,7 @@ from zcore.comm.bench.machine import find_machine, find_versions, load
 from zcore.comm.bench.timing import Spread, time_in_turns
 from zcore.comm.memory.pages import available_bytes
 from zcore.comm.recording.comm_report import bus_factor
+from zcore.core import compat
 from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import CollectiveError, ConfigError, nearest
 from zcore.core.events import progress
@@ -188,7 +189,7 @@ def measure(
         machine=find_machine(device),
         versions=find_versions(),
         load=(began_load, load()),
-        backend=dist.get_backend(group),
+        backend=compat.backend_name(group),
         world_size=size,
         threads=torch.get_num_threads(),
         plan=plan,

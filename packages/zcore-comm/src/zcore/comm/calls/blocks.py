@@ -12,6 +12,7 @@ as one, as NCCL does, each stays where it lies. Nothing starts before the end of
 nobody may wait inside it, and no call of a block may need what another one brings. joins.py decides who joins whom.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +22,14 @@ import torch
 import torch.distributed as dist
 
 from zcore.comm.calls.joins import JoinCall, plan_joins
-from zcore.comm.calls.requests import DeferrableCollectives, Request, Together, joined_label, starter_of
+from zcore.comm.calls.requests import (
+    DeferrableCollectives,
+    Request,
+    StartsTogether,
+    Together,
+    joined_label,
+    starter_of,
+)
 from zcore.comm.calls.served import collectives_of
 from zcore.core.collectives import Collectives, Pending
 from zcore.core.errors import LayoutError, StateError, ZcoreError
@@ -101,7 +109,7 @@ class Block:
     def _start_joined(self, requests: Sequence[Request]) -> Pending:
         if len(requests) == 1:
             return self._start(requests[0])
-        if isinstance(self._group, DeferrableCollectives) and self._group.starts_together(requests[0].op):
+        if isinstance(self._group, StartsTogether) and self._group.starts_together(requests[0].op):
             return self._start(Together(tuple(requests)))
         joined = _pack(requests, self._group)
         return _Joined(self._start(joined), requests, joined, self._group.size)
@@ -147,7 +155,7 @@ class _All:
 class _Joined:
     """Several calls that went out as one. Whoever waits first puts everybody's results in place."""
 
-    __slots__ = ("_failure", "_joined", "_pending", "_requests", "_size")
+    __slots__ = ("_failure", "_joined", "_lock", "_pending", "_requests", "_size")
 
     def __init__(self, pending: Pending, requests: Sequence[Request], joined: Request, size: int) -> None:
         self._pending = pending
@@ -155,20 +163,22 @@ class _Joined:
         self._joined: Request | None = joined
         self._size = size
         self._failure: ZcoreError | None = None
+        self._lock = threading.RLock()  # calls of one block may be waited for by several threads
 
     def wait(self) -> None:
         """See `Pending.wait`. What the first to wait was refused, the others are, too."""
-        if self._failure is not None:
-            raise self._failure
-        try:
-            self._pending.wait()
-        except ZcoreError as error:
-            self._failure = error
-            raise
-        joined, self._joined = self._joined, None
-        if joined is not None:
-            _unpack(joined, self._requests, self._size)
-            self._requests = ()
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                self._pending.wait()
+            except ZcoreError as error:
+                self._failure = error
+                raise
+            joined, self._joined = self._joined, None
+            if joined is not None:
+                _unpack(joined, self._requests, self._size)
+                self._requests = ()
 
 
 _open: ContextVar[Mapping[Collectives, Block]] = ContextVar("zcore.comm.calls.blocks", default={})  # noqa: B039 - not mutated

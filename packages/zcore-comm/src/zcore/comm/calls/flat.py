@@ -13,6 +13,7 @@ anything is sent. What moves the data is chosen for each group at its first use 
 """
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import SupportsIndex
 
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from zcore.comm.calls.blocks import Block, open_block
 from zcore.comm.calls.requests import DeferrableCollectives
-from zcore.comm.calls.served import Served, served_of
-from zcore.core.collectives import Pending
+from zcore.comm.calls.served import Served, current_device, served_of
+from zcore.core.collectives import Pending, derived_label
 from zcore.core.errors import ConfigError, LayoutError, StateError
 
 __all__ = ["Work", "all_gather", "all_reduce", "all_to_all", "barrier", "broadcast", "empty", "reduce_scatter"]
@@ -34,11 +35,12 @@ UNNAMED = "unnamed"
 class Work:
     """A collective on its way, as `torch.distributed.Work` to whoever waits for it."""
 
-    __slots__ = ("_finish", "_pending")
+    __slots__ = ("_finish", "_lock", "_pending")
 
     def __init__(self, pending: Pending, finish: Callable[[], object] | None) -> None:
         self._pending = pending
         self._finish = finish
+        self._lock = threading.RLock()  # of several threads that wait none returns before the result is there
 
     def wait(self) -> bool:
         """Return True when the result is there (on CUDA: when the current stream is ordered behind it).
@@ -47,10 +49,11 @@ class Work:
         CollectiveError if a rank died, left, or did not come before the group's timeout; MismatchError where ranks
         made different calls and that can be seen; StateError inside the block of `coalescing` that collects the call.
         """
-        self._pending.wait()
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()
+        with self._lock:
+            self._pending.wait()
+            finish, self._finish = self._finish, None
+            if finish is not None:
+                finish()
         return True
 
 
@@ -71,11 +74,19 @@ def empty(
     served = served_of(group)
     device = served.device if device is None else torch.device(device)
     _check_device("empty", served, device)
-    if device.index is None and device.type == served.device.type:
-        device = served.device
-    if not isinstance(numel, SupportsIndex) or operator.index(numel) < 0:
-        raise ConfigError(f"empty: a buffer of {numel} elements was asked for; expected one number, 0 or more.")
-    return served.collectives.empty(numel, dtype=dtype, device=device)
+    device = current_device(device.type) if device.index is None else device
+    return served.collectives.empty(_checked_numel(numel), dtype=dtype, device=device)
+
+
+def _checked_numel(numel: SupportsIndex) -> int:
+    """As a number of Python's: one of 8 bits would overflow in the count of bytes."""
+    try:
+        count = operator.index(numel)
+    except TypeError:  # no number, or none that counts
+        count = -1
+    if count < 0:
+        raise ConfigError(f"empty: a buffer of {numel!r} elements was asked for; expected one number, 0 or more.")
+    return count
 
 
 def all_gather(
@@ -299,7 +310,7 @@ class _Call:
             return None, label
         if not (dtype.is_floating_point or dtype.is_complex):
             raise ConfigError(f"{self}: a mean of {dtype} is no {dtype}; expected floating-point numbers, or SUM.")
-        return lambda: result.div_(size), f"mean of {label}"
+        return lambda: result.div_(size), derived_label(f"mean of {label}", parts=[label])
 
     def source(self, src: int | None, group_src: int | None) -> int:
         """The source's rank in the group."""

@@ -17,6 +17,7 @@ start before the step begins to collect, and lets gathers overtake sums.
 """
 
 import threading
+from collections import deque
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -49,40 +50,54 @@ def choose_next(held: Sequence[tuple[Hashable, int]]) -> int:
     return min(first.values(), key=lambda index: (most_urgent[held[index][0]], index))
 
 
+class _Line:
+    """Calls of one group that were chosen to start, in that order, whichever threads chose them."""
+
+    __slots__ = ("chosen", "lock", "start")
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self.chosen: deque[_Call] = deque()
+        self.lock = threading.RLock()  # held while a call starts, which may wait for other ranks
+
+
 class _Call:
     """A call under a limit: held back (with `_request`), then in flight until somebody has waited for it."""
 
-    __slots__ = ("_flow", "_is_in_flight", "_pending", "_request", "error", "num_bytes", "priority", "start")
+    __slots__ = ("_flow", "_pending", "_request", "error", "in_flight_bytes", "line", "num_bytes", "priority")
 
-    def __init__(self, flow: "Flow", start: Start, request: Request | Together) -> None:
+    def __init__(self, flow: "Flow", line: _Line, request: Request | Together) -> None:
         self._flow = flow
-        self.start = start  # one for each group
+        self.line = line
         self.num_bytes = request.payload_bytes
         self.priority = request.priority
+        self.in_flight_bytes = 0
         self._request: Request | Together | None = request
         self._pending: Pending | None = None
-        self._is_in_flight = False
         self.error: Exception | None = None  # that ended it, to be raised by every wait for it
 
     def begin(self) -> None:
-        """Start what is held back, perhaps in somebody else's wait: what goes wrong is kept for this call's own."""
+        """Start what was chosen, behind what was chosen of its group before; no effect on what has been started."""
+        with self.line.lock:
+            while self._request is not None:
+                self.line.chosen.popleft()._begin()
+
+    def _begin(self) -> None:
+        """Perhaps in somebody else's wait: what goes wrong is kept for this call's own."""
         request, self._request = self._request, None
         assert request is not None
         try:
             with _named(request):
-                self._pending = self.start(request)
+                self._pending = self.line.start(request)
         except Exception as error:  # noqa: BLE001 - raised by `wait`, or by the call itself
             self.error = error
-        else:
-            self._is_in_flight = True
-            self._flow.count(self.num_bytes)
+            self._flow.count_out(self)
 
     def wait(self) -> None:
         """See `Pending.wait`; starts everything that the limit holds back."""
         self._flow.start_all()
-        if self._is_in_flight:
-            self._is_in_flight = False
-            self._flow.count(-self.num_bytes)
+        self.begin()  # another thread may have chosen it, and be about to start it
+        self._flow.count_out(self)
         if self._pending is not None and self.error is None:
             try:
                 self._pending.wait()  # each time: on CUDA it orders the stream that is the current one then
@@ -104,7 +119,10 @@ class Flow:
 
     def __init__(self, limit_bytes: int | None = None) -> None:
         self._limit_bytes = _checked(limit_bytes)
-        self._lock = threading.RLock()  # a program may use groups from several threads, each group from one
+        # A program may use groups from several threads, each group from one. Starts are chosen under this lock and
+        # made without it: one that waits for other ranks is not to keep calls of another group from starting, which
+        # these may be waiting for.
+        self._lock = threading.RLock()
         self._held: list[_Call] = []  # in the order of the calls
         self._in_flight_bytes = 0
 
@@ -117,7 +135,8 @@ class Flow:
     def limit_bytes(self, limit_bytes: int | None) -> None:
         with self._lock:
             self._limit_bytes = _checked(limit_bytes)
-            self._start_what_fits()
+            chosen = self._choose(self._limit_bytes)
+        _begin(chosen)
 
     @property
     def in_flight_bytes(self) -> int:
@@ -131,43 +150,49 @@ class Flow:
 
     def around(self, group: Collectives) -> DeferrableCollectives:
         """The contract over `group`, with its calls under this limit. Once for each group."""
-        start = starter_of(group)
-        return DeferrableCollectives(group, start=partial(self._take, start), flush=self.start_all)
+        line = _Line(starter_of(group))
+        return DeferrableCollectives(group, start=partial(self._take, line), flush=self.start_all)
 
     def start_all(self) -> None:
         """Start everything that is held back. To be called before ranks wait for each other by other means."""
         with self._lock:
-            while self._held:
-                self._start(self._next())
+            chosen = self._choose(None)
+        _begin(chosen)
 
-    def count(self, more_bytes: int) -> None:
-        """So many bytes more, or fewer, are in flight."""
+    def count_out(self, call: _Call) -> None:
+        """`call` is in flight no more; no effect on one that is not."""
         with self._lock:
-            self._in_flight_bytes += more_bytes
+            self._in_flight_bytes -= call.in_flight_bytes
+            call.in_flight_bytes = 0
 
-    def _take(self, start: Start, request: Request | Together) -> _Call:
-        call = _Call(self, start, request)
+    def _take(self, line: _Line, request: Request | Together) -> _Call:
+        call = _Call(self, line, request)
         with self._lock:
             self._held.append(call)
-            self._start_what_fits()
+            chosen = self._choose(self._limit_bytes)
+        _begin(chosen)
         if call.error is not None:
             raise call.error
         return call
 
-    def _start_what_fits(self) -> None:
-        """A call that is larger than the limit starts when nothing is in flight."""
+    def _choose(self, limit_bytes: int | None) -> list[_Call]:
+        """What may start now, in its order; a call that is larger than the limit when nothing is in flight."""
+        chosen: list[_Call] = []
         while self._held:
-            call = self._next()
-            total_bytes = self._in_flight_bytes + call.num_bytes
-            if self._limit_bytes is not None and self._in_flight_bytes and total_bytes > self._limit_bytes:
-                return
-            self._start(call)
+            index = choose_next([(call.line, call.priority) for call in self._held])
+            total_bytes = self._in_flight_bytes + self._held[index].num_bytes
+            if limit_bytes is not None and self._in_flight_bytes and total_bytes > limit_bytes:
+                break
+            call = self._held.pop(index)
+            call.in_flight_bytes = call.num_bytes
+            call.line.chosen.append(call)
+            self._in_flight_bytes = total_bytes
+            chosen.append(call)
+        return chosen
 
-    def _next(self) -> _Call:
-        return self._held[choose_next([(call.start, call.priority) for call in self._held])]
 
-    def _start(self, call: _Call) -> None:
-        self._held.remove(call)
+def _begin(chosen: Sequence[_Call]) -> None:
+    for call in chosen:
         call.begin()
 
 

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from zcore.comm.around import Around
-from zcore.core.collectives import Collectives, Pending
+from zcore.core.collectives import Collectives, Pending, derived_label
 
 __all__ = [
     "DEFAULT_PRIORITIES",
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 # Lower goes first. A step waits for what it gathers before it can go on, and for its sums at its end.
-LABEL_CHARACTERS = 50  # of the first call, so that what tells the others apart fits into what ranks compare
 DEFAULT_PRIORITIES = {"all_gather": 0, "broadcast": 0, "all_to_all": 0, "reduce_scatter": 1, "all_reduce": 1}
 
 
@@ -125,7 +124,8 @@ def joined_label(requests: Sequence[Request]) -> str:
     ('grads and 1 more (aa3a7a39)', 'grads and 1 more (fbe69fe4)')
     """
     contents = zlib.crc32(repr([(each.label, each.input.numel()) for each in requests]).encode())
-    return f"{requests[0].label[:LABEL_CHARACTERS]} and {len(requests) - 1} more ({contents:08x})"
+    label = f"{requests[0].label} and {len(requests) - 1} more ({contents:08x})"
+    return derived_label(label, parts=[each.label for each in requests])
 
 
 class DeferrableCollectives(Around):
@@ -172,6 +172,10 @@ class DeferrableCollectives(Around):
     def starts_together(self, op: str) -> bool:
         """See `StartsTogether`: whether what serves does so."""
         return isinstance(self.inner, StartsTogether) and self.inner.starts_together(op)
+
+    def start_together(self, together: Together) -> Pending:
+        """See `StartsTogether`; handed over as one."""
+        return self.start(together)
 
     def _hand_over(
         self, op: str, output: Tensor, input: Tensor, *, label: str, priority: int | None, src: int = 0

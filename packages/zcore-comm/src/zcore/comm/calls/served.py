@@ -20,7 +20,7 @@ from zcore.core.collectives import Collectives
 from zcore.core.errors import ConfigError, StateError
 from zcore.core.torch_collectives import TorchCollectives
 
-__all__ = ["Served", "collectives_of", "served_of"]
+__all__ = ["Served", "collectives_of", "current_device", "served_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,10 +37,14 @@ class Served:
     def device(self) -> torch.device:
         """Where its buffers are born: torch's default device if the group moves that, else the first that it does."""
         default = torch.get_default_device()
-        device_type = default.type if default.type in self.device_types else self.device_types[0]
-        if device_type == "cpu":
-            return torch.device("cpu")
-        return torch.device(device_type, torch.get_device_module(device_type).current_device())
+        return current_device(default.type if default.type in self.device_types else self.device_types[0])
+
+
+def current_device(device_type: str) -> torch.device:
+    """The device of that type on which the caller's next tensor would be born."""
+    if device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(device_type, torch.get_device_module(device_type).current_device())
 
 
 _served: dict[dist.ProcessGroup, Served] = {}
@@ -110,17 +114,8 @@ def _is_born_in_pages(group: Collectives) -> bool:
 
 
 def _device_types(group: dist.ProcessGroup) -> tuple[str, ...]:
-    """What a group moves. gloo serves CPU tensors here, whatever else it could."""
-    if dist.get_backend(group) == "undefined":
-        return ("cpu",) if compat.backend_name(group) == "gloo" else ("cuda",)
-    return parse_device_types(dist.get_backend_config(group))
-
-
-def parse_device_types(backends: str) -> tuple[str, ...]:
-    """The types of device in torch's words for what serves which.
-
-    >>> parse_device_types("cpu:gloo,cuda:gloo")
-    ('cpu',)
-    """
-    pairs = (pair.split(":") for pair in backends.split(","))
-    return tuple(device_type for device_type, backend in pairs if backend != "gloo" or device_type == "cpu")
+    """What the backend moves that serves here; of gloo CPU tensors, whatever else it could."""
+    name = compat.backend_name(group)
+    if name == "gloo":
+        return ("cpu",)
+    return tuple(device_type for device_type, backend in compat.backends_of(group).items() if backend == name)

@@ -11,6 +11,7 @@ is all this relies on; on others the group is served by other means.
 
 import mmap
 import platform
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -57,7 +58,12 @@ class Entry:
 
 @lru_cache(maxsize=4096)  # labels that count steps would fill the memory
 def _label_bytes(label: str) -> bytes:
-    return label.encode()[:LABEL_BYTES].ljust(LABEL_BYTES, b"\0")
+    """A label as it is compared: of a longer one its beginning, and a checksum that tells the rest apart."""
+    encoded = label.encode()
+    if len(encoded) > LABEL_BYTES:
+        checksum = f"...{zlib.crc32(encoded):08x}".encode()
+        encoded = encoded[: LABEL_BYTES - len(checksum)].decode(errors="ignore").encode() + checksum
+    return encoded.ljust(LABEL_BYTES, b"\0")
 
 
 class Board:

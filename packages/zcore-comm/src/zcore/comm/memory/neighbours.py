@@ -83,7 +83,7 @@ class Neighbours:
                 advance_all()
                 ended = [each for each in ended if needs(each[1])]
             if ended and not is_reached():
-                raise self._left(ended, missing, what=what, label=label)
+                raise self._error_of_left(ended, missing, what=what, label=label)
             if patience.is_over:
                 raise self._failure(what, label, missing, has_passed(self._deadline_s))
             if patience.tells_now():
@@ -109,7 +109,7 @@ class Neighbours:
                     f"first error in its output, {AFTER_FAILURE}"
                 )
 
-    def _left(
+    def _error_of_left(
         self, ended: list[tuple[int, Board]], missing: list[tuple[int, Board]], *, what: str, label: str
     ) -> ZcoreError:
         """Who left without a word is the cause; if nobody did, what the first of them gave up for."""
@@ -117,7 +117,7 @@ class Neighbours:
         for each, words in zip(ended, told, strict=True):
             if words is None:
                 missing = [other for other in self.others if other in missing or other is each]
-                return self._failure(what, label, missing, self._journal.left(each[0]))
+                return self._failure(what, label, missing, self._journal.reason_left(each[0]))
         return self._journal.give_up(next(words for words in told if words is not None))
 
     def _failure(self, what: str, label: str, missing: list[tuple[int, Board]], reason: str) -> ZcoreError:

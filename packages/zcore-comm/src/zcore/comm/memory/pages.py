@@ -26,6 +26,7 @@ from zcore.comm.sizes import check_process
 from zcore.core.errors import ZcoreError
 
 __all__ = [
+    "MAX_FILE_BYTES",
     "OutOfPagesError",
     "Pages",
     "Region",

@@ -21,7 +21,7 @@ from zcore.comm.progress import STEP_S, Polled, Stepping, advance_all, has_steps
 from zcore.comm.ranks.journal import Journal
 from zcore.comm.ranks.words import has_passed
 from zcore.comm.sizes import check_exchange, check_process
-from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, tree_sum
+from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, derived_label, tree_sum
 from zcore.core.errors import StateError, ZcoreError
 from zcore.core.exchange import WINDOW_PIECES, Finish
 from zcore.core.torch_collectives import TorchCollectives
@@ -46,7 +46,7 @@ class PairwiseCollectives:
         self._worker = Worker(f"zcore {name}", abort=peers.abort)
         self._process = os.getpid()
         self._broken: Exception | None = None
-        self._left: Task | None = None  # the last call, if it is left to who waits for it
+        self._direct_task: Task | None = None  # the last call, if it is left to who waits for it
 
     @property
     def rank(self) -> int:
@@ -153,7 +153,7 @@ class PairwiseCollectives:
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Polled:
         """See `Collectives.broadcast`."""
-        call, tag = self._begin("broadcast", f"{label} from rank {src}", tensor)
+        call, tag = self._begin("broadcast", derived_label(f"{label} from rank {src}", parts=[label]), tensor)
         if self._choice(call) == "scatter":
             return self._add(call, lambda: self._peers.scatter_to_all(tensor, src=src, tag=tag), has_one_step=False)
         return self._add(
@@ -200,26 +200,26 @@ class PairwiseCollectives:
             journal.finish(call)
 
         task = Task(act)
-        self.hand_over(self._left)
-        self._left = task if has_one_step and call.payload_bytes <= direct_bytes else None
-        if self._left is None:
+        self.hand_over(self._direct_task)
+        self._direct_task = task if has_one_step and call.payload_bytes <= direct_bytes else None
+        if self._direct_task is None:
             self._worker.add(task)
         return _Pending(self, call, task)
 
     def hand_over(self, task: Task | None) -> None:
         """Have the worker do what was left to who waits for it: somebody has more to do than to wait."""
-        if task is not None and task is self._left:
-            self._left = None
+        if task is not None and task is self._direct_task:
+            self._direct_task = None
             self._worker.add(task)
 
     def wait_for(self, call: Call, task: Task) -> None:
         """Return when the call is done. Raises what ended it, each time."""
         if self._broken is not None and not (task.wait(0) and task.error is None):
             raise self._broken
-        if task is self._left and has_steps():
+        if task is self._direct_task and has_steps():
             self.hand_over(task)
-        if task is self._left:
-            self._left = None
+        if task is self._direct_task:
+            self._direct_task = None
             with self._journal.looking_after(call, self._worker.abort) as wait:
                 task.run()
             if wait.trouble is not None:

@@ -115,6 +115,7 @@ class Cards:
         self._count = 0
         self._line = "in no line of the program"  # at its end, the last one it was seen in
         self._seen: dict[int, _Seen] = {}  # by life
+        self._failed: set[str] = set()  # what of the thread's work
         self._requests: queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="zcore cards", daemon=True)
         self._thread.start()
@@ -190,26 +191,29 @@ class Cards:
                     request = self._requests.get(timeout=max(0.0, last_s + self.interval_s - time.monotonic()))
                 except queue.Empty:
                     last_s = time.monotonic()
-                    self._write()
+                    self._try("Writing the card", self._write)
                     for source in self._living():
-                        self._look_after(source)
+                        self._try(f"Looking after the calls of {source.key}", source.look_after)
                     continue
                 if request is None:
-                    self._write()
+                    self._try("Writing the card", self._write)
                     return
                 act, done = request
-                act()
+                self._try("An answer", act)
                 done.set()
-        except RuntimeError as error:  # whoever holds the store is gone; what others know of us stays as it is
+        except dist.DistError as error:  # whoever holds the store is gone; what others know of us stays as it is
             logger.debug("The store takes no more cards: %s", error)
 
-    def _look_after(self, source: Source) -> None:
+    def _try(self, what: str, act: Callable[[], None]) -> None:
+        """One fault, which is told once, must not end the watch of all groups."""
         try:
-            source.look_after()
+            act()
         except dist.DistError:
             raise  # of the store
-        except Exception:  # one group's fault must not end the watch of the others
-            logger.exception("Looking after the calls of %s failed. Report this.", source.key)
+        except Exception:
+            if what not in self._failed:
+                logger.exception("%s failed in the watch over calls, and may do so again. Report this.", what)
+            self._failed.add(what)
 
     def _living(self) -> list[Source]:
         found = [(each, each()) for each in tuple(self._sources)]

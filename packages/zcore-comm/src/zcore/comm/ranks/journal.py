@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from zcore.comm.ranks.cards import CallWord, Cards, GroupWord, Told, program_line
 from zcore.comm.ranks.home import Home
 from zcore.comm.ranks.patience import Patience
-from zcore.comm.ranks.words import about_missing, differed_before, differs, failed, has_left, has_passed
+from zcore.comm.ranks.words import (
+    AFTER_FAILURE,
+    about_missing,
+    differed_before,
+    differs,
+    failed,
+    has_left,
+    has_passed,
+)
 from zcore.core.collectives import Call, tag_of
 from zcore.core.errors import CollectiveError, MismatchError, ZcoreError
 from zcore.core.exchange import STEP_TAGS
@@ -80,6 +88,7 @@ class Journal:
         self._calls: deque[_Made] = deque(maxlen=MAX_REMEMBERED_CALLS)
         self._given_up: tuple[str, str] | None = None  # kind and words of the error that ended this rank's part
         self._followed: deque[_Followed] = deque()
+        self._has_told_of_unknown = False
         self._wait: Wait | None = None
         cards.add(self)
 
@@ -162,7 +171,7 @@ class Journal:
 
     def _look_after_followed(self) -> None:
         """Finish what is done, and tell, once, what keeps the oldest of the others."""
-        while self._followed and self._followed[0].is_done():
+        while self._followed and self._is_over(self._followed[0]):
             self.finish(self._followed.popleft().call)
         if not self._followed:
             return
@@ -177,6 +186,23 @@ class Journal:
             logger.error("%s: %s", type(trouble).__name__, trouble)
         else:
             self._tell_after(oldest.patience, oldest.call, told)
+
+    def _is_over(self, followed: _Followed) -> bool:
+        """Whether it needs no look any more, be it that nobody can say how it stands: that is told of the first one."""
+        try:
+            return followed.is_done()
+        except Exception as error:  # noqa: BLE001 - of the device, after which all calls may have it
+            if not self._has_told_of_unknown:
+                logger.error(
+                    "Nobody looks after %s any more: asked how it stands, it raised %s: %s. Look for the first error "
+                    "in this rank's output, %s",
+                    followed.call,
+                    type(error).__name__,
+                    error,
+                    AFTER_FAILURE,
+                )
+            self._has_told_of_unknown = True
+            return True
 
     def _trouble_after(
         self, patience: Patience, call: Call, told: Mapping[int, Told], *, at_end: str = ""
@@ -195,7 +221,8 @@ class Journal:
     def find_trouble(self, call: Call, *, is_lost: bool = False) -> ZcoreError | None:
         """Why `call`, for which this rank waits, cannot complete; None as long as it still may.
 
-        is_lost: a connection broke, so that any rank that ended or gave up may be the cause, wherever it was.
+        is_lost: a connection broke, so that any rank that ended, or gave up in another part of what serves this process
+        group, may be the cause, however far it came.
         """
         return self._trouble_in(call, self._read(), is_lost=is_lost)
 
@@ -214,7 +241,7 @@ class Journal:
         said, _ = self._said_by(told.get(self.homes[rank].life))
         return self._relayed(said, self.homes[rank].global_rank, told) if said is not None else None
 
-    def left(self, rank: int) -> str:
+    def reason_left(self, rank: int) -> str:
         """The reason where a rank has ended that has said nothing of this group."""
         _, elsewhere = self._said_by(self._read().get(self.homes[rank].life))
         return has_left(self.homes[rank].global_rank, said=elsewhere)
@@ -244,10 +271,8 @@ class Journal:
             has_ended = home.has_ended()
             here, elsewhere = self._said_by(card)
             said = there.given_up if there is not None else None
-            if is_lost:
-                said = here or elsewhere
-            elif has_ended:
-                said = here
+            if is_lost or has_ended:
+                said = here  # not `elsewhere`: of one that goes on it may be long past, and no reason for anything
             if said is not None:
                 return self._relayed(said, home.global_rank, told)
             if there is not None and card is not None:
@@ -308,7 +333,7 @@ class Journal:
     def _relayed(self, reason: tuple[str, str], global_rank: int, told: Mapping[int, Told]) -> ZcoreError:
         """The error of another rank, and what it could not see from its host but is seen from this one.
 
-        Ranks that gave up, and ended for that, are no cause of it.
+        Ranks that gave up here, and ended for that, are no cause of it.
         """
         kind, words = reason
         if not words.startswith(FIRST_WORDS):
@@ -316,13 +341,10 @@ class Journal:
         seen = [
             f"Rank {home.global_rank} ({home.state()})."
             for home in self.homes
-            if (home.has_ended() or home.is_stopped()) and home.state() not in words and not _gave_up(told, home)
+            if (home.has_ended() or home.is_stopped())
+            and home.state() not in words
+            and self._said_by(told.get(home.life))[0] is None
         ]
         return RELAYED.get(kind, CollectiveError)(
             " ".join([words, *([f"Seen from rank {self.homes[self.rank].global_rank}:", *seen] if seen else [])])
         )
-
-
-def _gave_up(told: Mapping[int, Told], home: Home) -> bool:
-    card = told.get(home.life)
-    return card is not None and any(group.given_up is not None for group in card.groups.values())

@@ -1,0 +1,183 @@
+"""What waits for a collective of torch do: errors come each time, threads may wait together, streams are ordered.
+
+Works, events and streams of CUDA are stand-ins with torch's methods.
+"""
+
+import os
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from zcore.core.collectives import CallLog
+from zcore.core.errors import CollectiveError
+from zcore.core.testing import RankFailed
+from zcore.core.torch_collectives import TorchCollectives, TorchPending
+
+LARGE = 100_000  # elements of fp32, above SMALL_BYTES
+
+
+class Work:
+    """Of a device that is still at it."""
+
+    def wait(self):
+        pass
+
+    def is_completed(self):
+        return False
+
+
+class Broken(Work):
+    def wait(self):
+        raise RuntimeError("Connection closed by peer")
+
+
+class Event:
+    is_reached = False
+
+    def record(self):
+        pass
+
+    def query(self):
+        return self.is_reached
+
+
+class Stream:
+    def __init__(self):
+        self.waits_for = []
+
+    def wait_event(self, event):
+        self.waits_for.append(event)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The current stream is the first of these."""
+    found = [Stream(), Stream()]
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: found[0])
+    return found
+
+
+def pending(works, finish=None, *, label="w", **options):
+    return TorchPending(CallLog("dp").note("all_reduce", label, torch.ones(1)), works, finish, **options)
+
+
+def errors_of(waited):
+    """What each wait said, up to the call's name."""
+    found = []
+    for each in waited:
+        try:
+            each.wait()
+            found.append("returned")
+        except CollectiveError as error:
+            found.append(" ".join(str(error).split()[:2]))
+    return found
+
+
+def lose_a_peer():
+    group = TorchCollectives(dist.group.WORLD, name="dp")
+    group.all_reduce(torch.ones(1), label="all are here").wait()
+    if group.rank == 1:
+        os._exit(1)
+    started = [
+        group.all_reduce(torch.ones(LARGE), label="a"),
+        group.all_reduce(torch.ones(LARGE), label="b"),
+        group.reduce_scatter(torch.empty(LARGE), torch.ones(2 * LARGE), label="c"),
+        group.all_reduce(torch.ones(8), label="d"),
+        group.all_gather(torch.empty(2 * LARGE), torch.ones(LARGE), label="e"),
+    ]
+    first, second, *others = started
+    return errors_of([second, first, second, first, *others, *others])
+
+
+def test_each_wait_says_of_its_own_call_that_a_peer_is_gone(ranks):
+    with pytest.raises(RankFailed) as caught:
+        ranks(2, lose_a_peer)
+    a, b, *others = "all_reduce a", "all_reduce b", "reduce_scatter c", "all_reduce d", "all_gather e"
+    assert caught.value.results[0] == [b, a, b, a, *others, *others]
+
+
+def test_a_call_that_waits_for_one_before_it_does_not_tell_its_error():
+    failed, good = pending([Broken()], label="failed").line_up(), pending([Work()], label="good").line_up()
+    assert errors_of([good, failed, good, failed]) == ["returned", "all_reduce failed"] * 2
+
+
+def test_a_call_is_not_completed_before_what_is_left_to_wait_is_done():
+    left_to_wait = pending([], lambda: None)
+    assert not left_to_wait.is_completed()
+    left_to_wait.wait()
+    assert left_to_wait.is_completed()
+
+
+def test_threads_that_wait_for_one_call_all_return_with_its_result():
+    is_at_it, may_end, result, found = threading.Event(), threading.Event(), [], []
+
+    def finish():
+        is_at_it.set()
+        assert may_end.wait(10)
+        result.append("sum")
+
+    call = pending([], finish)
+
+    def wait():
+        call.wait()
+        found.append(list(result))
+
+    threads = [threading.Thread(target=wait) for _ in range(2)]
+    threads[0].start()
+    assert is_at_it.wait(10)
+    threads[1].start()
+    threads[1].join(0.1)  # it is not to return
+    may_end.set()
+    for thread in threads:
+        thread.join()
+    assert found == [["sum"]] * 2
+
+
+def test_every_stream_that_waits_is_ordered_behind_the_works_and_these_are_let_go_of(streams):
+    work = Work()
+    is_held = weakref.ref(work)
+    call = pending([work], on_stream=True)
+    del work
+    call.wait()
+    first, second = streams
+    assert is_held() is None  # it would hold the tensors
+    assert first.waits_for == []  # torch's own wait has ordered it
+    streams.reverse()
+    call.wait()
+    call.wait()
+    (event, again) = second.waits_for
+    assert event is again
+    assert not call.is_completed()
+    event.is_reached = True
+    assert call.is_completed()
+
+
+def test_a_call_whose_device_is_still_at_it_is_not_completed_wherever_a_wait_comes_between(streams):
+    for stop in range(1, 10):
+        call, lines = pending([Work()], on_stream=True), []
+
+        def wait_between(frame, event, _, call=call, lines=lines, stop=stop):
+            """What another thread does while this one is before its line number `stop` of `is_completed`."""
+            if frame.f_code is not TorchPending.is_completed.__code__:
+                return None
+            if event == "line":
+                lines.append(frame.f_lineno)
+                if len(lines) == stop:
+                    call.wait()
+            return wait_between
+
+        tracing = sys.gettrace()
+        sys.settrace(wait_between)
+        try:
+            is_completed = call.is_completed()
+        finally:
+            sys.settrace(tracing)
+        assert not is_completed, lines
+        if len(lines) < stop:
+            return
+    pytest.fail("is_completed has more lines than were tried")

@@ -753,7 +753,7 @@ class Casting(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.down, self.up = nn.Linear(12, 4), nn.Linear(4, 12)
+        self.down, self.up = nn.Linear(12, 4), nn.Linear(4, 12, bias=False)
 
     def forward(self, x):
         self.up = self.up.double()

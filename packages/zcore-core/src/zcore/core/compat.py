@@ -182,9 +182,9 @@ def current_node() -> object | None:
 
 
 def current_node_number() -> int:
-    """The sequence number of that node; -1 outside of a backward. What it waits for of greater number is done.
+    """The number of that node in its graph, above all others for one that accumulates a gradient; -1 in no backward.
 
-    One that accumulates a gradient has the greatest number there is.
+    Of one graph, nodes of greater number have run.
     """
     node = torch._C._current_autograd_node()
     return -1 if node is None else int(node._sequence_nr())

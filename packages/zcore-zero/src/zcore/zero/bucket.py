@@ -287,9 +287,9 @@ class Bucket:
         param.check_registered()
         if compat.storage_key(param.full) != compat.storage_key(self.memory.gathered):
             raise StateError(
-                f"{param.shard.fqn} was given other memory, as `module.to(dtype)` in a forward or `param.data = ...` "
-                "does, and would no longer follow the optimizer. Leave parameters in their dtype: cast inputs and "
-                "results instead, or compute under `torch_autocast` in place of `bf16` and `fp16`."
+                f"{param.shard.fqn} was given other memory inside a forward, as `module.to(dtype)` or "
+                "`param.data = ...` does, and would no longer follow the optimizer. Leave parameters in their dtype: "
+                "cast inputs and results, or compute under `torch_autocast` in place of `bf16` and `fp16`."
             )
         trains = param.is_trainable
         if trains and self.gradients is None:

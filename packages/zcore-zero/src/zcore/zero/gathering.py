@@ -56,6 +56,7 @@ class Gatherer:
         self._idle: dict[int, None] = {}  # left in a forward, not yet released; in order of leaving
         self._backwards: list[Place] = []  # of autograd, each nested in the node of the one before
         self._used_in: dict[int, Place] = {}  # where a bucket was used last
+        self._first_used: dict[int, int] = {}  # transient ones since the last backward: autograd's number at that time
         self._ahead: dict[int, int] = {}  # elements of buckets gathered, or kept, ahead of their next use
         self._live: dict[int, Bucket] = {}  # transient ones with gathered memory
         self._is_at_rest = True  # until the first use after a step
@@ -94,6 +95,8 @@ class Gatherer:
         Others stay fragments, so that what is read of them between modules is never memory that is freed later.
         """
         self._depth[bucket.index] += 1
+        if during is Pass.FORWARD and torch.is_grad_enabled():
+            self._note_use(bucket)
         if self._depth[bucket.index] == 1:
             self.use(bucket, during, module=module)
             if torch.is_grad_enabled():
@@ -178,6 +181,7 @@ class Gatherer:
 
     def pin(self, bucket: Bucket) -> None:
         """Keep `bucket` AVAILABLE and shown until `unpin`, whatever runs in between."""
+        self._note_use(bucket)
         self._pinned[bucket.index] += 1
         if self._pinned[bucket.index] == 1:
             self._drop_if_stale(bucket)
@@ -197,6 +201,23 @@ class Gatherer:
             self._reshard(bucket)
         elif bucket.index not in self._depth and not bucket.is_pinned:
             bucket.show_fragments()
+
+    def _note_use(self, bucket: Bucket) -> None:
+        if bucket.is_transient:
+            self._first_used.setdefault(bucket.index, compat.sequence_number())
+
+    def take_first_used_after(self, number: int) -> list[int]:
+        """The buckets that nothing read before node `number` of autograd was made, each one once in a backward.
+
+        What was made later runs first, so their gradients are final when that node runs. Read while it is pinned, a
+        bucket shows up nowhere, so a pinned one is left out.
+        """
+        found = []
+        while self._first_used and next(reversed(self._first_used.values())) > number:
+            index, _ = self._first_used.popitem()
+            if not self._pinned[index]:
+                found.append(index)
+        return found
 
     def take_digest(self) -> int:
         """The digest of the gathers since this was last asked."""
@@ -232,6 +253,7 @@ class Gatherer:
         At the end of a forward, whose result has views of the buckets `returned`, but for what may still be read.
         """
         if returned is None:
+            self._first_used.clear()
             self._kept.clear()
             self._returned.clear()
         else:

@@ -10,7 +10,7 @@ end of backward  reduce what is left, hand out gradients, everything SHARDED
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -69,7 +69,6 @@ class Conductor:
         self._backward = -1  # which of autograd's
         self.has_gradients = False  # whether a parameter got one in the last backward
         self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
-        self._first_used: dict[int, int] = {}  # since the last backward: autograd's number then, of transient buckets
         self._saved = SavedTensors(buckets)
         self._saver: nn.Module | int | None = None  # whose forward opened `saved`, or the backward that recomputes
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -115,8 +114,6 @@ class Conductor:
         if compat.in_backward():  # of a recomputation, which may begin with it
             self._begin_backward()
             self._begin_saving(compat.current_backward())
-        else:
-            self._note_use((bucket,))
         self.gatherer.enter(bucket, self._pass, module="an operation outside its module")
         return not others_decide()
 
@@ -157,14 +154,7 @@ class Conductor:
         if self.recorder is not None:
             self.recorder.note(Kind.PHASE, SHOWN_PHASES[phase])
 
-    def _note_use(self, buckets: Iterable[Bucket]) -> None:
-        if torch.is_grad_enabled():
-            for bucket in buckets:
-                self._first_used.setdefault(bucket.index, compat.sequence_number())
-
     def _site_pre(self, site: Site) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
-        transient = tuple(bucket for bucket, _ in site.buckets if bucket.is_transient)
-
         def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if compat.in_backward():
                 self._begin_backward()
@@ -172,7 +162,6 @@ class Conductor:
             else:
                 self.recover()
                 self._begin_saving(module)
-                self._note_use(transient)
             site.began.append(compat.sequence_number())
             for bucket, inside in site.buckets:
                 self.gatherer.enter(bucket, self._pass, module=site.name, shown=inside)
@@ -282,24 +271,18 @@ class Conductor:
         compat.queue_backward_callback(self._end_backward)
 
     def _settle(self) -> None:
-        """Tell the reducer past the first use of which buckets the backward is: what was made later runs first.
+        """Before every gather of a backward: tell the reducer which buckets get no more gradients in it.
 
-        Before every gather of a backward. Nothing is told in a nested one, whose nodes are numbered by themselves.
+        Nothing is told in a nested one, whose nodes are numbered by themselves.
         """
-        if not self.has_gradients or compat.current_backward() != self._backward:
-            return
-        here = compat.current_node_number()
-        settled = []
-        while self._first_used and next(reversed(self._first_used.values())) > here:
-            settled.append(self._first_used.popitem()[0])
-        if settled:
-            self._reducer.settle(settled)
+        if self.has_gradients and compat.current_backward() == self._backward:
+            settled = self.gatherer.take_first_used_after(compat.current_node_number())
+            if settled:
+                self._reducer.settle(settled)
 
     def _end_backward(self) -> None:
         self._phase = self._interrupted
         self._end_recomputing()
-        if self._phase is not Phase.FORWARD:
-            self._first_used.clear()
         with torch.no_grad():
             if self._phase is Phase.FORWARD:  # a derivative that the forward itself takes, such as forces of an energy
                 self.gatherer.go_on_forward()
@@ -317,7 +300,6 @@ class Conductor:
     def abandon(self) -> None:
         """Forget a backward that did not finish, with all gradients of this step."""
         self._phase = Phase.REST
-        self._first_used.clear()
         self._reducer.abandon()
         self.gatherer.rest()
         self._end_recomputing()

@@ -4,12 +4,12 @@ The order is fixed so that ranks which leave different modules out still issue t
 reverse of the plan, then the order that rank 0 saw in its first backward. A rank that left a parameter out does not see
 its bucket complete; it starts the reduction once no gradient of the bucket can come any more, the bucket is *settled*:
 
-    rank 0   expert 1 has tokens    bucket complete: start            wait for the sum only when settled
-    rank 1   expert 1 has none      gather of an earlier module is next: bucket settled, start    wait for the gather
+    rank 0    every expert has tokens    bucket complete: start              settled: may wait for the sum
+    rank 1    one expert has none                                            settled: start, then gather
 
-Else rank 0 would wait for rank 1 in the sum, and rank 1 for rank 0 in the gather. At the end of a backward that
-reduces, ranks tell each other which parameters had a gradient anywhere: one that had none stays without, as in plain
-torch, and is not stepped.
+Else rank 0 would wait for rank 1 in the sum, and rank 1 for rank 0 in the gather of an earlier module. At the end of a
+backward that reduces, ranks tell each other which parameters had a gradient anywhere: one that had none stays without,
+as in plain torch, and is not stepped.
 """
 
 from collections import deque
@@ -99,6 +99,7 @@ class Reducer:
                 self._ready.append(index)
         if self.accumulation.reduces and not self._has_nested:
             self._start_what_is_ready()
+            self._limit_what_is_inflight()
 
     def add(self, bucket: Bucket, index: int, grad: Tensor, *, is_nested: bool) -> None:
         """Take the gradient of parameter `index` of `bucket`.
@@ -203,6 +204,9 @@ class Reducer:
         bucket.gradients.start_reduce()
         self._inflight.append(bucket)
         self._next += 1
+        self._limit_what_is_inflight()
+
+    def _limit_what_is_inflight(self) -> None:
         while len(self._inflight) > self._max_inflight and self._may_wait_for(self._inflight[0]):
             self._finish_first(why="before the next is summed")
 

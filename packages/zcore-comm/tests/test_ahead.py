@@ -13,6 +13,7 @@ from zcore.comm.choice import serve
 from zcore.comm.memory.board import RING_CALLS
 from zcore.core import compat
 from zcore.core.testing import RankFailed
+from zcore.core.torch_collectives import TorchCollectives
 
 CPU = torch.device("cpu")
 
@@ -165,6 +166,33 @@ def wait_in_another_order(how):
 @pytest.mark.parametrize("how", ["message", "first use"])
 def test_steps_go_on_while_a_rank_waits_for_a_message_or_a_new_group(ranks, how):
     assert ranks(2, wait_in_another_order, how, group_timeout_s=10.0) == [[2.0]] * 2
+
+
+def send_between_sums(kind):
+    """Some ranks exchange messages that others know nothing of, and all sum before and after."""
+    if kind != "core":
+        move_to_hosts_of(kind)
+    group = serve(dist.group.WORLD, name="dp") if kind != "core" else TorchCollectives(dist.group.WORLD, name="dp")
+    message, total = torch.full((5,), float(group.rank)), torch.ones(30_000)
+    group.all_reduce(total, label="before").wait()
+    if group.rank == 0:
+        for dst in (1, 2):
+            group.send(message, dst=dst, label="m").wait()
+    elif group.rank < 3:
+        group.recv(message, src=0, label="m").wait()
+    group.all_reduce(total, label="after").wait()
+    calls = group.traffic.calls
+    return message.unique().tolist(), total.unique().tolist(), calls["send"], calls["recv"], calls["all_reduce"]
+
+
+@pytest.mark.parametrize("kind", ["core", "shared memory", "pairwise", "two levels"])
+def test_messages_between_some_ranks_are_counted_and_no_calls_of_the_group(ranks, kind):
+    assert ranks(4, send_between_sums, kind, group_timeout_s=10.0) == [
+        ([0.0], [16.0], 2, 0, 2),
+        ([0.0], [16.0], 0, 1, 2),
+        ([0.0], [16.0], 0, 1, 2),
+        ([3.0], [16.0], 0, 0, 2),
+    ]
 
 
 def report_while_calls_are_held(how):

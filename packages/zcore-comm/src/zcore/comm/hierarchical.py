@@ -225,10 +225,12 @@ class HierarchicalCollectives:
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`."""
+        self._log.note("send", label, tensor)
         return self._flat.send(tensor, dst=dst, label=label)
 
     def recv(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.recv`."""
+        self._log.note("recv", label, tensor)
         return self._flat.recv(tensor, src=src, label=label)
 
     def advance(self) -> None:

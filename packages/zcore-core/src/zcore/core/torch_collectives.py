@@ -135,13 +135,13 @@ class TorchCollectives:
     """The contract over torch.distributed, for any backend.
 
     On gloo sums are an exchange and one tree sum; on others the backend's own. Which one it is depends, in a group that
-    has several, on the tensors' device. `group` is the process group, `name` what reports call it. With one rank
-    nothing is sent.
+    has several, on the tensors' device. `group` is the process group, `name` what reports call it, `traffic` where
+    calls are counted, if not apart. With one rank nothing is sent.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, name: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, name: str, traffic: Traffic | None = None) -> None:
         self._group = group
-        self._log = CallLog(name)
+        self._log = CallLog(name, traffic)
         self._backends = compat.backends_of(group)
         if "gloo" in self._backends.values():
             _settle_at_exit()

@@ -63,7 +63,7 @@ class SharedMemoryCollectives:
         self._neighbours = neighbours
         self._members = members
         self._log = CallLog(name)
-        self._plain = TorchCollectives(group, name=name)  # send and receive; and plain memory
+        self._plain = TorchCollectives(group, name=name, traffic=self._log.traffic)  # messages; and plain memory
         self._buffers = Buffers(self._plain, neighbours.boards, name=name)
         self._pages = own_pages()
         self._process = os.getpid()

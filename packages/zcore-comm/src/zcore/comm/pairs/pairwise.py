@@ -42,7 +42,7 @@ class PairwiseCollectives:
         self._journal = journal
         self._table = table
         self._log = CallLog(name)
-        self._plain = TorchCollectives(peers.group, name=name)  # memory, and single messages
+        self._plain = TorchCollectives(peers.group, name=name, traffic=self._log.traffic)  # memory, and messages
         self._worker = Worker(f"zcore {name}", abort=peers.abort)
         self._process = os.getpid()
         self._broken: Exception | None = None

@@ -8,18 +8,19 @@ from zcore.core.errors import CollectiveError, MismatchError
 __all__ = ["AFTER_FAILURE", "ALIKE", "about_missing", "differed_before", "differs", "failed", "has_left", "has_passed"]
 
 ALIKE = (
-    "Every rank makes the same calls, of the same sizes, in the same order: look for a branch that ranks take "
-    "differently, or data of different shapes."
+    "Every rank makes the same calls, of the same sizes and labels, in the same order: look for a branch that ranks "
+    "take differently, data of different shapes, or a label with the rank in it."
 )
+TIMEOUT = "the timeout of"
 AFTER_FAILURE = "mend it, and restart all ranks from the last checkpoint."
 
 
 def failed(what: str, reason: str, missing: str, *, label: str) -> CollectiveError:
     """`what` ended for `reason`; `missing` is what `about_missing` says, `label` names its data."""
-    return CollectiveError(
-        f"{what} did not complete: {reason}. {missing}{contents_of(label)} Look for the first error in the output of "
-        f"the ranks named, {AFTER_FAILURE}"
-    )
+    advice = f"Look for the first error in the output of the ranks named, {AFTER_FAILURE}"
+    if reason.startswith(TIMEOUT):  # whoever is alive may have none
+        advice += " One that lives hangs, or is slow, where it was seen last; `kill -CONT` wakes a stopped process."
+    return CollectiveError(f"{what} did not complete: {reason}. {missing}{contents_of(label)} {advice}")
 
 
 def about_missing(missing: Sequence[str], arrived: Sequence[int]) -> str:
@@ -50,4 +51,4 @@ def has_left(global_rank: int, *, said: tuple[str, str] | None = None) -> str:
 
 def has_passed(deadline_s: float) -> str:
     """The reason where a rank never came."""
-    return f"the timeout of {deadline_s:.3g} s has passed"
+    return f"{TIMEOUT} {deadline_s:.3g} s has passed"

@@ -1,9 +1,11 @@
-"""Which rank failed first, and how that is told: one block, its traceback last. Pure.
+"""Which rank failed first, and how that is told: one block, its traceback last, without zcore's own frames. Pure.
 
 --- rank 1 on worker-2 failed first: exit code 1 ---------------
 Traceback (most recent call last):
-  ...
-ValueError: shard 3 is empty
+  File "train.py", line 7, in <module>
+    all_reduce(grads)
+  ... 7 frames of zcore
+CollectiveError: ...
 ----------------------------------------------------------------
 """
 
@@ -12,7 +14,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Failure", "choose_first", "describe_exit", "draw", "find_traceback"]
+__all__ = ["Failure", "choose_first", "collapse_frames", "describe_exit", "draw", "find_traceback"]
 
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):")
 _TORCH_PREFIX = re.compile(r"\[rank\d+\]: ?")  # torch's, on each line of a traceback once a process group stands
@@ -23,6 +25,10 @@ _CHAIN = re.compile(
 _CONSEQUENCE = re.compile(
     r"(closed|reset) by peer|Broken pipe|Connection (refused|was likely closed)|remote process exited|CollectiveError"
 )
+# A frame in a traceback: the line that names its file, and what follows of its source.
+_FRAME = re.compile(r'  File "(?P<file>[^"]*)", line \d+')
+_OF_FRAME = re.compile(r" {4}|  \[Previous line repeated ")
+_OWN_FILE = re.compile(r"/zcore/(core|zero|comm|pipe|offload|infer|kernels)/")
 _TAIL_LINES = 20  # of one that left no traceback
 _WIDTH = 80
 
@@ -72,6 +78,26 @@ def find_traceback(lines: Sequence[str]) -> list[str]:
     return plain[start:]
 
 
+def collapse_frames(lines: Sequence[str]) -> list[str]:
+    """A traceback with a line in place of each run of zcore's own frames; the rank's own output has all of them.
+
+    >>> collapse_frames(['  File "t.py", line 3, in f', '  File "/x/zcore/comm/a.py", line 5, in g', "    h()"])
+    ['  File "t.py", line 3, in f', '  ... 1 frame of zcore']
+    """
+    shown: list[str] = []
+    num_own = 0
+    is_own = False
+    for line in [*lines, ""]:
+        frame = _FRAME.match(line)
+        is_own = bool(_OWN_FILE.search(frame["file"])) if frame else is_own and bool(_OF_FRAME.match(line))
+        num_own += is_own and frame is not None
+        if not is_own:
+            shown += [f"  ... {num_own} frame{'s' * (num_own > 1)} of zcore"] * bool(num_own)
+            shown.append(line)
+            num_own = 0
+    return shown[:-1]
+
+
 def describe_exit(exitcode: int) -> str:
     """What an exit code says.
 
@@ -91,5 +117,5 @@ def draw(failure: Failure) -> str:
     where = f" on {failure.host}" if failure.host else ""
     who = f"launcher{where} failed" if failure.rank is None else f"rank {failure.rank}{where} failed first"
     head = f"--- {who}: {describe_exit(failure.exitcode)} "
-    body = failure.last_words or ["It wrote nothing to stderr."]
+    body = collapse_frames(failure.last_words) or ["It wrote nothing to stderr."]
     return "\n".join([head.ljust(_WIDTH, "-"), *body, "-" * _WIDTH])

@@ -65,7 +65,7 @@ def test_without_a_traceback_the_last_lines_are_told():
     [
         (3, "exit code 3"),
         (-signal.SIGSEGV, "SIGSEGV"),
-        (-signal.SIGKILL, "SIGKILL; the kernel does"),
+        (-signal.SIGKILL, "SIGKILL"),
         (-63, "signal 63"),
     ],
 )
@@ -85,6 +85,7 @@ def test_the_block_names_rank_and_host_and_ends_with_the_error():
     assert set(lines[-1]) == {"-"}
     assert "launcher on a failed: exit code 1" in draw(launcher)
     assert "It wrote nothing to stderr." in draw(ended)
+    assert "killed by SIGKILL; the kernel does that when memory runs out" in draw(killed)
 
 
 def frame(path, *source):

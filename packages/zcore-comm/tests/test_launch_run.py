@@ -22,7 +22,8 @@ from zcore.core.errors import ConfigError  # noqa: E402
 
 DEADLINE_S = 60
 
-# What a rank does is said by its arguments; `alive` is a FIFO that every rank holds open as long as it lives.
+# What a rank does is said by its arguments; `alive` is a FIFO that every rank holds open as long as it lives, and by
+# `word`, another one, rank 1 says to rank 0 how far it is.
 PROGRAM = """
 import os, signal, sys, time
 rank, alive, what = int(os.environ["RANK"]), open(sys.argv[1], "w"), sys.argv[2]
@@ -43,6 +44,18 @@ elif what == "restart":  # ranks that meet again find each other, not what the f
     dist.all_reduce(total)
     print(f"total {total.item():g}")
     dist.destroy_process_group()
+elif what in ("stopped", "deaf"):
+    if rank == 0:
+        word = open("word").read()  # to its end
+        if what == "stopped":
+            os.kill(int(word), signal.SIGSTOP)
+        raise ValueError("no answer")
+    if what == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    word = open("word", "w")
+    print(os.getpid(), file=word, flush=True)
+    word.close()
+    time.sleep(600)
 elif what in ("raise", "kill", "wait"):
     if rank == 1 and what == "raise":
         raise ValueError("empty shard")
@@ -151,6 +164,7 @@ class Front:
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     os.mkfifo(tmp_path / "alive")
+    os.mkfifo(tmp_path / "word")
     (tmp_path / "train.py").write_text(PROGRAM)
     (tmp_path / "ssh.py").write_text(SSH)
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
@@ -185,6 +199,24 @@ def test_when_a_rank_raises_the_others_end_and_its_traceback_comes_last(place):
     assert done.stderr[-2] == "ValueError: empty shard"
     assert "[1] ValueError: empty shard" in done.stderr
     assert not [line for line in done.stderr if "elastic" in line or "OMP_NUM_THREADS" in line]
+
+
+def test_a_stopped_rank_is_ended_at_once_and_the_rank_that_failed_is_told(place):
+    place.environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(10 * DEADLINE_S)
+    done = place.run("-n", "2", what="train.py alive stopped")
+    assert done.exitcode == 1
+    note = f"[launcher] rank 0 failed: exit code 1; ending the others, up to {10 * DEADLINE_S} s"
+    assert note in done.stderr
+    assert re.match(r"--- rank 0 on .* failed first: exit code 1 ---", done.stderr[done.stderr.index(note) + 1])
+    assert done.stderr[-2] == "ValueError: no answer"
+
+
+def test_a_rank_that_does_not_end_is_killed_in_time_and_not_blamed(place):
+    place.environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "1"
+    done = place.run("-n", "2", what="train.py alive deaf")
+    assert done.exitcode == 1
+    assert "[launcher] rank 1 did not end within 1 s: killed" in done.stderr
+    assert done.stderr[-2] == "ValueError: no answer"
 
 
 def test_over_ssh_a_killed_rank_is_named_with_its_host_and_the_other_host_ends(place):

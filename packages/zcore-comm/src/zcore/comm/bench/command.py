@@ -124,10 +124,11 @@ def _run(module: str, plan: str, *, num_ranks: int) -> str | None:
 
 def _start_ranks(module: str, arguments: list[str], *, num_ranks: int) -> None:
     from zcore.comm.launch.follow import run
-    from zcore.comm.launch.plan import Job, plan_local
+    from zcore.comm.launch.plan import Job, parse_shutdown_s, plan_local
     from zcore.comm.launch.screen import Screen
 
     job = Job(program=(module, *arguments), python=sys.executable, is_module=True, num_ranks=num_ranks)
-    code = run([plan_local(job)], Screen(sys.stdout, sys.stderr, has_prefix=False))
+    screen = Screen(sys.stdout, sys.stderr, has_prefix=False)
+    code = run([plan_local(job)], screen, shutdown_s=parse_shutdown_s(os.environ))
     if code:
         raise typer.Exit(code)

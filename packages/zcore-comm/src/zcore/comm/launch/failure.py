@@ -106,16 +106,14 @@ def describe_exit(exitcode: int) -> str:
     """
     if exitcode >= 0:
         return f"exit code {exitcode}"
-    if exitcode == -signal.SIGKILL:
-        return "killed by SIGKILL; the kernel does that when memory runs out (see dmesg)"
-    name = signal.Signals(-exitcode).name if -exitcode in list(signal.Signals) else f"signal {-exitcode}"
-    return f"killed by {name}"
+    return f"killed by {signal.Signals(-exitcode).name if -exitcode in list(signal.Signals) else f'signal {-exitcode}'}"
 
 
 def draw(failure: Failure) -> str:
     """The failure for people."""
     where = f" on {failure.host}" if failure.host else ""
     who = f"launcher{where} failed" if failure.rank is None else f"rank {failure.rank}{where} failed first"
-    head = f"--- {who}: {describe_exit(failure.exitcode)} "
+    advice = "; the kernel does that when memory runs out (see dmesg)" if failure.exitcode == -signal.SIGKILL else ""
+    head = f"--- {who}: {describe_exit(failure.exitcode)}{advice} "
     body = collapse_frames(failure.last_words) or ["It wrote nothing to stderr."]
     return "\n".join([head.ljust(_WIDTH, "-"), *body, "-" * _WIDTH])

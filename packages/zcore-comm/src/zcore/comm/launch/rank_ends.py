@@ -7,7 +7,7 @@ the ranks first, and torch looks when there is nothing left to do:
     one has failed    a mark for each that has (`lines`); SIGTERM for the others, and SIGCONT, so that a
                       stopped one wakes to it; SIGKILL after `shutdown_s`
 
-Ranks that were ended here have no mark.
+With restarts left a note says what has failed, in place of marks. Ranks that were ended here have neither.
 """
 
 import os
@@ -42,9 +42,17 @@ class EndingAgent(LocalElasticAgent):
         self._shutdown_s = parse_shutdown_s(os.environ)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}  # by global rank
         self._until_s: float | None = None  # when ranks that are being ended are killed
+        self._num_starts = 0
+        self._has_failed = False  # since the last start
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self._until_s = None
+        spec = worker_group.spec
+        if self._num_starts and self._has_failed:
+            self._note(f"restart {self._num_restarts} of {spec.max_restarts}: the ranks of this host start again")
+        elif self._num_starts:
+            self._note("restart: ranks of another host have failed; those of this host start again")
+        self._num_starts += 1
+        self._until_s, self._has_failed = None, False
         pids: dict[int, Any] = super()._start_workers(worker_group)
         assert isinstance(self._pcontext, SubprocessContext)  # a program, never a function
         handlers = self._pcontext.subprocess_handlers
@@ -60,9 +68,12 @@ class EndingAgent(LocalElasticAgent):
         if failed:
             for rank, code in failed.items() if not left else ():
                 os.write(2, mark_end(Ended(rank, code, platform.node())))
+            self._has_failed = True
             steps = [_told(failed)]
             if None in codes.values():
                 steps.append(f"ending the others, up to {self._shutdown_s} s")
+            if left:
+                steps.append(f"restart {self._num_restarts + 1} of {worker_group.spec.max_restarts} follows")
             if len(steps) > 1:
                 self._note("; ".join(steps))
             self._end(signal.SIGTERM)

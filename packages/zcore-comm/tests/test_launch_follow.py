@@ -89,6 +89,13 @@ def test_output_that_comes_after_the_news_of_a_failure_belongs_to_it():
     assert follow([python(late)]).stderr[-3:-1] == ["Traceback (most recent call last):", "ValueError: x"]
 
 
+def test_only_ranks_that_left_before_the_failure_are_told():
+    shown = follow([python("os.write(2, b'\\x1e4!0 n\\n\\x1e2!0 n\\n\\x1e1!3 n\\n\\x1e0!0 n\\n'); sys.exit(1)")])
+    assert shown.exitcode == 3
+    assert shown.stderr[-2] == "Ranks 2, 4 had ended before, with exit code 0."
+    assert follow([python("os.write(2, b'\\x1e1!0 n\\n')")]) == Shown(0, [], [])
+
+
 def test_a_host_that_is_not_reached_ends_the_others_and_says_what_to_try():
     lost = Command(("sh", "-c", "echo 'ssh: connect to host b port 22: Connection refused' >&2; exit 255"), host="b")
     shown = follow([python(WAIT, "a"), lost])

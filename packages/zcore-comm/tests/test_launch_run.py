@@ -44,7 +44,7 @@ elif what == "restart":  # ranks that meet again find each other, not what the f
     dist.all_reduce(total)
     print(f"total {total.item():g}")
     dist.destroy_process_group()
-elif what in ("stopped", "deaf"):
+elif what in ("stopped", "deaf", "leaves"):
     if rank == 0:
         word = open("word").read()  # to its end
         if what == "stopped":
@@ -54,6 +54,8 @@ elif what in ("stopped", "deaf"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     word = open("word", "w")
     print(os.getpid(), file=word, flush=True)
+    if what == "leaves":  # and closes the word when it has ended
+        sys.exit(0)
     word.close()
     time.sleep(600)
 elif what in ("raise", "kill", "wait"):
@@ -217,6 +219,12 @@ def test_a_rank_that_does_not_end_is_killed_in_time_and_not_blamed(place):
     assert done.exitcode == 1
     assert "[launcher] rank 1 did not end within 1 s: killed" in done.stderr
     assert done.stderr[-2] == "ValueError: no answer"
+
+
+def test_a_rank_that_left_without_an_error_is_told_when_another_one_fails(place):
+    done = place.run("-n", "2", what="train.py alive leaves")
+    assert done.exitcode == 1
+    assert done.stderr[-3:-1] == ["ValueError: no answer", "Rank 1 had ended before, with exit code 0."]
 
 
 def test_over_ssh_a_killed_rank_is_named_with_its_host_and_the_other_host_ends(place):

@@ -6,6 +6,7 @@ Traceback (most recent call last):
     all_reduce(grads)
   ... 7 frames of zcore
 CollectiveError: ...
+Rank 0 had ended before, with exit code 0.
 ----------------------------------------------------------------
 """
 
@@ -30,6 +31,7 @@ _FRAME = re.compile(r'  File "(?P<file>[^"]*)", line \d+')
 _OF_FRAME = re.compile(r" {4}|  \[Previous line repeated ")
 _OWN_FILE = re.compile(r"/zcore/(core|zero|comm|pipe|offload|infer|kernels)/")
 _TAIL_LINES = 20  # of one that left no traceback
+_SHOWN_RANKS = 8
 _WIDTH = 80
 
 
@@ -109,11 +111,15 @@ def describe_exit(exitcode: int) -> str:
     return f"killed by {signal.Signals(-exitcode).name if -exitcode in list(signal.Signals) else f'signal {-exitcode}'}"
 
 
-def draw(failure: Failure) -> str:
-    """The failure for people."""
+def draw(failure: Failure, *, ended_before: Sequence[int] = ()) -> str:
+    """The failure for people. ended_before: the ranks that had left with exit code 0, which others may have missed."""
     where = f" on {failure.host}" if failure.host else ""
     who = f"launcher{where} failed" if failure.rank is None else f"rank {failure.rank}{where} failed first"
     advice = "; the kernel does that when memory runs out (see dmesg)" if failure.exitcode == -signal.SIGKILL else ""
     head = f"--- {who}: {describe_exit(failure.exitcode)}{advice} "
     body = collapse_frames(failure.last_words) or ["It wrote nothing to stderr."]
+    if ended_before:
+        ranks = ", ".join(map(str, ended_before[:_SHOWN_RANKS]))
+        more = f" and {len(ended_before) - _SHOWN_RANKS} more" if len(ended_before) > _SHOWN_RANKS else ""
+        body.append(f"Rank{'s' * (len(ended_before) > 1)} {ranks}{more} had ended before, with exit code 0.")
     return "\n".join([head.ljust(_WIDTH, "-"), *body, "-" * _WIDTH])

@@ -18,6 +18,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import IO
 
 from zcore.comm.launch.agent import EXPLAINED
@@ -154,7 +155,8 @@ class _Front:
         if not self._has_failed:
             return 0
         first = choose_first([*map(self._failure, self._failed_ends), *self._failed_launchers])
-        self._screen.show("stderr", draw(first))
+        ended_before = [end.ended.rank for end in takewhile(lambda end: not end.ended.exitcode, self._ends)]
+        self._screen.show("stderr", draw(first, ended_before=sorted(ended_before)))
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
 
     @property

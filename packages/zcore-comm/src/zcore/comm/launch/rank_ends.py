@@ -4,8 +4,9 @@ torch's agent ends the others of a failed rank before it says so. It gives them 
 is stopped (SIGSTOP) sleeps through them; what it reports then holds those that it has killed itself. So this looks at
 the ranks first, and torch looks when there is nothing left to do:
 
-    one has failed    a mark for each that has (`lines`); SIGTERM for the others, and SIGCONT, so that a
+    one has failed    a mark for each that ended by itself (`lines`); SIGTERM for the others, and SIGCONT, so that a
                       stopped one wakes to it; SIGKILL after `shutdown_s`
+    all ended well    a mark for each
 
 With restarts left a note says what has failed, in place of marks. Ranks that were ended here have neither.
 """
@@ -65,9 +66,11 @@ class EndingAgent(LocalElasticAgent):
         if not failed and None in codes.values():
             return RunResult(state=WorkerState.HEALTHY)
         left = worker_group.spec.max_restarts - self._num_restarts
+        if not failed or not left:  # those that ended well come first: a failure may follow from that
+            for rank, code in sorted(codes.items(), key=lambda item: bool(item[1])):
+                if code is not None:
+                    os.write(2, mark_end(Ended(rank, code, platform.node())))
         if failed:
-            for rank, code in failed.items() if not left else ():
-                os.write(2, mark_end(Ended(rank, code, platform.node())))
             self._has_failed = True
             steps = [_told(failed)]
             if None in codes.values():

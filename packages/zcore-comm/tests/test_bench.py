@@ -111,12 +111,45 @@ def test_payloads_for_which_there_is_no_memory_are_left_out(ranks):
         ranks(2, plan_for_more_than_there_is, (1 << 40,))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--json", "nofolder/x.json"), "nofolder/x.json cannot be written: there is no folder nofolder. Make it"),
+        (("--plot", "nofolder/x.png"), "nofolder/x.png cannot be written: there is no folder nofolder. Make it"),
+        (("--json", "."), ". is a folder; expected a file"),
+        (("--plot", "x.txt"), "--plot x.txt is no PNG file; expected a name that ends in .png."),
+        (("--plot", "x.png", "--ops", "barrier"), "a barrier has none. Leave --plot out, or add an op."),
+        (("--max-bytes", "12 parsecs"), "'12 parsecs' is no size; expected one such as 4KiB, 64MiB or 1GiB."),
+    ],
+)
+def test_what_could_not_be_written_or_drawn_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, options, message
+):
+    testing = pytest.importorskip("typer.testing")
+    if "--plot" in options:
+        pytest.importorskip("matplotlib")
+    from zcore.comm.bench.command import app
+
+    monkeypatch.chdir(tmp_path)
+    error = testing.CliRunner().invoke(app, ["bench", *options]).exception
+    assert isinstance(error, ConfigError)
+    assert message in str(error)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_file_that_may_not_be_written_is_refused(tmp_path):
+    testing = pytest.importorskip("typer.testing")
+    from zcore.comm.bench.command import app
+
+    tmp_path.chmod(0o555)
+    error = testing.CliRunner().invoke(app, ["bench", "--json", str(tmp_path / "x.json")]).exception
+    assert isinstance(error, ConfigError) and "permission denied" in str(error)
+
+
 def test_the_command_starts_ranks_and_writes_table_file_and_plot(tmp_path):
     testing = pytest.importorskip("typer.testing")
-    from zcore.comm.bench.command import app, parse_bytes
+    from zcore.comm.bench.command import app
 
-    with pytest.raises(ConfigError, match="'12 parsecs' is no size"):
-        parse_bytes("12 parsecs")
     options = ["bench", "-n", "2", "--ops", "all_gather,barrier", "--max-bytes", "1KiB", "--rounds", "1"]
     try:
         import matplotlib as mpl  # noqa: F401

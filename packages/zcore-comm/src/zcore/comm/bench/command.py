@@ -69,8 +69,12 @@ def bench(
         rounds=rounds,
         slice_s=turn_s,
     )
-    if plot_file is not None:
-        check_plot()
+    if os.environ.get("RANK", "0") == "0":  # where ranks are there already, one of them writes
+        if plot_file is not None:
+            check_plot(plan, plot_file)
+        for file in (json_file, plot_file):
+            if file is not None:
+                _check_file(file)
     text = _run("zcore.comm.bench.measure", plan.to_json(), num_ranks=num_ranks)
     if text is None:
         return
@@ -107,6 +111,16 @@ def tune(
         found = Found.from_json(text)
         Console().print(draw_tables([table_of(found)]))
         typer.echo(f"{'would be written' if dry_run else 'written'}: {found.path}")
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a file that could not be written after minutes of measuring."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; expected a file. Name one in it: {path / 'bench'}.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}. Make it, or name another.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: permission denied. Name a file that you may write.")
 
 
 def _run(module: str, plan: str, *, num_ranks: int) -> str | None:

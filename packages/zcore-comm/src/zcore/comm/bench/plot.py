@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zcore.comm.bench.contenders import COPY, SOCKETS
-from zcore.comm.bench.measure import Report, Row
+from zcore.comm.bench.measure import Plan, Report, Row
 from zcore.comm.recording.tables import shown_seconds
-from zcore.core.errors import NotInstalledError
+from zcore.core.errors import ConfigError, NotInstalledError
 from zcore.core.quantities import shown_bytes
 
 if TYPE_CHECKING:
@@ -28,10 +28,14 @@ STYLES = {
 PLAIN_STYLE = ("#d62728", "-", "x")
 
 
-def check_plot() -> None:
-    """Raise NotInstalledError if a plot cannot be drawn here: before minutes of measuring, not after."""
+def check_plot(plan: Plan, path: Path) -> None:
+    """Raise ConfigError or NotInstalledError if a plot cannot be drawn: before minutes of measuring, not after."""
     if find_spec("matplotlib") is None:
         raise NotInstalledError("A plot needs matplotlib: pip install 'zcore-comm[bench]'")
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--plot {path} is no PNG file; expected a name that ends in .png.")
+    if set(plan.ops) == {"barrier"}:
+        raise ConfigError("A plot is drawn over payloads, and a barrier has none. Leave --plot out, or add an op.")
 
 
 def draw_plot(report: Report, path: Path) -> None:

@@ -111,6 +111,37 @@ def test_payloads_for_which_there_is_no_memory_are_left_out(ranks):
         ranks(2, plan_for_more_than_there_is, (1 << 40,))
 
 
+def a_report(ops, sizes_bytes, *, rounds=2):
+    """What a bench of 2 ranks may find, without one."""
+    times_s = {name: [1e-4 * (at + 1)] * rounds for at, name in enumerate(KINDS[2])}
+    rows = []
+    for op in ops:
+        for size in (0,) if op == "barrier" else sizes_bytes:
+            ran = {name: each for name, each in times_s.items() if size or name != COPY}
+            rows += rows_of(op, size, 2, ran, plain="torch gloo")
+    machine = {"processor": "EPYC 7B13 64-Core Processor at 2.45 GHz", "cores": 64, "accelerator": None}
+    plan = Plan(ops=ops, sizes_bytes=sizes_bytes, rounds=rounds)
+    versions = {"torch": "2.13.0+cpu"}
+    return Report("test", "2026", machine, versions, (0.0, 0.0), "gloo", 2, 1, plan, tuple(rows))
+
+
+@pytest.mark.parametrize("ops", [("all_gather",), ("all_gather", "all_reduce", "barrier"), OPS])
+@pytest.mark.parametrize("sizes_bytes", [(1024,), (1024, 4096, 16384)])
+def test_a_plot_holds_all_its_words_and_lines(tmp_path, ops, sizes_bytes):
+    image_of = pytest.importorskip("matplotlib.image").imread
+    from zcore.comm.bench.plot import STYLES, draw_plot
+
+    draw_plot(a_report(ops, sizes_bytes), tmp_path / "plot.png")
+    image = image_of(tmp_path / "plot.png")[:, :, :3]
+    for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
+        assert (edge == 1).all()  # white: nothing is cut off
+    panels = image[: image.shape[0] * 3 // 4]
+    for name in KINDS[2]:
+        if name in STYLES:
+            colour = [int(STYLES[name][0][at : at + 2], 16) / 255 for at in (1, 3, 5)]
+            assert (abs(panels - colour) < 0.01).all(axis=-1).sum() > 10, name
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

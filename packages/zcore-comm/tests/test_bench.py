@@ -150,6 +150,7 @@ def test_a_plot_holds_all_its_words_and_lines(tmp_path, ops, sizes_bytes):
         (("--json", "."), ". is a folder; expected a file"),
         (("--plot", "x.txt"), "--plot x.txt is no PNG file; expected a name that ends in .png."),
         (("--plot", "x.png", "--ops", "barrier"), "a barrier has none. Leave --plot out, or add an op."),
+        (("--max-bytes", "1MB"), "'1MB' is no size; expected one such as 4KiB, 64MiB or 1GiB. Did you mean 1MiB?"),
         (("--max-bytes", "12 parsecs"), "'12 parsecs' is no size; expected one such as 4KiB, 64MiB or 1GiB."),
     ],
 )

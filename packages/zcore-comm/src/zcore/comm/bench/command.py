@@ -19,6 +19,7 @@ from zcore.core.errors import ConfigError
 __all__ = ["app", "parse_bytes"]
 
 UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+DECIMAL_UNITS = ("K", "M", "G", "KB", "MB", "GB")  # which some take for 1,000, others for 1,024
 
 app = typer.Typer(no_args_is_help=True, help="Measure collectives on this machine.", rich_markup_mode=None)
 
@@ -32,7 +33,9 @@ def parse_bytes(text: str) -> int:
     digits = text.rstrip("BbIiKkMmGg ")
     unit = text[len(digits) :].strip().upper()
     if not digits.isdecimal() or unit not in UNITS or not int(digits):
-        raise ConfigError(f"{text!r} is no size; expected one such as 4KiB, 64MiB or 1GiB.")
+        meant = f"{digits}{unit[0]}iB" if digits.isdecimal() and unit in DECIMAL_UNITS else ""
+        advice = f" Did you mean {meant}?" if meant else ""
+        raise ConfigError(f"{text!r} is no size; expected one such as 4KiB, 64MiB or 1GiB.{advice}")
     return int(digits) * UNITS[unit]
 
 

@@ -1,5 +1,6 @@
 """`zcore comm bench`: what it measures is right, and told whole. No test looks at a time: machines are noisy."""
 
+import io
 import json
 import os
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from zcore.comm.bench.contenders import COPY, OPS, SOCKETS, Case, Contender, build_contenders
 from zcore.comm.bench.measure import Plan, Report, leave_out_too_large, measure, rows_of, sizes_up_to
 from zcore.comm.bench.table import tables_of
-from zcore.comm.recording.tables import write_tables
+from zcore.comm.recording.tables import draw_tables, write_tables
 from zcore.core.errors import CollectiveError, ConfigError
 from zcore.core.testing import RankFailed
 
@@ -140,6 +141,23 @@ def test_a_plot_holds_all_its_words_and_lines(tmp_path, ops, sizes_bytes):
         if name in STYLES:
             colour = [int(STYLES[name][0][at : at + 2], 16) / 255 for at in (1, 3, 5)]
             assert (abs(panels - colour) < 0.01).all(axis=-1).sum() > 10, name
+
+
+def test_a_table_keeps_its_numbers_where_it_is_narrow():
+    console = pytest.importorskip("rich.console")
+    report = a_report(("all_gather",), (1024, 1 << 30))
+    for width in (80, 60):
+        stream = io.StringIO()
+        console.Console(file=stream, width=width).print(draw_tables(tables_of(report)[1:]))
+        lines = stream.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        assert lines[1].split()[2:] == ["latency", "spread", "bus", "of", "copy", "speedup"]
+        assert "0.50x" in lines[3] and "5.1M" in lines[2]
+
+
+def test_a_single_round_has_no_spread():
+    assert "-" in tables_of(a_report(("broadcast",), (64,), rounds=1))[1].rows[0]
+    assert "0%" in tables_of(a_report(("broadcast",), (64,), rounds=2))[1].rows[0]
 
 
 @pytest.mark.parametrize(

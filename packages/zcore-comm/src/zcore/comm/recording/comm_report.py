@@ -35,8 +35,8 @@ STANDS_OUT = 3.0  # times what the others wait for most ranks, from which on a r
 OVERLAPPED = 0.1  # of a call's time not held by it, from which on its bandwidth is called a lower bound
 LEGEND = (
     "wait: how long wait() held the program, on average; done in: since the start.",
-    "GB/s: payload over the time of whoever came last; bus: what a link carries;",
-    ">: or more, as the program computed meanwhile.",
+    "B/s: payload over the time of whoever came last; bus: what a link carries;",
+    "k, M, G: 10^3, 10^6, 10^9; >: or more, as the program computed meanwhile.",
 )
 SHOWN_LABELS = 5
 SHOWN_RANKS = 8
@@ -249,7 +249,7 @@ def _op_tables(report: CommReport) -> Iterable[Table]:
     sections: dict[tuple[str, int, str], list[OpRow]] = {}
     for row in report.ops:
         sections.setdefault((row.group, row.group_size, row.algorithm), []).append(row)
-    columns = ("op", "up to", "calls", "total", "wait", "longest", "done in", "GB/s", "bus")
+    columns = ("op", "up to", "calls", "total", "wait", "longest", "done in", "B/s", "bus")
     for (group, group_size, algorithm), rows in sections.items():
         num_open = sum(row.num_open for row in rows)
         yield Table(

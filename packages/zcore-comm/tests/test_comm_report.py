@@ -165,7 +165,14 @@ def test_only_calls_that_every_rank_still_knows_are_compared():
 def test_one_rank_alone_has_nothing_to_compare():
     report = build_report([a_rank(0, group_of(2), [0.001])])
     assert (report.num_compared, report.straggler) == (0, None)
-    assert "Nothing to compare between ranks." in str(report)
+    text = str(report)
+    assert "on every rank `recording.report(dist.group.WORLD)` compares them." in text
+    assert "Nothing to compare" not in text
+
+
+def test_calls_that_nobody_waited_for_of_all_ranks_are_not_compared():
+    ranks = [replace(a_rank(rank, group_of(2), [0.001]), waits={}) for rank in range(2)]
+    assert "Nothing to compare between ranks." in str(build_report(ranks))
 
 
 def test_calls_that_nobody_waited_for_are_told():

@@ -44,7 +44,7 @@ elif what == "restart":  # ranks that meet again find each other, not what the f
     dist.all_reduce(total)
     print(f"total {total.item():g}")
     dist.destroy_process_group()
-elif what in ("stopped", "deaf", "leaves"):
+elif what in ("stopped", "deaf", "leaves", "dies"):
     if rank == 0:
         word = open("word").read()  # to its end
         if what == "stopped":
@@ -54,6 +54,8 @@ elif what in ("stopped", "deaf", "leaves"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     word = open("word", "w")
     print(os.getpid(), file=word, flush=True)
+    if what == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
     if what == "leaves":  # and closes the word when it has ended
         sys.exit(0)
     word.close()
@@ -225,6 +227,12 @@ def test_a_rank_that_left_without_an_error_is_told_when_another_one_fails(place)
     done = place.run("-n", "2", what="train.py alive leaves")
     assert done.exitcode == 1
     assert done.stderr[-3:-1] == ["ValueError: no answer", "Rank 1 had ended before, with exit code 0."]
+
+
+def test_the_others_of_a_killed_rank_may_say_what_they_know_of_it(place):
+    done = place.run("-n", "2", what="train.py alive dies")
+    assert done.exitcode == 128 + signal.SIGKILL
+    assert "[0] ValueError: no answer" in done.stderr
 
 
 def test_over_ssh_a_killed_rank_is_named_with_its_host_and_the_other_host_ends(place):

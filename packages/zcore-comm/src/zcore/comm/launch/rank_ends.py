@@ -4,8 +4,8 @@ torch's agent ends the others of a failed rank before it says so. It gives them 
 is stopped (SIGSTOP) sleeps through them; what it reports then holds those that it has killed itself. So this looks at
 the ranks first, and torch looks when there is nothing left to do:
 
-    one has failed    a mark for each that ended by itself (`lines`); SIGTERM for the others, and SIGCONT, so that a
-                      stopped one wakes to it; SIGKILL after `shutdown_s`
+    one has failed    a mark for each that ended by itself (`lines`); the others have SETTLE_S to say what they know of
+                      it; then SIGTERM, and SIGCONT, so that a stopped one wakes to it; SIGKILL after `shutdown_s`
     all ended well    a mark for each
 
 With restarts left a note says what has failed, in place of marks. Ranks that were ended here have neither.
@@ -16,7 +16,7 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -30,6 +30,7 @@ from zcore.comm.launch.plan import parse_shutdown_s
 
 __all__ = ["EndingAgent"]
 
+SETTLE_S = 0.7  # less than the front's, which else cuts it short; a dead rank is noticed in shared memory within 0.1 s
 LOOK_S = 0.02  # between two looks at ranks that are being ended
 KILLED_S = 5.0  # for a killed rank to be gone; one in an uninterruptible sleep may never be
 SHOWN_RANKS = 4
@@ -42,6 +43,7 @@ class EndingAgent(LocalElasticAgent):
         super().__init__(*args, **kwargs)
         self._shutdown_s = parse_shutdown_s(os.environ)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}  # by global rank
+        self._marked: set[int] = set()
         self._until_s: float | None = None  # when ranks that are being ended are killed
         self._num_starts = 0
         self._has_failed = False  # since the last start
@@ -66,10 +68,8 @@ class EndingAgent(LocalElasticAgent):
         if not failed and None in codes.values():
             return RunResult(state=WorkerState.HEALTHY)
         left = worker_group.spec.max_restarts - self._num_restarts
-        if not failed or not left:  # those that ended well come first: a failure may follow from that
-            for rank, code in sorted(codes.items(), key=lambda item: bool(item[1])):
-                if code is not None:
-                    os.write(2, mark_end(Ended(rank, code, platform.node())))
+        if not failed or not left:
+            self._mark(codes)
         if failed:
             self._has_failed = True
             steps = [_told(failed)]
@@ -79,6 +79,9 @@ class EndingAgent(LocalElasticAgent):
                 steps.append(f"restart {self._num_restarts + 1} of {worker_group.spec.max_restarts} follows")
             if len(steps) > 1:
                 self._note("; ".join(steps))
+            self._wait(until_s=time.monotonic() + SETTLE_S)
+            if not left:
+                self._mark({rank: process.poll() for rank, process in self._processes.items()})
             self._end(signal.SIGTERM)
         found: RunResult = super()._monitor_workers(worker_group)
         return found
@@ -103,6 +106,13 @@ class EndingAgent(LocalElasticAgent):
             self._note(f"{_listed(left)} did not end within {self._shutdown_s} s: killed")
             self._send(signal.SIGKILL)
             self._wait(until_s=time.monotonic() + KILLED_S)
+
+    def _mark(self, codes: Mapping[int, int | None]) -> None:
+        """Tell the ends that are new; first of those that ended well: a failure may follow from that."""
+        for rank, code in sorted(codes.items(), key=lambda item: bool(item[1])):
+            if code is not None and rank not in self._marked:
+                self._marked.add(rank)
+                os.write(2, mark_end(Ended(rank, code, platform.node())))
 
     def _alive(self) -> list[int]:
         return [rank for rank, process in self._processes.items() if process.poll() is None]

@@ -38,6 +38,7 @@ SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 SHUTDOWN_S = 10  # for ranks that were asked to end, to save what they have; torch's 30 look like a hang
 # What ranks on other hosts get of the environment here, next to what --env names.
 _SENT = re.compile(r"PYTHONPATH|(NCCL|ZCORE|OMP|GLOO|TORCH)_\w+")
+_PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")  # ${NAME} is a shell's
 _LOOPBACK = re.compile(r"localhost|127\.[\d.]+|::1")
 
 
@@ -109,6 +110,9 @@ def plan_ssh(
     `ssh` gets one more argument, a line for a shell over there; `{host}` in it is the host, which else comes before
     the line. The program runs in `directory`, as it would here.
     """
+    unknown = [name for name in _PLACEHOLDER.findall(ssh) if name != "host"]
+    if unknown:
+        raise ConfigError(f"--ssh {ssh!r} names {{{unknown[0]}}}; expected no placeholder but {{host}}.")
     master_addr = job.master_addr or hosts[0].address
     if len(hosts) > 1 and not job.master_addr and _LOOPBACK.fullmatch(master_addr):
         raise ConfigError(

@@ -1,5 +1,6 @@
 """`zcore comm bench`: what it measures is right, and told whole. No test looks at a time: machines are noisy."""
 
+import io
 import json
 import os
 
@@ -11,7 +12,7 @@ from zcore.comm.bench.contenders import COPY, OPS, SOCKETS, Case, Contender, bui
 from zcore.comm.bench.measure import Plan, Report, leave_out_too_large, measure, rows_of, sizes_up_to
 from zcore.comm.bench.table import tables_of
 from zcore.core.errors import CollectiveError, ConfigError
-from zcore.core.tables import write_tables
+from zcore.core.tables import draw_tables, write_tables
 from zcore.core.testing import RankFailed
 
 CPU = torch.device("cpu")
@@ -111,12 +112,94 @@ def test_payloads_for_which_there_is_no_memory_are_left_out(ranks):
         ranks(2, plan_for_more_than_there_is, (1 << 40,))
 
 
+def a_report(ops, sizes_bytes, *, rounds=2):
+    """What a bench of 2 ranks may find, without one."""
+    times_s = {name: [1e-4 * (at + 1)] * rounds for at, name in enumerate(KINDS[2])}
+    rows = []
+    for op in ops:
+        for size in (0,) if op == "barrier" else sizes_bytes:
+            ran = {name: each for name, each in times_s.items() if size or name != COPY}
+            rows += rows_of(op, size, 2, ran, plain="torch gloo")
+    machine = {"processor": "EPYC 7B13 64-Core Processor at 2.45 GHz", "cores": 64, "accelerator": None}
+    plan = Plan(ops=ops, sizes_bytes=sizes_bytes, rounds=rounds)
+    versions = {"torch": "2.13.0+cpu"}
+    return Report("test", "2026", machine, versions, (0.0, 0.0), "gloo", 2, 1, plan, tuple(rows))
+
+
+@pytest.mark.parametrize("ops", [("all_gather",), ("all_gather", "all_reduce", "barrier"), OPS])
+@pytest.mark.parametrize("sizes_bytes", [(1024,), (1024, 4096, 16384)])
+def test_a_plot_holds_all_its_words_and_lines(tmp_path, ops, sizes_bytes):
+    image_of = pytest.importorskip("matplotlib.image").imread
+    from zcore.comm.bench.plot import STYLES, draw_plot
+
+    draw_plot(a_report(ops, sizes_bytes), tmp_path / "plot.png")
+    image = image_of(tmp_path / "plot.png")[:, :, :3]
+    for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
+        assert (edge == 1).all()  # white: nothing is cut off
+    panels = image[: image.shape[0] * 3 // 4]
+    for name in KINDS[2]:
+        if name in STYLES:
+            colour = [int(STYLES[name][0][at : at + 2], 16) / 255 for at in (1, 3, 5)]
+            assert (abs(panels - colour) < 0.01).all(axis=-1).sum() > 10, name
+
+
+def test_a_table_keeps_its_numbers_where_it_is_narrow():
+    console = pytest.importorskip("rich.console")
+    report = a_report(("all_gather",), (1024, 1 << 30))
+    for width in (80, 60):
+        stream = io.StringIO()
+        console.Console(file=stream, width=width).print(draw_tables(tables_of(report)[1:]))
+        lines = stream.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        assert lines[1].split()[2:] == ["latency", "spread", "bus", "of", "copy", "speedup"]
+        assert "0.50x" in lines[3] and "5.1M" in lines[2]
+
+
+def test_a_single_round_has_no_spread():
+    assert "-" in tables_of(a_report(("broadcast",), (64,), rounds=1))[1].rows[0]
+    assert "0%" in tables_of(a_report(("broadcast",), (64,), rounds=2))[1].rows[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--json", "nofolder/x.json"), "nofolder/x.json cannot be written: there is no folder nofolder. Make it"),
+        (("--plot", "nofolder/x.png"), "nofolder/x.png cannot be written: there is no folder nofolder. Make it"),
+        (("--json", "."), ". is a folder; expected a file"),
+        (("--plot", "x.txt"), "--plot x.txt is no PNG file; expected a name that ends in .png."),
+        (("--plot", "x.png", "--ops", "barrier"), "a barrier has none. Leave --plot out, or add an op."),
+        (("--max-bytes", "1MB"), "'1MB' is no size; expected one such as 4KiB, 64MiB or 1GiB. Did you mean 1MiB?"),
+        (("--max-bytes", "12 parsecs"), "'12 parsecs' is no size; expected one such as 4KiB, 64MiB or 1GiB."),
+    ],
+)
+def test_what_could_not_be_written_or_drawn_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, options, message
+):
+    testing = pytest.importorskip("typer.testing")
+    if "--plot" in options:
+        pytest.importorskip("matplotlib")
+    from zcore.comm.bench.command import app
+
+    monkeypatch.chdir(tmp_path)
+    error = testing.CliRunner().invoke(app, ["bench", *options]).exception
+    assert isinstance(error, ConfigError)
+    assert message in str(error)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_file_that_may_not_be_written_is_refused(tmp_path):
+    testing = pytest.importorskip("typer.testing")
+    from zcore.comm.bench.command import app
+
+    tmp_path.chmod(0o555)
+    error = testing.CliRunner().invoke(app, ["bench", "--json", str(tmp_path / "x.json")]).exception
+    assert isinstance(error, ConfigError) and "permission denied" in str(error)
+
+
 def test_the_command_starts_ranks_and_writes_table_file_and_plot(tmp_path):
     testing = pytest.importorskip("typer.testing")
-    from zcore.comm.bench.command import app, parse_bytes
+    from zcore.comm.bench.command import app
 
-    with pytest.raises(ConfigError, match="'12 parsecs' is no size"):
-        parse_bytes("12 parsecs")
     options = ["bench", "-n", "2", "--ops", "all_gather,barrier", "--max-bytes", "1KiB", "--rounds", "1"]
     try:
         import matplotlib as mpl  # noqa: F401

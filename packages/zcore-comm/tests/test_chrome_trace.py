@@ -1,13 +1,16 @@
 """Recorded calls as trace events: what viewers need to draw them, and nothing that overlaps on one track."""
 
 import json
+import re
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from zcore.comm.recording.chrome_trace import join_traces, plan_lanes, trace_of
 from zcore.comm.recording.totals import CallRecord, Group
+from zcore.core.errors import ConfigError
 
 GATHER, REDUCE = Group("dp gather", (0, 1)), Group("dp reduce", (0, 1))
 
@@ -86,3 +89,27 @@ def test_files_of_several_ranks_become_one(tmp_path):
     join_traces(paths, tmp_path / "all.json")
     joined = json.loads((tmp_path / "all.json").read_text())
     assert {event["pid"] for event in joined["traceEvents"]} == {0, 1}
+
+
+def test_the_folder_of_the_traces_stands_for_its_files(tmp_path):
+    for rank in (2, 10):
+        path = tmp_path / f"comms.rank{rank}.json"
+        path.write_text(json.dumps({"traceEvents": traced(a_call(1.0, 1.5, 2.0), rank=rank)}))
+    for _ in range(2):  # what it wrote is no trace of a rank
+        assert join_traces(str(tmp_path)) == tmp_path / "comms.json"
+    events = json.loads((tmp_path / "comms.json").read_text())["traceEvents"]
+    assert list(dict.fromkeys(event["pid"] for event in events)) == [2, 10]
+    assert len([event for event in events if event["name"] == "wait"]) == 2
+    assert join_traces(tmp_path, tmp_path / "all.json") == tmp_path / "all.json"
+
+
+def test_what_holds_no_traces_is_refused_by_name(tmp_path):
+    (tmp_path / "one.json").touch()
+    for arguments, message in (
+        (("traces", "all.json"), "traces is no folder; expected the one that save_trace wrote to"),
+        ((str(tmp_path / "one.json"), "all.json"), "one.json is no folder"),
+        ((tmp_path,), f"There is no comms.rank*.json in {tmp_path}; call save_trace on each rank first."),
+        (([tmp_path / "one.json"],), "expected as a second argument the file to write"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            join_traces(*arguments)

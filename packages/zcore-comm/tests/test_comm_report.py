@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from zcore.comm.recording.comm_report import SHOWN_RANKS, CommReport, build_report, bus_factor
 from zcore.comm.recording.totals import CallRecord, Group, Kind, RankTotals, Totals, size_class
 from zcore.core.quantities import shown_bytes
-from zcore.core.tables import shown_seconds
+from zcore.core.tables import shown_rate, shown_seconds
 
 MIB = 2**20
 
@@ -88,7 +88,7 @@ def test_bandwidth_is_a_lower_bound_where_the_program_computed_meanwhile():
     group = group_of(2)
     report = build_report([a_rank(rank, group, [0.001], span_s=0.010, held_s=0.002) for rank in range(2)])
     assert report.ops[0].is_lower_bound
-    assert ">0.10" in str(report)
+    assert ">105M" in str(report)
 
 
 def test_calls_of_one_kind_are_a_row_and_sizes_algorithms_and_groups_are_told_apart():
@@ -165,7 +165,14 @@ def test_only_calls_that_every_rank_still_knows_are_compared():
 def test_one_rank_alone_has_nothing_to_compare():
     report = build_report([a_rank(0, group_of(2), [0.001])])
     assert (report.num_compared, report.straggler) == (0, None)
-    assert "Nothing to compare between ranks." in str(report)
+    text = str(report)
+    assert "on every rank `recording.report(dist.group.WORLD)` compares them." in text
+    assert "Nothing to compare" not in text
+
+
+def test_calls_that_nobody_waited_for_of_all_ranks_are_not_compared():
+    ranks = [replace(a_rank(rank, group_of(2), [0.001]), waits={}) for rank in range(2)]
+    assert "Nothing to compare between ranks." in str(build_report(ranks))
 
 
 def test_calls_that_nobody_waited_for_are_told():
@@ -274,6 +281,8 @@ def test_a_size_class_holds_its_payloads_and_no_smaller_one_does(num_bytes):
 @given(st.floats(0, 999), st.floats(0, 1e15))
 def test_units_keep_numbers_short(num_seconds, num_bytes):
     assert len(shown_seconds(num_seconds)) <= 6
+    assert len(shown_rate(min(num_bytes, 999e9))) <= 5
+    assert num_bytes < 0.05 or float(shown_rate(num_bytes).rstrip("kMG"))  # never as nothing
     assert len(shown_bytes(num_bytes)) <= 7
 
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from zcore.comm.launch.failure import Failure, choose_first, describe_exit, draw, find_traceback
+from zcore.comm.launch.failure import Failure, choose_first, collapse_frames, describe_exit, draw, find_traceback
 
 RAISED = ("loading", "Traceback (most recent call last):", '  File "t.py", line 3, in <module>', "ValueError: empty")
 LOST = ("Traceback (most recent call last):", "  ...", "RuntimeError: [gloo] Connection closed by peer [10.0.0.1]:3")
@@ -65,7 +65,7 @@ def test_without_a_traceback_the_last_lines_are_told():
     [
         (3, "exit code 3"),
         (-signal.SIGSEGV, "SIGSEGV"),
-        (-signal.SIGKILL, "SIGKILL; the kernel does"),
+        (-signal.SIGKILL, "SIGKILL"),
         (-63, "signal 63"),
     ],
 )
@@ -85,3 +85,33 @@ def test_the_block_names_rank_and_host_and_ends_with_the_error():
     assert set(lines[-1]) == {"-"}
     assert "launcher on a failed: exit code 1" in draw(launcher)
     assert "It wrote nothing to stderr." in draw(ended)
+    assert "killed by SIGKILL; the kernel does that when memory runs out" in draw(killed)
+
+
+def frame(path, *source):
+    return [f'  File "{path}", line 5, in f', *source]
+
+
+def test_zcores_own_frames_are_one_line_and_those_of_the_program_stay():
+    own = frame("/env/site-packages/zcore/comm/calls/flat.py", "    work.wait()", "    ^^^^^^^^^^^")
+    mine = frame("/home/me/zcore/train.py", "    step()")
+    repeated = [*own, "  [Previous line repeated 3 more times]"]
+    lines = [RAISED[1], *mine, *own, *repeated, *mine, *own, "CollectiveError: late"]
+    assert collapse_frames(lines) == [
+        RAISED[1],
+        *mine,
+        "  ... 2 frames of zcore",
+        *mine,
+        "  ... 1 frame of zcore",
+        "CollectiveError: late",
+    ]
+    assert collapse_frames(own) == ["  ... 1 frame of zcore"]
+    assert draw(Failure(0, "a", 1, tuple(lines), seen_s=0.0)).count("flat.py") == 0
+
+
+def test_ranks_that_had_left_are_told_after_the_error():
+    assert draw(raised, ended_before=[0]).splitlines()[-3:-1] == [
+        "ValueError: empty",
+        "Rank 0 had ended before, with exit code 0.",
+    ]
+    assert "Ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more had ended before" in draw(raised, ended_before=range(10))

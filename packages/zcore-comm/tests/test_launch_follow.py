@@ -31,9 +31,9 @@ def python(program: str, host: str | None = None) -> Command:
     return Command((sys.executable, "-c", f"import os, sys; {program}"), host=host)
 
 
-def follow(commands: Sequence[Command], **options: bool) -> Shown:
+def follow(commands: Sequence[Command], *, shutdown_s: float = 10, **options: bool) -> Shown:
     stdout, stderr = io.StringIO(), io.StringIO()
-    exitcode = run(commands, Screen(stdout, stderr, **options))
+    exitcode = run(commands, Screen(stdout, stderr, **options), shutdown_s=shutdown_s)
     return Shown(exitcode, stdout.getvalue().splitlines(), stderr.getvalue().splitlines())
 
 
@@ -67,6 +67,7 @@ def test_a_failed_rank_ends_the_other_launchers_and_is_told_last():
     shown = follow([python(WAIT, "a"), python(failing, "b")])
     assert shown.exitcode == 3
     assert "[a] told SIGTERM" in shown.stderr
+    assert "[zcore run] ending the ranks of the other hosts, up to 10 s" in shown.stderr
     assert shown.stderr[-4].startswith("--- rank 1 on b failed first: exit code 3 ---")
     assert shown.stderr[-3:-1] == ["Traceback (most recent call last):", "ValueError: x"]
 
@@ -79,6 +80,20 @@ def test_the_cause_is_told_even_if_a_consequence_of_it_is_reported_before():
     shown = follow([python(consequence), python("os.write(2, b'\\x1e1!-9 b\\n'); sys.exit(1)")])
     assert shown.exitcode == 128 + 9
     assert any("rank 1 on b failed first: killed by SIGKILL" in line for line in shown.stderr)
+
+
+def test_output_that_comes_after_the_news_of_a_failure_belongs_to_it():
+    late = (
+        "os.write(2, b'\\x1e1!3 n\\n\\x1e1 Traceback (most recent call last):\\n\\x1e1 ValueError: x\\n'); sys.exit(1)"
+    )
+    assert follow([python(late)]).stderr[-3:-1] == ["Traceback (most recent call last):", "ValueError: x"]
+
+
+def test_only_ranks_that_left_before_the_failure_are_told():
+    shown = follow([python("os.write(2, b'\\x1e4!0 n\\n\\x1e2!0 n\\n\\x1e1!3 n\\n\\x1e0!0 n\\n'); sys.exit(1)")])
+    assert shown.exitcode == 3
+    assert shown.stderr[-2] == "Ranks 2, 4 had ended before, with exit code 0."
+    assert follow([python("os.write(2, b'\\x1e1!0 n\\n')")]) == Shown(0, [], [])
 
 
 def test_a_host_that_is_not_reached_ends_the_others_and_says_what_to_try():
@@ -100,7 +115,7 @@ def test_a_command_that_does_not_listen_is_killed(monkeypatch):
     for name in ("PATIENCE_S", "KILL_S"):
         monkeypatch.setattr(f"zcore.comm.launch.follow.{name}", 0.2)
     deaf = "import signal, threading; signal.signal(signal.SIGTERM, signal.SIG_IGN); threading.Event().wait()"
-    assert follow([python(deaf), python("sys.exit(7)")]).exitcode == 7
+    assert follow([python(deaf), python("sys.exit(7)")], shutdown_s=0).exitcode == 7
 
 
 def test_output_that_a_stray_process_holds_open_does_not_keep_the_front():

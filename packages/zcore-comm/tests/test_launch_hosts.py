@@ -13,7 +13,12 @@ names = st.from_regex(r"[a-z][a-z0-9.-]{0,8}", fullmatch=True)
 slots = st.none() | st.integers(1, 16)
 
 
-@given(st.dictionaries(names, slots, min_size=1), st.sampled_from(["{} slots={}", "{}:{}", "  {}   slots = {} # big"]))
+@given(
+    st.dictionaries(names, slots, min_size=1),
+    st.sampled_from(
+        ["{} slots={}", "{}:{}", "  {}   slots = {} # big", "{} slots={} max_slots=99", "{} slots={} max-slots = 99"]
+    ),
+)
 def test_every_host_is_read_as_it_was_written_in_its_order(hosts, form):
     lines = [form.format(name, count) if count else name for name, count in hosts.items()]
     text = "# cluster\n\n" + "\n".join(lines)
@@ -24,6 +29,7 @@ def test_every_host_is_read_as_it_was_written_in_its_order(hosts, form):
     ("text", "message"),
     [
         ("a slots=two", "hosts:1: `a slots=two` is no host; expected `NAME` or `NAME slots=NUMBER`."),
+        ("a,b", "hosts:1: `a,b` is no host; expected `NAME` or `NAME slots=NUMBER`. Give each host a line of its own."),
         ("a\nb 4", "hosts:2: `b 4` is no host"),
         ("a slots=4 b", "hosts:1: `a slots=4 b` is no host"),
         ("a slots=0", "hosts:1: a has no slot; expected 1 or more. Leave its line out."),

@@ -51,6 +51,12 @@ def test_over_ssh_each_host_gets_a_line_for_its_shell_and_ranks_have_the_order_o
     assert ssh() == [f"ssh worker-1 {shlex.quote(lines[0])}", f"ssh me@worker-2 {shlex.quote(lines[1])}"]
 
 
+def test_a_placeholder_that_there_is_not_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"--ssh 'ssh {hots} -v' names {hots}; expected no placeholder but {host}"):
+        ssh(by="ssh {hots} -v")
+    assert ssh(by="sh -c 'ssh ${OPTIONS} {host}'")[0].startswith("sh -c 'ssh ${OPTIONS} worker-1' ")
+
+
 def test_restarts_over_ssh_take_the_rendezvous_that_can_restart():
     hosts = (Host("a"), Host("me@b"))
     first, second = ssh(replace(JOB, max_restarts=2), hosts)

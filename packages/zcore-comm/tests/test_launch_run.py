@@ -22,7 +22,8 @@ from zcore.core.errors import ConfigError  # noqa: E402
 
 DEADLINE_S = 60
 
-# What a rank does is said by its arguments; `alive` is a FIFO that every rank holds open as long as it lives.
+# What a rank does is said by its arguments; `alive` is a FIFO that every rank holds open as long as it lives, and by
+# `word`, another one, rank 1 says to rank 0 how far it is.
 PROGRAM = """
 import os, signal, sys, time
 rank, alive, what = int(os.environ["RANK"]), open(sys.argv[1], "w"), sys.argv[2]
@@ -43,6 +44,22 @@ elif what == "restart":  # ranks that meet again find each other, not what the f
     dist.all_reduce(total)
     print(f"total {total.item():g}")
     dist.destroy_process_group()
+elif what in ("stopped", "deaf", "leaves", "dies"):
+    if rank == 0:
+        word = open("word").read()  # to its end
+        if what == "stopped":
+            os.kill(int(word), signal.SIGSTOP)
+        raise ValueError("no answer")
+    if what == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    word = open("word", "w")
+    print(os.getpid(), file=word, flush=True)
+    if what == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "leaves":  # and closes the word when it has ended
+        sys.exit(0)
+    word.close()
+    time.sleep(600)
 elif what in ("raise", "kill", "wait"):
     if rank == 1 and what == "raise":
         raise ValueError("empty shard")
@@ -151,6 +168,7 @@ class Front:
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     os.mkfifo(tmp_path / "alive")
+    os.mkfifo(tmp_path / "word")
     (tmp_path / "train.py").write_text(PROGRAM)
     (tmp_path / "ssh.py").write_text(SSH)
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
@@ -185,6 +203,36 @@ def test_when_a_rank_raises_the_others_end_and_its_traceback_comes_last(place):
     assert done.stderr[-2] == "ValueError: empty shard"
     assert "[1] ValueError: empty shard" in done.stderr
     assert not [line for line in done.stderr if "elastic" in line or "OMP_NUM_THREADS" in line]
+
+
+def test_a_stopped_rank_is_ended_at_once_and_the_rank_that_failed_is_told(place):
+    place.environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(10 * DEADLINE_S)
+    done = place.run("-n", "2", what="train.py alive stopped")
+    assert done.exitcode == 1
+    note = f"[launcher] rank 0 failed: exit code 1; ending the others, up to {10 * DEADLINE_S} s"
+    assert note in done.stderr
+    assert re.match(r"--- rank 0 on .* failed first: exit code 1 ---", done.stderr[done.stderr.index(note) + 1])
+    assert done.stderr[-2] == "ValueError: no answer"
+
+
+def test_a_rank_that_does_not_end_is_killed_in_time_and_not_blamed(place):
+    place.environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "1"
+    done = place.run("-n", "2", what="train.py alive deaf")
+    assert done.exitcode == 1
+    assert "[launcher] rank 1 did not end within 1 s: killed" in done.stderr
+    assert done.stderr[-2] == "ValueError: no answer"
+
+
+def test_a_rank_that_left_without_an_error_is_told_when_another_one_fails(place):
+    done = place.run("-n", "2", what="train.py alive leaves")
+    assert done.exitcode == 1
+    assert done.stderr[-3:-1] == ["ValueError: no answer", "Rank 1 had ended before, with exit code 0."]
+
+
+def test_the_others_of_a_killed_rank_may_say_what_they_know_of_it(place):
+    done = place.run("-n", "2", what="train.py alive dies")
+    assert done.exitcode == 128 + signal.SIGKILL
+    assert "[0] ValueError: no answer" in done.stderr
 
 
 def test_over_ssh_a_killed_rank_is_named_with_its_host_and_the_other_host_ends(place):
@@ -232,19 +280,22 @@ def test_failed_ranks_start_again_on_all_hosts(place):
     done = place.run(*options, what="train.py alive restart")
     assert done.exitcode == 0, done.stderr
     assert sorted(done.stdout) == ["[0] total 4", "[1] total 4"]
-    assert sorted(line for line in done.stderr if "restart" in line) == [
-        "[127.0.0.1] restart 1: the ranks of this host start again",
-        "[localhost] restart 1: the ranks of this host start again",
+    told = [line for line in done.stderr if "restart" in line]
+    failed = [
+        line for line in told if re.match(r"\[localhost\] rank 1 failed: exit code 5; .*restart 1 of 1 follows", line)
     ]
+    assert len(failed) == 1
+    assert "[localhost] restart 1 of 1: the ranks of this host start again" in told
+    assert any(line.startswith("[127.0.0.1] restart") for line in told)
 
 
 def test_failed_ranks_start_again_on_this_host(place):
     done = place.run("-n", "2", "--max-restarts", "1", what="train.py alive restart")
     assert done.exitcode == 0, done.stderr
     assert sorted(done.stdout) == ["[0] total 4", "[1] total 4"]
-    assert [line for line in done.stderr if "restart" in line] == [
-        "[launcher] restart 1: the ranks of this host start again"
-    ]
+    why, restart = [line for line in done.stderr if "restart" in line]
+    assert re.match(r"\[launcher\] .*rank 1 failed: exit code 5; .*restart 1 of 1 follows", why)
+    assert restart == "[launcher] restart 1 of 1: the ranks of this host start again"
 
 
 def test_under_slurm_every_node_takes_part(place):

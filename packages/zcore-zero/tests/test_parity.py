@@ -39,7 +39,7 @@ from zcore.core.mesh import build_mesh
 
 Ranks = Callable[..., Any]
 STAGES = tuple({"stage": stage} for stage in range(4))
-HYBRIDS = tuple({"stage": stage, "shard_size": 2} for stage in (1, 3))  # two replicas of two shards, on 4 ranks
+HYBRIDS = tuple({"stage": stage, "shard_size": 2} for stage in (1, 2, 3))  # two replicas of two shards
 WHOLE = Recipe(accumulation=2, clip=0.5, num_groups=2)  # clips in every step of every model
 FP64 = (("lr", 1e-2), ("weight_decay", 0.1))  # and torch's eps
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from zcore.core import compat
 from zcore.core.errors import MeshError
 
-__all__ = ["AXES", "DataParallel", "build_mesh", "data_parallel", "plan_mesh", "twin_group"]
+__all__ = ["AXES", "DataParallel", "build_mesh", "data_parallel", "inner_group", "plan_mesh", "twin_group"]
 
 AXES = ("pp", "dp_replicate", "dp_shard", "dp", "sp", "ep", "tp")
 
@@ -116,8 +116,28 @@ def twin_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
 
     Two groups do not wait for each other, so gathers and reductions need no common order.
     """
+    return _group_of(mesh, _rows(mesh, axis))
+
+
+def inner_group(mesh: DeviceMesh, axis: str, *, size: int) -> dist.ProcessGroup:
+    """A process group over each `size` consecutive ranks of `axis`, as those of one host; every rank calls it.
+
+    Raises MeshError where that does not divide them into equal groups.
+    """
+    rows = _rows(mesh, axis)
+    if len(rows[0]) % size:
+        raise MeshError(f"Groups of {size} ranks do not divide the {len(rows[0])} of {axis}; take a divisor.")
+    return _group_of(mesh, [row[start : start + size] for row in rows for start in range(0, len(row), size)])
+
+
+def _rows(mesh: DeviceMesh, axis: str) -> list[list[int]]:
+    """The global ranks along `axis`, one list for each place on the other axes."""
     dim = (mesh.mesh_dim_names or ()).index(axis)
     rows: list[list[int]] = mesh.mesh.movedim(dim, -1).reshape(-1, mesh.mesh.size(dim)).tolist()
+    return rows
+
+
+def _group_of(mesh: DeviceMesh, rows: list[list[int]]) -> dist.ProcessGroup:
     group: dist.ProcessGroup | None
     world = dist.group.WORLD
     assert world is not None

@@ -1,15 +1,18 @@
 """Small tables and the units in them, as plain text and in Rich; nothing here knows what the tables are about."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from zcore.core.quantities import two_digits
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Table", "draw_tables", "shown_rate", "shown_seconds", "write_tables"]
+__all__ = ["Table", "draw_tables", "plan_widths", "shown_rate", "shown_seconds", "write_tables"]
+
+GAP = 2  # spaces between columns
+LEAST_WORD = 4  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ def _lines(table: Table) -> list[str]:
                 cell.ljust(width) if column in table.words else cell.rjust(width)
                 for column, cell, width in zip(table.columns, row, widths, strict=True)
             ]
-            lines.append("  ".join(cells).rstrip())
+            lines.append((" " * GAP).join(cells).rstrip())
     return [*lines, *table.notes]
 
 
@@ -47,9 +50,25 @@ def _widths(table: Table) -> list[int]:
 
 def draw_tables(tables: Sequence[Table]) -> "RenderableType":
     """For a terminal; where it is narrow words are cut, numbers are not."""
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, Group
     from rich.table import Table as RichTable
     from rich.text import Text
+
+    class Drawn:
+        """Drawn once the width is known: Rich by itself takes from every column alike."""
+
+        def __init__(self, table: Table) -> None:
+            self._table = table
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> "Iterator[RenderableType]":
+            table = self._table
+            drawn = RichTable(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
+            for column, width in zip(table.columns, plan_widths(table, options.max_width), strict=True):
+                justify: Literal["left", "right"] = "left" if column in table.words else "right"
+                drawn.add_column(column, justify=justify, no_wrap=True, overflow="ellipsis", width=width)
+            for row in table.rows:
+                drawn.add_row(*map(Text, row))
+            yield drawn
 
     parts: list[RenderableType] = []
     for table in tables:
@@ -58,17 +77,25 @@ def draw_tables(tables: Sequence[Table]) -> "RenderableType":
         if table.title:
             parts.append(Text(table.title, style="bold"))
         if table.rows:
-            drawn = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-            for column, width in zip(table.columns, _widths(table), strict=True):
-                if column in table.words:
-                    drawn.add_column(column, no_wrap=True, overflow="ellipsis")
-                else:
-                    drawn.add_column(column, justify="right", no_wrap=True, min_width=width)
-            for row in table.rows:
-                drawn.add_row(*map(Text, row))
-            parts.append(drawn)
+            parts.append(Drawn(table))
         parts.extend(Text(note) for note in table.notes)
     return Group(*parts)
+
+
+def plan_widths(table: Table, max_width: int) -> list[int]:
+    """Of the columns, words cut as far as it takes, the longest first, down to `LEAST_WORD` characters.
+
+    >>> plan_widths(Table("", ("op", "time"), (("reduce_scatter", "1.5 ms"),), words=("op",)), 20)
+    [12, 6]
+    """
+    widths = _widths(table)
+    excess = sum(widths) + GAP * (len(widths) - 1) - max_width
+    for _ in range(excess):
+        cuttable = [at for at, column in enumerate(table.columns) if column in table.words and widths[at] > LEAST_WORD]
+        if not cuttable:
+            break
+        widths[max(cuttable, key=lambda at: widths[at])] -= 1
+    return widths
 
 
 def shown_seconds(seconds: float) -> str:
@@ -83,10 +110,13 @@ def shown_seconds(seconds: float) -> str:
 
 
 def shown_rate(bytes_per_s: float) -> str:
-    """In GB/s, 10^9 bytes as nccl-tests counts.
+    """Bytes/s in 10^3, 10^6 or 10^9, as nccl-tests counts; in 5 characters up to a terabyte.
 
-    >>> [shown_rate(each) for each in (0.0, 4.2e6, 1.234e9, 12.34e9)]
-    ['0.00', '0.00', '1.23', '12']
+    >>> [shown_rate(each) for each in (0.0, 42.0, 4.2e6, 1.234e9, 12.34e9)]
+    ['0', '42', '4.2M', '1.2G', '12G']
     """
-    gigabytes_per_s = bytes_per_s / 1e9
-    return f"{gigabytes_per_s:.2f}" if gigabytes_per_s < 9.995 else f"{gigabytes_per_s:.0f}"
+    for unit in ("", "k", "M"):
+        if bytes_per_s < 999.5:
+            return f"{two_digits(bytes_per_s)}{unit}"
+        bytes_per_s /= 1000
+    return f"{two_digits(bytes_per_s)}G"

@@ -101,11 +101,19 @@ class Bucket:
         self._shown: set[int] = set()  # parameters of which the whole is registered on the modules
         self._num_updates = 0  # announced ones; edits in place show in the master's version
         self._gathered: tuple[int, int] | None = None  # of which values there is a whole copy
+        self._secondary: tuple[int, int] | None = None  # of which values hpZ's copy is
         self._computed_with: tuple[int, int] | None = None  # the values that the last forward read
         self._versions: list[int] = []  # of the whole parameters, when they became AVAILABLE
         self.host: weakref.ref[BucketHost] | None = None  # weak, like every edge back up: `del model` frees the memory
         self.memory = BucketParameters(
-            plan, row, dp=dp, dtypes=dtypes, collectives=groups.gather, device=device, ledger=ledger
+            plan,
+            row,
+            dp=dp,
+            dtypes=dtypes,
+            collectives=groups.gather,
+            inner=groups.inner,
+            device=device,
+            ledger=ledger,
         )
         self.gradients: BucketGradients | None = None
         if plan.trainable:
@@ -237,7 +245,7 @@ class Bucket:
             return
         self._move(ParamState.INFLIGHT)
         with torch.no_grad():
-            self._pending = self.memory.start_gather()
+            self._pending = self.memory.start_gather(from_secondary=self._secondary == self.values)
         # As of the start: a step while the gather is in flight makes it stale before it arrives.
         self._gathered = self.values
 
@@ -253,6 +261,9 @@ class Bucket:
             pending.wait()
         if not self.is_transient and self._gathered is not None:
             self._gathered = self._gathered[0], self.memory.master._version
+        if self.memory.secondary is not None and self._secondary != self._gathered:
+            self.memory.keep_secondary()
+            self._secondary = self._gathered
         self._make_available()
 
     def _make_available(self) -> None:

@@ -53,6 +53,7 @@ class DataParallelGroups:
     gather: Collectives  # dp or dp_shard
     reduce: Collectives  # the same ranks
     replicate: Collectives | None  # dp_replicate
+    inner: Collectives | None = None  # the part of the shard axis that hpZ's second copy is sharded over
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> None:
         """Sum a flat tensor over every data rank, in place, and wait for it."""
@@ -91,6 +92,7 @@ class BucketParameters:
         dp: DataParallel,
         dtypes: BucketDtypes,
         collectives: Collectives,
+        inner: Collectives | None,
         device: torch.device,
         ledger: Ledger,
     ) -> None:
@@ -115,6 +117,11 @@ class BucketParameters:
             self.master = self.gathered[low:high]
         if self._transient:
             collectives.free_storage(self.gathered)
+        self._inner = inner if self._transient else None
+        self.secondary: Tensor | None = None  # this rank's shard of hpZ's copy
+        if self._inner is not None:
+            numel = plan.layout.numel // self._inner.size
+            self.secondary = self._inner.empty(numel, dtype=dtypes.compute, device=device)
 
     @property
     def gathered_bytes(self) -> int:
@@ -125,14 +132,23 @@ class BucketParameters:
     def resting_bytes(self) -> tuple[int, int]:
         """Bytes held between steps: by the copy that computes, and by a master copy apart from it."""
         master_bytes = self.master.numel() * self.master.element_size()
+        second = 0 if self.secondary is None else self.secondary.numel() * self.secondary.element_size()
         if self.casts:
-            return (0 if self._transient else self.gathered_bytes), master_bytes
-        return (master_bytes if self._transient else self.gathered_bytes), 0
+            return second + (0 if self._transient else self.gathered_bytes), master_bytes
+        return second + (master_bytes if self._transient else self.gathered_bytes), 0
 
-    def start_gather(self) -> Pending | None:
-        """Fill `gathered` from the ranks' masters; None where that needs no communication."""
+    def keep_secondary(self) -> None:
+        """Copy this rank's shard of hpZ's copy out of what is gathered, if there is to be one."""
+        if self._inner is not None and self.secondary is not None:
+            start = self._inner.rank * self.secondary.numel()
+            self.secondary.copy_(self.gathered[start : start + self.secondary.numel()])
+
+    def start_gather(self, *, from_secondary: bool = False) -> Pending | None:
+        """Fill `gathered` from the ranks' masters, or from hpZ's copy; None where that needs no communication."""
         if self._transient:
             self._ledger.add(self.gathered_bytes)
+        if from_secondary and self._inner is not None and self.secondary is not None:
+            return self._inner.all_gather(self.gathered, self.secondary, label=self._label)
         if not self._needs_gather:
             if self.casts:
                 self.gathered.copy_(self.master)

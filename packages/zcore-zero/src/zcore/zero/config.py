@@ -152,6 +152,8 @@ class ZeroOptimization(Config):
     stage: Literal[0, 1, 2, 3] = 0
     # Ranks that share one copy of the states; -1: all. More than one such group is hybrid sharding.
     mics_shard_size: PositiveInt | Literal[-1] = -1
+    # hpZ: consecutive ranks, as those of a host, that share a second copy of the parameters. 1: none.
+    zero_hpz_partition_size: PositiveInt = 1
     reduce_bucket_size: PositiveInt | Auto = 500_000_000  # a block larger than this is gathered and reduced in pieces
     allgather_bucket_size: PositiveInt | Auto = 500_000_000  # the same pieces: the smaller of the two counts
     overlap_comm: bool | Auto = True  # False waits for each collective where it starts
@@ -180,7 +182,6 @@ class ZeroOptimization(Config):
         "offload_optimizer": "States stay on the device; leave the section out.",
         "offload_param": "Parameters stay on the device; leave the section out.",
         "cpu_offload": "States stay on the device; leave the key out.",
-        "zero_hpz_partition_size": "To gather inside a group only, set `mics_shard_size`.",
         "zero_quantized_weights": "Gathers move the compute dtype.",
         "zero_quantized_gradients": "Reductions move the accumulation dtype.",
         "zero_quantized_nontrainable_weights": "Gathers move the compute dtype.",

@@ -402,10 +402,15 @@ class Engine:
         return measure_memory(self.sharding, [] if self.optimizer is None else [self.optimizer])
 
     def traffic(self) -> dict[str, Traffic]:
-        """Number and bytes of collectives so far, by group: gathers, reductions and, when hybrid, replicas."""
+        """Number and bytes of collectives so far, by group: gathers, reductions, replicas and hpZ's inner groups."""
         groups = self.sharding.groups
-        traffic = {"gather": groups.gather.traffic, "reduce": groups.reduce.traffic}
-        return traffic if groups.replicate is None else {**traffic, "replicate": groups.replicate.traffic}
+        several = {
+            "gather": groups.gather,
+            "reduce": groups.reduce,
+            "replicate": groups.replicate,
+            "inner": groups.inner,
+        }
+        return {name: group.traffic for name, group in several.items() if group is not None}
 
     def comm_report(self) -> Report:
         """What every collective since `initialize` began has taken, over all ranks; every rank of the run calls it.

@@ -116,6 +116,7 @@ def initialize(
         init_distributed()
         _agree_on_config(raw)  # before the mesh: groups cut in different ways would wait for each other
         mesh = _mesh_for(raw.zero_optimization, mesh)
+        _check_secondary(raw.zero_optimization, shard_size=data_parallel(mesh).shard_size)
         settings = raw.settle(dp_size=data_parallel(mesh).size)
         _warn_of_no_effect(raw)
         source = optimizer or settings.optimizer
@@ -240,6 +241,20 @@ def _mesh_for(zero: ZeroOptimization, given: DeviceMesh | None) -> DeviceMesh:
     return build_mesh(dp_replicate=-1, dp_shard=zero.mics_shard_size)
 
 
+def _check_secondary(zero: ZeroOptimization, *, shard_size: int) -> None:
+    size = zero.zero_hpz_partition_size
+    if size > 1 and shard_size % size:
+        raise ConfigError(
+            f"zero_optimization.zero_hpz_partition_size is {size}, which does not divide the {shard_size} ranks that "
+            "share one copy of the states. Take a divisor: the ranks of a host, or 1 for no second copy."
+        )
+    if size > 1 and (zero.stage < 3 or size == shard_size) and dist.get_rank() == 0:
+        logger.warning(
+            "zero_optimization.zero_hpz_partition_size has no effect %s.",
+            "below stage 3" if zero.stage < 3 else "where it is all ranks that share one copy of the states",
+        )
+
+
 def _options(settings: TrainingConfig, *, dp_size: int) -> ShardingOptions:
     zero = settings.zero_optimization
     return ShardingOptions(
@@ -251,6 +266,7 @@ def _options(settings: TrainingConfig, *, dp_size: int) -> ShardingOptions:
         max_live_numel=int(zero.stage3_max_live_parameters),
         max_reuse_numel=int(zero.stage3_max_reuse_distance),
         overlap=bool(zero.overlap_comm),
+        secondary_size=zero.zero_hpz_partition_size,
     )
 
 

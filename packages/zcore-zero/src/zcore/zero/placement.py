@@ -6,6 +6,9 @@
     stage 2             WHOLE       SHARD      SHARD        reduce-scatter in each backward, all-gather after the step
     stage 3             SHARD       SHARD      SHARD        the same, and parameters are gathered around their use
 
+hpZ is stage 3 with a second copy of the parameters, in their compute dtype, SHARD over a part of the ranks, as those of
+one host (ZeRO++, arXiv 2306.10209, sec. 3.2): after the first gather of a step all others stay inside of that part.
+
 Along `dp_replicate` everything is WHOLE: hybrid sharding (HSDP, MiCS) is any row on a mesh that has that axis, with one
 more all-reduce of the gradient shards along it. Small parameters of stage 3 stay whole: they take the row of stage 2.
 
@@ -77,13 +80,21 @@ def owned_slices(row: Row, dp: DataParallel) -> range:
 
 
 def state_bytes(
-    row: Row, *, numel: int, shard_size: int, compute_bytes: int, master_bytes: int, optimizer_bytes: int
+    row: Row,
+    *,
+    numel: int,
+    shard_size: int,
+    compute_bytes: int,
+    master_bytes: int,
+    optimizer_bytes: int,
+    secondary_size: int = 0,
 ) -> int:
     """Model-state bytes per rank, all `_bytes` per element (ZeRO, arXiv 1910.02054, sec. 3 and fig. 1).
 
     `compute_bytes` is the parameter's, `master_bytes` that of the copy which is stepped and of its gradient (equal to
-    the parameter itself without mixed precision), `optimizer_bytes` the optimizer's own state. Sharded parameters keep
-    no low-precision copy of their own: it is cast from the master shard into the gathered buffer.
+    the parameter itself without mixed precision), `optimizer_bytes` the optimizer's own state, `secondary_size` how
+    many ranks hpZ's second copy is sharded over, 0 without. Sharded parameters keep no low-precision copy of their own:
+    it is cast from the master shard into the gathered buffer.
 
     >>> state_bytes(TABLE[1], numel=1000, shard_size=4, compute_bytes=2, master_bytes=4, optimizer_bytes=8)
     9000
@@ -97,4 +108,6 @@ def state_bytes(
     if mixed:
         parameters = parameters if row.parameters is Placement.WHOLE else 0
         parameters += held(row.optimizer, master_bytes)
+    if secondary_size and row.parameters is Placement.SHARD:
+        parameters += numel * compute_bytes // secondary_size
     return parameters + held(row.gradients, master_bytes) + held(row.optimizer, optimizer_bytes)

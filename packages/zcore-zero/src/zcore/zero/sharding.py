@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from zcore.core.errors import LayoutError, NonFiniteError, StateError
-from zcore.core.mesh import DataParallel, data_parallel, twin_group
+from zcore.core.mesh import DataParallel, data_parallel, inner_group, twin_group
 from zcore.core.torch_collectives import choose_collectives
 from zcore.zero import clipping
 from zcore.zero.agreement import Plain, check_agreement
@@ -25,7 +25,7 @@ from zcore.zero.gathering import Gatherer, GatherLimits
 from zcore.zero.hooks import Conductor, Site
 from zcore.zero.layout import BucketPlan, plan_buckets
 from zcore.zero.optimizers.building import refuse_matrix_wise
-from zcore.zero.placement import Row, row_for
+from zcore.zero.placement import Placement, Row, row_for
 from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer
 from zcore.zero.sharded_parameter import ShardedParameter, UnreducedGradient
@@ -52,6 +52,7 @@ class ShardingOptions:
     max_live_numel: int = 1_000_000_000
     max_reuse_numel: int = 1_000_000_000
     overlap: bool = True
+    secondary_size: int = 1  # hpZ: consecutive ranks over which a second copy of parameters is sharded; 1: none
 
 
 class Sharding:
@@ -66,7 +67,10 @@ class Sharding:
             self.device = torch.device("cuda", torch.cuda.current_device())
         # Reductions have a process group of their own: neither they nor gathers wait for the other.
         self._twin: dist.ProcessGroup | None = twin_group(mesh, self.dp.shard_axis)
-        self.groups = _groups_of(mesh, self.dp, self._twin)
+        self._inner: dist.ProcessGroup | None = None
+        if self.row.parameters is Placement.SHARD and 1 < options.secondary_size < self.dp.shard_size:
+            self._inner = inner_group(mesh, self.dp.shard_axis, size=options.secondary_size)
+        self.groups = _groups_of(mesh, self.dp, self._twin, self._inner)
         self.ledger = Ledger()
         parameters = find_shardable(model)
         plans = plan_buckets(
@@ -259,9 +263,10 @@ class Sharding:
     def close(self) -> None:
         """Remove all hooks and leave the process group of the reductions; what is registered stays registered."""
         self.conductor.detach()
-        if self._twin is not None and dist.is_initialized():
-            dist.destroy_process_group(self._twin)
-        self._twin = None
+        for group in (self._twin, self._inner):
+            if group is not None and dist.is_initialized():
+                dist.destroy_process_group(group)
+        self._twin = self._inner = None
         for hook in (*self._step_hooks, *self._state_dict_hooks):
             hook.remove()
         model = self._model()
@@ -316,7 +321,9 @@ def no_sync(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _groups_of(mesh: DeviceMesh, dp: DataParallel, twin: dist.ProcessGroup) -> DataParallelGroups:
+def _groups_of(
+    mesh: DeviceMesh, dp: DataParallel, twin: dist.ProcessGroup, inner: dist.ProcessGroup | None
+) -> DataParallelGroups:
     shard_group = mesh.get_group(dp.shard_axis)
     replicate = None
     if dp.replicate_axis is not None and dp.replicate_size > 1:
@@ -325,6 +332,7 @@ def _groups_of(mesh: DeviceMesh, dp: DataParallel, twin: dist.ProcessGroup) -> D
         gather=choose_collectives(shard_group, name=f"{dp.shard_axis} gather"),
         reduce=choose_collectives(twin, name=f"{dp.shard_axis} reduce"),
         replicate=replicate,
+        inner=None if inner is None else choose_collectives(inner, name=f"{dp.shard_axis} inner"),
     )
 
 

@@ -19,6 +19,7 @@ from zcore.core.errors import ConfigError
 __all__ = ["app", "parse_bytes"]
 
 UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+DECIMAL_UNITS = ("K", "M", "G", "KB", "MB", "GB")  # which some take for 1,000, others for 1,024
 
 app = typer.Typer(no_args_is_help=True, help="Measure collectives on this machine.", rich_markup_mode=None)
 
@@ -32,7 +33,9 @@ def parse_bytes(text: str) -> int:
     digits = text.rstrip("BbIiKkMmGg ")
     unit = text[len(digits) :].strip().upper()
     if not digits.isdecimal() or unit not in UNITS or not int(digits):
-        raise ConfigError(f"{text!r} is no size; expected one such as 4KiB, 64MiB or 1GiB.")
+        meant = f"{digits}{unit[0]}iB" if digits.isdecimal() and unit in DECIMAL_UNITS else ""
+        advice = f" Did you mean {meant}?" if meant else ""
+        raise ConfigError(f"{text!r} is no size; expected one such as 4KiB, 64MiB or 1GiB.{advice}")
     return int(digits) * UNITS[unit]
 
 
@@ -69,8 +72,12 @@ def bench(
         rounds=rounds,
         slice_s=turn_s,
     )
-    if plot_file is not None:
-        check_plot()
+    if os.environ.get("RANK", "0") == "0":  # where ranks are there already, one of them writes
+        if plot_file is not None:
+            check_plot(plan, plot_file)
+        for file in (json_file, plot_file):
+            if file is not None:
+                _check_file(file)
     text = _run("zcore.comm.bench.measure", plan.to_json(), num_ranks=num_ranks)
     if text is None:
         return
@@ -109,6 +116,16 @@ def tune(
         typer.echo(f"{'would be written' if dry_run else 'written'}: {found.path}")
 
 
+def _check_file(path: Path) -> None:
+    """Refuse a file that could not be written after minutes of measuring."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; expected a file. Name one in it: {path / 'bench'}.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}. Make it, or name another.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: permission denied. Name a file that you may write.")
+
+
 def _run(module: str, plan: str, *, num_ranks: int) -> str | None:
     """What rank 0 has found, on ranks of this process's run or on new ones; None on its other ranks."""
     with tempfile.TemporaryDirectory(prefix="zcore-comm-") as folder:
@@ -124,10 +141,11 @@ def _run(module: str, plan: str, *, num_ranks: int) -> str | None:
 
 def _start_ranks(module: str, arguments: list[str], *, num_ranks: int) -> None:
     from zcore.comm.launch.follow import run
-    from zcore.comm.launch.plan import Job, plan_local
+    from zcore.comm.launch.plan import Job, parse_shutdown_s, plan_local
     from zcore.comm.launch.screen import Screen
 
     job = Job(program=(module, *arguments), python=sys.executable, is_module=True, num_ranks=num_ranks)
-    code = run([plan_local(job)], Screen(sys.stdout, sys.stderr, has_prefix=False))
+    screen = Screen(sys.stdout, sys.stderr, has_prefix=False)
+    code = run([plan_local(job)], screen, shutdown_s=parse_shutdown_s(os.environ))
     if code:
         raise typer.Exit(code)

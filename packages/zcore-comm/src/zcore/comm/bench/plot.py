@@ -1,19 +1,22 @@
 """The report of `zcore comm bench` as a picture: latency and bus bandwidth of every op over the payload, log-log."""
 
+import textwrap
+from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zcore.comm.bench.contenders import COPY, SOCKETS
-from zcore.comm.bench.measure import Report, Row
-from zcore.core.errors import NotInstalledError
+from zcore.comm.bench.measure import Plan, Report, Row
+from zcore.core.errors import ConfigError, NotInstalledError
 from zcore.core.quantities import shown_bytes
 from zcore.core.tables import shown_seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_plot", "draw_plot"]
+__all__ = ["check_plot", "draw_plot", "plan_columns"]
 
 # By implementation: told apart by those who see no colours, too (line and marker).
 STYLES = {
@@ -22,16 +25,25 @@ STYLES = {
     "shared memory": ("#2ca02c", "-", "D"),
     "shared memory, plain tensors": ("#2ca02c", "--", "d"),
     "two levels": ("#ff7f0e", "-", "^"),
-    SOCKETS: ("#999999", "--", ""),
-    COPY: ("#999999", ":", ""),
+    SOCKETS: ("#777777", "--", "v"),
+    COPY: ("#777777", ":", "P"),
 }
 PLAIN_STYLE = ("#d62728", "-", "x")
 
 
-def check_plot() -> None:
-    """Raise NotInstalledError if a plot cannot be drawn here: before minutes of measuring, not after."""
+# Inches. A letter's is that of matplotlib's own font at its sizes for a title and a legend, on average and a bit more.
+PANEL_WIDTH, LEAST_WIDTH, HEIGHT = 3.9, 9.0, 8.2
+TITLE_LETTER, LEGEND_LETTER, LEGEND_MARK = 0.095, 0.08, 0.6
+
+
+def check_plot(plan: Plan, path: Path) -> None:
+    """Raise ConfigError or NotInstalledError if a plot cannot be drawn: before minutes of measuring, not after."""
     if find_spec("matplotlib") is None:
         raise NotInstalledError("A plot needs matplotlib: pip install 'zcore-comm[bench]'")
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--plot {path} is no PNG file; expected a name that ends in .png.")
+    if set(plan.ops) == {"barrier"}:
+        raise ConfigError("A plot is drawn over payloads, and a barrier has none. Leave --plot out, or add an op.")
 
 
 def draw_plot(report: Report, path: Path) -> None:
@@ -40,14 +52,18 @@ def draw_plot(report: Report, path: Path) -> None:
     from matplotlib.figure import Figure
 
     ops = list(dict.fromkeys(row.op for row in report.rows if row.payload_bytes))
-    figure = Figure(figsize=(max(7.0, 3.9 * len(ops)), 8.2), layout="constrained")
+    width = max(LEAST_WIDTH, PANEL_WIDTH * len(ops))
+    figure = Figure(figsize=(width, HEIGHT), layout="constrained")
     FigureCanvasAgg(figure)
     machine = report.machine
-    figure.suptitle(
+    title = (
         f"{report.world_size} ranks, {machine['accelerator'] or machine['processor']}, {machine['cores']} cores, "
         f"torch {report.versions['torch']}, {report.backend}, fp32; median of {report.plan.rounds} interleaved rounds"
-        f"{_told_barriers(report)}"
     )
+    lines = [
+        line for text in (title, _told_barriers(report)) for line in textwrap.wrap(text, int(width / TITLE_LETTER))
+    ]
+    figure.suptitle("\n".join(lines))
     panels = figure.subplots(2, max(1, len(ops)), squeeze=False, sharex=True, sharey="row")
     for op, latency, bandwidth in zip(ops, panels[0], panels[1], strict=False):
         for name in report.implementations:
@@ -65,9 +81,25 @@ def draw_plot(report: Report, path: Path) -> None:
     if ops:
         panels[0][0].set_ylabel("latency, us")
         panels[1][0].set_ylabel("bus bandwidth, GB/s")
-        handles, names = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+        handles, names = panels[0][0].get_legend_handles_labels()  # every op that has a payload has them all
+        ncols = plan_columns(names, width)
+        figure.legend(handles, names, loc="outside lower center", ncols=ncols, frameon=False)
     figure.savefig(path, dpi=100, metadata={"Software": None})  # no version: the file changes only with the figures
+
+
+def plan_columns(names: Sequence[str], width: float) -> int:
+    """How many columns a legend of `names` may have in `width` inches; matplotlib fills one after the other.
+
+    >>> plan_columns(["torch gloo", "core", "pairwise"], 9.0), plan_columns(["torch gloo", "core", "pairwise"], 3.0)
+    (3, 2)
+    """
+    for ncols in range(len(names), 1, -1):
+        shortest, longer = divmod(len(names), ncols)
+        starts = list(accumulate([shortest + (at < longer) for at in range(ncols)], initial=0))
+        columns = [names[start:end] for start, end in pairwise(starts)]
+        if sum(LEGEND_MARK + LEGEND_LETTER * max(map(len, column)) for column in columns) <= width:
+            return ncols
+    return 1
 
 
 def _draw_line(latency: "Axes", bandwidth: "Axes", rows: list[Row], style: tuple[str, str, str]) -> None:
@@ -98,4 +130,4 @@ def _told_barriers(report: Report) -> str:
         for row in report.rows
         if row.op == "barrier" and "plain" not in row.implementation
     ]
-    return f"\nbarrier: {', '.join(told)}" if told else ""
+    return f"barrier: {', '.join(told)}" if told else ""

@@ -1,13 +1,13 @@
 """The report of `zcore comm bench` as tables: for each op its sizes, and at each size every implementation."""
 
 from zcore.comm.bench.contenders import COPY
-from zcore.comm.bench.measure import Report, Row
+from zcore.comm.bench.measure import Plan, Report, Row
 from zcore.core.quantities import shown_bytes
 from zcore.core.tables import Table, shown_rate, shown_seconds
 
 __all__ = ["tables_of"]
 
-COLUMNS = ("size", "implementation", "latency", "spread", "bus GB/s", "of copy", "speedup")
+COLUMNS = ("size", "implementation", "latency", "spread", "bus", "of copy", "speedup")
 WIDE = 0.5  # a spread beyond which a figure says little; where a quarter are so wide, the reader is told
 BUSY = 1.0  # processes beyond the bench's own, from which on figures are doubtful
 
@@ -19,7 +19,8 @@ def tables_of(report: Report) -> list[Table]:
     title = f"{size} ranks on {device}, torch {report.versions['torch']}, {report.backend}"
     notes = [
         "latency: one call of many back to back, on the slowest rank; median of rounds",
-        "spread: distance of the quartiles over the median",
+        "spread: distance of the quartiles over the median; - of a single round",
+        "bus: bytes/s that a link carries for it; k, M, G: 10^3, 10^6, 10^9",
         "of copy: speed beside a memory copy of what a link would carry, on all ranks",
         f"speedup: the time of {report.plain} over this one's, in the same round; median",
     ]
@@ -37,7 +38,9 @@ def _table(report: Report, op: str) -> Table:
     last_bytes = -1
     for row in report.rows:
         if row.op == op:
-            rows.append((shown_bytes(row.payload_bytes) if row.payload_bytes != last_bytes else "", *_cells(row)))
+            rows.append(
+                (shown_bytes(row.payload_bytes) if row.payload_bytes != last_bytes else "", *_cells(row, report.plan))
+            )
             last_bytes = row.payload_bytes
     return Table(op, COLUMNS, tuple(rows), words=("implementation",))
 
@@ -46,15 +49,19 @@ def _spread(row: Row) -> float:
     return (row.time_s.high - row.time_s.low) / row.time_s.median
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, plan: Plan) -> tuple[str, ...]:
     is_copy = row.implementation == COPY
     time_s = row.time_s
     speedup = None if is_copy else row.speedup
     return (
         row.implementation,
         shown_seconds(time_s.median),
-        f"{_spread(row):.0%}",
+        f"{_spread(row):.0%}" if plan.rounds > 1 else "-",
         shown_rate(row.bus_bytes_per_s.median) if row.bus_bytes_per_s else "",
-        f"{row.of_copy.median:.0%}" if row.of_copy and not is_copy else "",
-        f"{speedup.median:.2f}x" if speedup else "",
+        _shown_share(row.of_copy.median) if row.of_copy and not is_copy else "",
+        f"{speedup.median:.{2 if speedup.median < 9.995 else 0}f}x" if speedup else "",
     )
+
+
+def _shown_share(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.005 else "<1%"

@@ -8,5 +8,5 @@
     failure   what the ranks said   -> which failed first, and its traceback    pure
 
 Each Command starts one `agent` on one host: torchrun, with the output of its ranks (`rank_streams`) as `lines` that say
-whose they are.
+whose they are, and with ends of its ranks that are told at once (`rank_ends`).
 """

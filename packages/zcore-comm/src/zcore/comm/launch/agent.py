@@ -5,7 +5,8 @@ Rendezvous, ranks and restarts are torch's elastic launcher. This adds to it:
     ranks     without --nproc-per-node one for each accelerator, else one
     threads   OMP_NUM_THREADS, unless set, is the host's cores shared out among its ranks
     restarts  ranks that start again meet at a store of their own: in the old one they would find dead addresses
-    output    marked lines (`lines`), and after them which ranks failed
+    output    marked lines (`lines`)
+    ends      ranks that failed are told at once, and the others ended in time (`rank_ends`)
     its end   a word on stdin ("SIGINT") is that signal; end of file, when stdin is a pipe, is SIGTERM
 
 The last holds on any host, however it was reached: when the front is gone, killed even, its pipe closes, ssh passes
@@ -14,25 +15,19 @@ that on, and the ranks are ended. A terminal (`ssh -tt`) would do it too, and wo
 
 import logging
 import os
-import platform
 import signal
 import stat
 import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from zcore.comm.cores import num_cores
-from zcore.comm.launch.lines import Ended, mark_end
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from zcore.comm.launch.plan import SHUTDOWN_S, SHUTDOWN_VARIABLE
 
 __all__ = ["EXPLAINED", "main"]
 
 EXPLAINED = 69  # exit code of a launcher that started no rank and has said why
-SHUTDOWN_S = 10  # for ranks that were asked to end; torch's 30 s look like a hang
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     # Until torch takes over signals there is no rank to end, and no reason to stay.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _obey_stdin()
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
+    os.environ.setdefault(SHUTDOWN_VARIABLE, str(SHUTDOWN_S))
     if "LOGLEVEL" not in os.environ:
         # What torchrun says of a failed rank the front tells in fewer words.
         logging.disable(logging.ERROR)
@@ -54,9 +49,10 @@ def _launch(options: Sequence[str], program: str, arguments: Sequence[str]) -> i
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.launcher import api as launcher
     from torch.distributed.run import config_from_args, determine_local_world_size, parse_args
 
+    from zcore.comm.launch.rank_ends import EndingAgent
     from zcore.comm.launch.rank_streams import RankStreams
 
     if not any(option.startswith("--nproc-per-node") for option in options):
@@ -71,11 +67,11 @@ def _launch(options: Sequence[str], program: str, arguments: Sequence[str]) -> i
     config, entrypoint, entry_arguments = config_from_args(parsed)
     streams = RankStreams()
     config.logs_specs = streams
-    failed: ChildFailedError | None = None
+    vars(launcher)["LocalElasticAgent"] = EndingAgent  # torch takes an agent from nobody; it looks this name up
     try:
-        elastic_launch(config, entrypoint)(*entry_arguments)
-    except ChildFailedError as error:
-        failed = error
+        launcher.elastic_launch(config, entrypoint)(*entry_arguments)
+    except ChildFailedError:
+        return 1  # which rank, and how, is told by then
     except SignalException as error:
         return 128 + error.sigval
     except (RendezvousError, dist.DistError) as error:
@@ -90,16 +86,7 @@ def _launch(options: Sequence[str], program: str, arguments: Sequence[str]) -> i
         return EXPLAINED
     finally:
         streams.close()
-    if failed is None:
-        return 0
-    _tell(failed)
-    return 1
-
-
-def _tell(failed: "ChildFailedError") -> None:
-    """Report every failed rank, first by torch's clock, which counts seconds, and in its order within one."""
-    for rank, failure in sorted(failed.failures.items(), key=lambda item: item[1].timestamp):
-        os.write(2, mark_end(Ended(rank, failure.exitcode, platform.node())))
+    return 0
 
 
 def _obey_stdin() -> None:

@@ -13,7 +13,7 @@ from zcore.comm.cores import num_cores
 from zcore.comm.launch.follow import run
 from zcore.comm.launch.hosts import Host, parse_hostfile, select_hosts
 from zcore.comm.launch.mpi import find_place, plan_rank
-from zcore.comm.launch.plan import Command, Job, parse_variables, plan_local, plan_slurm, plan_ssh
+from zcore.comm.launch.plan import Command, Job, parse_shutdown_s, parse_variables, plan_local, plan_slurm, plan_ssh
 from zcore.comm.launch.screen import Screen
 from zcore.core.errors import ConfigError, nearest
 
@@ -64,6 +64,7 @@ def command(
         master_port=master_port,
         variables=parse_variables(env, os.environ),
     )
+    shutdown_s = parse_shutdown_s({**os.environ, **job.variables})
     place = find_place(os.environ)
     commands: Sequence[Command]
     if place is not None:
@@ -89,7 +90,7 @@ def command(
         (become,) = commands
         os.execvpe(become.argv[0], become.argv, {**os.environ, **become.variables})
     screen = Screen(sys.stdout, sys.stderr, has_prefix=not no_prefix, has_colour=not os.environ.get("NO_COLOR"))
-    raise typer.Exit(run(commands, screen))
+    raise typer.Exit(run(commands, screen, shutdown_s=shutdown_s))
 
 
 def _read_hostfile(path: Path) -> tuple[Host, ...]:

@@ -1,9 +1,12 @@
-"""Which rank failed first, and how that is told: one block, its traceback last. Pure.
+"""Which rank failed first, and how that is told: one block, its traceback last, without zcore's own frames. Pure.
 
 --- rank 1 on worker-2 failed first: exit code 1 ---------------
 Traceback (most recent call last):
-  ...
-ValueError: shard 3 is empty
+  File "train.py", line 7, in <module>
+    all_reduce(grads)
+  ... 7 frames of zcore
+CollectiveError: ...
+Rank 0 had ended before, with exit code 0.
 ----------------------------------------------------------------
 """
 
@@ -12,7 +15,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Failure", "choose_first", "describe_exit", "draw", "find_traceback"]
+__all__ = ["Failure", "choose_first", "collapse_frames", "describe_exit", "draw", "find_traceback"]
 
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):")
 _TORCH_PREFIX = re.compile(r"\[rank\d+\]: ?")  # torch's, on each line of a traceback once a process group stands
@@ -23,7 +26,12 @@ _CHAIN = re.compile(
 _CONSEQUENCE = re.compile(
     r"(closed|reset) by peer|Broken pipe|Connection (refused|was likely closed)|remote process exited|CollectiveError"
 )
+# A frame in a traceback: the line that names its file, and what follows of its source.
+_FRAME = re.compile(r'  File "(?P<file>[^"]*)", line \d+')
+_OF_FRAME = re.compile(r" {4}|  \[Previous line repeated ")
+_OWN_FILE = re.compile(r"/zcore/(core|zero|comm|pipe|offload|infer|kernels)/")
 _TAIL_LINES = 20  # of one that left no traceback
+_SHOWN_RANKS = 8
 _WIDTH = 80
 
 
@@ -72,6 +80,26 @@ def find_traceback(lines: Sequence[str]) -> list[str]:
     return plain[start:]
 
 
+def collapse_frames(lines: Sequence[str]) -> list[str]:
+    """A traceback with a line in place of each run of zcore's own frames; the rank's own output has all of them.
+
+    >>> collapse_frames(['  File "t.py", line 3, in f', '  File "/x/zcore/comm/a.py", line 5, in g', "    h()"])
+    ['  File "t.py", line 3, in f', '  ... 1 frame of zcore']
+    """
+    shown: list[str] = []
+    num_own = 0
+    is_own = False
+    for line in [*lines, ""]:
+        frame = _FRAME.match(line)
+        is_own = bool(_OWN_FILE.search(frame["file"])) if frame else is_own and bool(_OF_FRAME.match(line))
+        num_own += is_own and frame is not None
+        if not is_own:
+            shown += [f"  ... {num_own} frame{'s' * (num_own > 1)} of zcore"] * bool(num_own)
+            shown.append(line)
+            num_own = 0
+    return shown[:-1]
+
+
 def describe_exit(exitcode: int) -> str:
     """What an exit code says.
 
@@ -80,16 +108,18 @@ def describe_exit(exitcode: int) -> str:
     """
     if exitcode >= 0:
         return f"exit code {exitcode}"
-    if exitcode == -signal.SIGKILL:
-        return "killed by SIGKILL; the kernel does that when memory runs out (see dmesg)"
-    name = signal.Signals(-exitcode).name if -exitcode in list(signal.Signals) else f"signal {-exitcode}"
-    return f"killed by {name}"
+    return f"killed by {signal.Signals(-exitcode).name if -exitcode in list(signal.Signals) else f'signal {-exitcode}'}"
 
 
-def draw(failure: Failure) -> str:
-    """The failure for people."""
+def draw(failure: Failure, *, ended_before: Sequence[int] = ()) -> str:
+    """The failure for people. ended_before: the ranks that had left with exit code 0, which others may have missed."""
     where = f" on {failure.host}" if failure.host else ""
     who = f"launcher{where} failed" if failure.rank is None else f"rank {failure.rank}{where} failed first"
-    head = f"--- {who}: {describe_exit(failure.exitcode)} "
-    body = failure.last_words or ["It wrote nothing to stderr."]
+    advice = "; the kernel does that when memory runs out (see dmesg)" if failure.exitcode == -signal.SIGKILL else ""
+    head = f"--- {who}: {describe_exit(failure.exitcode)}{advice} "
+    body = collapse_frames(failure.last_words) or ["It wrote nothing to stderr."]
+    if ended_before:
+        ranks = ", ".join(map(str, ended_before[:_SHOWN_RANKS]))
+        more = f" and {len(ended_before) - _SHOWN_RANKS} more" if len(ended_before) > _SHOWN_RANKS else ""
+        body.append(f"Rank{'s' * (len(ended_before) > 1)} {ranks}{more} had ended before, with exit code 0.")
     return "\n".join([head.ljust(_WIDTH, "-"), *body, "-" * _WIDTH])

@@ -2,6 +2,7 @@
 
     all run --> all ended ------------------------------------------------> 0
       |-- one failed: others have SETTLE_S to report --> all are told to end --> its traceback, its exit code
+      |     (its own host ends the ranks there at once)
       `-- Ctrl-C, SIGTERM, SIGHUP, a closed stdout ----> all are told to end --> 128 + signal
 
 One thread, one selector: output, the ends of commands and signals come in one order, and a slow terminal slows the
@@ -17,12 +18,13 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import IO
 
 from zcore.comm.launch.agent import EXPLAINED
 from zcore.comm.launch.failure import Failure, choose_first, draw
 from zcore.comm.launch.lines import Ended, LineReader
-from zcore.comm.launch.plan import Command
+from zcore.comm.launch.plan import SHUTDOWN_S, Command
 from zcore.comm.launch.screen import Screen
 from zcore.core.errors import ConfigError
 
@@ -31,10 +33,19 @@ __all__ = ["run"]
 TICK_S = 0.1  # between two looks at processes and signals
 SETTLE_S = 1.0  # a rank that only lost its connection may be reported before the one that broke it
 DRAIN_S = 2.0  # for the output of a command that has ended; what it left behind (ssh's master) may hold it open
-PATIENCE_S = 45.0  # more than torch gives its ranks (30 s in versions where the agent's SHUTDOWN_S does not count)
+PATIENCE_S = 10.0  # for a launcher to end, beyond what it gives its ranks
 KILL_S = 5.0  # between SIGTERM and SIGKILL for a command that does not heed the end of its stdin
 KEPT_LINES = 500  # of each rank's stderr
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnd:
+    """The end of a rank, as it became known."""
+
+    ended: Ended
+    host: str
+    seen_s: float
 
 
 @dataclass(slots=True)
@@ -94,9 +105,9 @@ class Stream:
     reader: LineReader = field(default_factory=LineReader)
 
 
-def run(commands: Sequence[Command], screen: Screen) -> int:
-    """Run `commands` to their end; the exit code for all of them."""
-    front = _Front(screen)
+def run(commands: Sequence[Command], screen: Screen, *, shutdown_s: float = SHUTDOWN_S) -> int:
+    """Run `commands` to their end; the exit code for all of them. shutdown_s: what launchers give ranks to end."""
+    front = _Front(screen, shutdown_s)
     with _handling(STOP_SIGNALS, front.stop):
         return front.run(commands)
 
@@ -114,12 +125,14 @@ def _handling(numbers: Sequence[signal.Signals], handle: Callable[[signal.Signal
 class _Front:
     """The state of one run."""
 
-    def __init__(self, screen: Screen) -> None:
+    def __init__(self, screen: Screen, shutdown_s: float) -> None:
         self._screen = screen
+        self._shutdown_s = shutdown_s
         self._selector = selectors.DefaultSelector()
         self._launchers: list[Launcher] = []
         self._tails: defaultdict[int, Tail] = defaultdict(Tail)  # of ranks
-        self._failures: list[Failure] = []
+        self._ends: list[RankEnd] = []
+        self._failed_launchers: list[Failure] = []
         self._stopped_by: signal.Signals | None = None
 
     def stop(self, number: signal.Signals) -> None:
@@ -131,19 +144,35 @@ class _Front:
         try:
             for command in commands:
                 self._start(command)
-            self._follow(until=lambda: bool(self._failures or self._stopped_by))
-            if self._failures:
+            self._follow(until=lambda: self._has_failed or self._stopped_by is not None)
+            if self._has_failed:
                 self._follow(until=lambda: self._stopped_by is not None, for_s=SETTLE_S)
         finally:
             self._end()
             self._close()
         if self._stopped_by is not None:
             return 128 + self._stopped_by
-        if not self._failures:
+        if not self._has_failed:
             return 0
-        first = choose_first(self._failures)
-        self._screen.show("stderr", draw(first))
+        first = choose_first([*map(self._failure, self._failed_ends), *self._failed_launchers])
+        ended_before = [end.ended.rank for end in takewhile(lambda end: not end.ended.exitcode, self._ends)]
+        self._screen.show("stderr", draw(first, ended_before=sorted(ended_before)))
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+
+    @property
+    def _failed_ends(self) -> list[RankEnd]:
+        return [end for end in self._ends if end.ended.exitcode]
+
+    @property
+    def _has_failed(self) -> bool:
+        return bool(self._failed_launchers or self._failed_ends)
+
+    def _failure(self, end: RankEnd) -> Failure:
+        """What the rank has left, once all its output has come."""
+        tail = self._tails[end.ended.rank]
+        # One that a signal killed did not raise: a traceback of it is older, and was handled.
+        seen_s = tail.traceback_s if end.ended.exitcode > 0 and tail.traceback_s else end.seen_s
+        return Failure(end.ended.rank, end.host, end.ended.exitcode, tuple(tail.lines), seen_s)
 
     def _start(self, command: Command) -> None:
         try:
@@ -184,7 +213,8 @@ class _Front:
         now_s = time.monotonic()
         for told in stream.reader.feed(chunk, now_s=now_s):
             if isinstance(told, Ended):
-                self._note_failure(told, stream.launcher, now_s)
+                stream.launcher.has_reported |= bool(told.exitcode)
+                self._ends.append(RankEnd(told, stream.launcher.command.host or told.host, now_s))
                 continue
             if stream.name == "stderr":
                 tail = stream.launcher.tail if told.rank is None else self._tails[told.rank]
@@ -195,14 +225,6 @@ class _Front:
             stream.launcher.num_open -= 1
             self._selector.unregister(stream.pipe)
             stream.pipe.close()
-
-    def _note_failure(self, ended: Ended, launcher: Launcher, now_s: float) -> None:
-        launcher.has_reported = True
-        tail = self._tails[ended.rank]
-        host = launcher.command.host or ended.host
-        # One that a signal killed did not raise: a traceback of it is older, and was handled.
-        seen_s = tail.traceback_s if ended.exitcode > 0 and tail.traceback_s else now_s
-        self._failures.append(Failure(ended.rank, host, ended.exitcode, tuple(tail.lines), seen_s))
 
     def _look_after(self, launcher: Launcher) -> None:
         """Notice the end of a launcher; one that fails without naming a rank is itself the failure."""
@@ -216,7 +238,7 @@ class _Front:
         launcher.is_over = True
         if exitcode and not launcher.has_reported and not launcher.was_told:
             lines = (*launcher.tail.lines, *_advice(launcher.command, exitcode))
-            self._failures.append(Failure(None, launcher.host, exitcode, lines, now_s))
+            self._failed_launchers.append(Failure(None, launcher.host, exitcode, lines, now_s))
 
     def _end(self) -> None:
         """No process is left when this returns, but for one that cannot be reached."""
@@ -224,9 +246,12 @@ class _Front:
             return
         if self._stopped_by:
             self._screen.show("stderr", f"{self._stopped_by.name}: all ranks are told to end", whose="zcore run")
+        elif not all(launcher.is_over or launcher.has_reported for launcher in self._launchers):
+            text = f"ending the ranks of the other hosts, up to {self._shutdown_s:g} s"
+            self._screen.show("stderr", text, whose="zcore run")
         for launcher in self._launchers:
             launcher.tell(self._stopped_by if self._stopped_by in STOP_SIGNALS else signal.SIGTERM)
-        self._follow(for_s=PATIENCE_S)
+        self._follow(for_s=self._shutdown_s + PATIENCE_S)
         for number in (signal.SIGTERM, signal.SIGKILL):
             for launcher in self._launchers:
                 launcher.kill(number)

@@ -1,6 +1,6 @@
 """Which hosts take part, and with how many ranks: a hostfile, --include and --exclude, a node list of SLURM. Pure.
 
-worker-1 slots=4      # as DeepSpeed and Open MPI write it
+worker-1 slots=4      # as DeepSpeed and Open MPI write it; max_slots=8 may follow
 me@10.0.0.7:2         # as MPICH writes it
 worker-3              # no number: one rank for each accelerator it has, else one
 """
@@ -14,7 +14,10 @@ from zcore.core.errors import ConfigError, nearest
 
 __all__ = ["Host", "expand_nodelist", "parse_hostfile", "select_hosts"]
 
-_LINE = re.compile(r"(?P<name>[^\s:]+)(?::(?P<colon>\d+)|\s+slots\s*=\s*(?P<slots>\d+))?")
+# max_slots, Open MPI's, is read over: it limits what is started beyond the slots, which nothing is here.
+_LINE = re.compile(
+    r"(?P<name>[^\s:,]+)(?::(?P<colon>\d+)|\s+slots\s*=\s*(?P<slots>\d+))?(?:\s+max[_-]slots\s*=\s*\d+)?"
+)
 # A part of a node list: text, and ranges in brackets. gpu-a[1-2]b, rack[0-1]n[01-16]
 _NODES = r"(?:[^\s,\[\]]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+"
 
@@ -46,7 +49,8 @@ def parse_hostfile(text: str, *, path: str) -> tuple[Host, ...]:
             continue
         found = _LINE.fullmatch(said)
         if not found:
-            raise ConfigError(f"{path}:{number}: `{said}` is no host; expected `NAME` or `NAME slots=NUMBER`.")
+            advice = " Give each host a line of its own." if "," in said else ""
+            raise ConfigError(f"{path}:{number}: `{said}` is no host; expected `NAME` or `NAME slots=NUMBER`.{advice}")
         slots = found["slots"] or found["colon"]
         host = Host(found["name"], None if slots is None else int(slots))
         if host.slots == 0:

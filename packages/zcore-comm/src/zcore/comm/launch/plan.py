@@ -18,12 +18,27 @@ from dataclasses import dataclass, field
 from zcore.comm.launch.hosts import Host, expand_nodelist
 from zcore.core.errors import ConfigError
 
-__all__ = ["PORT", "Command", "Job", "parse_variables", "plan_local", "plan_slurm", "plan_ssh", "port_of_job"]
+__all__ = [
+    "PORT",
+    "SHUTDOWN_S",
+    "SHUTDOWN_VARIABLE",
+    "Command",
+    "Job",
+    "parse_shutdown_s",
+    "parse_variables",
+    "plan_local",
+    "plan_slurm",
+    "plan_ssh",
+    "port_of_job",
+]
 
 PORT = 29500  # torchrun's own, so that a firewall that lets torchrun through lets this through
 MEETING_S = 300  # for all hosts to come; torchrun's 900 s look like a hang
+SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+SHUTDOWN_S = 10  # for ranks that were asked to end, to save what they have; torch's 30 look like a hang
 # What ranks on other hosts get of the environment here, next to what --env names.
 _SENT = re.compile(r"PYTHONPATH|(NCCL|ZCORE|OMP|GLOO|TORCH)_\w+")
+_PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")  # ${NAME} is a shell's
 _LOOPBACK = re.compile(r"localhost|127\.[\d.]+|::1")
 
 
@@ -67,6 +82,20 @@ def parse_variables(asked: Sequence[str], environment: Mapping[str, str]) -> dic
     return variables
 
 
+def parse_shutdown_s(environment: Mapping[str, str]) -> int:
+    """How long ranks that are asked to end may take, in seconds, by torch's variable for it.
+
+    >>> parse_shutdown_s({}), parse_shutdown_s({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"})
+    (10, 3)
+    """
+    said = environment.get(SHUTDOWN_VARIABLE, str(SHUTDOWN_S))
+    if not said.isdecimal():
+        raise ConfigError(
+            f"{SHUTDOWN_VARIABLE} is {said!r}; expected the whole seconds that ranks may take to end, such as 10."
+        )
+    return int(said)
+
+
 def plan_local(job: Job) -> Command:
     """Start all ranks on this host."""
     meeting = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
@@ -81,6 +110,9 @@ def plan_ssh(
     `ssh` gets one more argument, a line for a shell over there; `{host}` in it is the host, which else comes before
     the line. The program runs in `directory`, as it would here.
     """
+    unknown = [name for name in _PLACEHOLDER.findall(ssh) if name != "host"]
+    if unknown:
+        raise ConfigError(f"--ssh {ssh!r} names {{{unknown[0]}}}; expected no placeholder but {{host}}.")
     master_addr = job.master_addr or hosts[0].address
     if len(hosts) > 1 and not job.master_addr and _LOOPBACK.fullmatch(master_addr):
         raise ConfigError(

@@ -24,7 +24,6 @@ class RankStreams(LogsSpecs):
 
     def __init__(self) -> None:
         super().__init__()
-        self._num_starts = 0
         self._write_fds: list[int] = []
         self._threads: list[threading.Thread] = []
 
@@ -36,9 +35,6 @@ class RankStreams(LogsSpecs):
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """Make the pipes of a start, or restart; torch calls it with the variables of each local rank."""
         self._close_pipes()
-        if self._num_starts:  # torch's own count leaves out the restarts that another host asked for
-            self.note(f"restart {self._num_starts}: the ranks of this host start again")
-        self._num_starts += 1
         for variables in envs.values():
             variables["TORCHELASTIC_ERROR_FILE"] = ""
         return LogsDest(

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from zcore.comm.recording.totals import CallRecord, Group
+from zcore.core.errors import ConfigError
 
-__all__ = ["join_traces", "plan_lanes", "trace_of"]
+__all__ = ["TRACE_FILE", "join_traces", "plan_lanes", "trace_of"]
+
+TRACE_FILE = "comms.rank{rank}.json"
 
 
 def trace_of(records: Iterable[CallRecord], *, global_rank: int, host: str, clock_offset_s: float) -> dict[str, Any]:
@@ -78,11 +81,32 @@ def plan_lanes(spans: Sequence[tuple[float, float]]) -> list[int]:
     return lanes
 
 
-def join_traces(paths: Iterable[str | Path], joined: str | Path) -> None:
-    """Write the trace files of several ranks as one, so that a viewer shows them on one time line."""
-    traces = [json.loads(Path(path).read_text(encoding="ascii")) for path in paths]
-    events = [event for trace in traces for event in trace["traceEvents"]]
-    Path(joined).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="ascii")
+def join_traces(traces: str | Path | Iterable[str | Path], joined: str | Path | None = None) -> Path:
+    """Write the trace files of several ranks as one, so that a viewer shows them on one time line; its path.
+
+    traces: the folder of `save_trace`, or files. joined: by default `comms.json` in that folder.
+
+    Raises ConfigError for a path that is no folder, and for a folder without a trace.
+    """
+    if isinstance(traces, str | Path):
+        folder = Path(traces)
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is no folder; expected the one that save_trace wrote to, or a list of files.")
+        paths = sorted(folder.glob(TRACE_FILE.format(rank="*")), key=lambda path: (len(path.name), path.name))
+        if not paths:
+            raise ConfigError(
+                f"There is no {TRACE_FILE.format(rank='*')} in {folder}; call save_trace on each rank first."
+            )
+        joined = folder / "comms.json" if joined is None else joined
+    else:
+        paths = [Path(path) for path in traces]
+        if joined is None:
+            raise ConfigError("join_traces got a list of files; expected as a second argument the file to write.")
+    told = [json.loads(path.read_text(encoding="ascii")) for path in paths]
+    events = [event for trace in told for event in trace["traceEvents"]]
+    path = Path(joined)
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="ascii")
+    return path
 
 
 def _details(call: CallRecord) -> dict[str, Any]:

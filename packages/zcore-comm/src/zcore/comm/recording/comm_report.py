@@ -35,8 +35,12 @@ STANDS_OUT = 3.0  # times what the others wait for most ranks, from which on a r
 OVERLAPPED = 0.1  # of a call's time not held by it, from which on its bandwidth is called a lower bound
 LEGEND = (
     "wait: how long wait() held the program, on average; done in: since the start.",
-    "GB/s: payload over the time of whoever came last; bus: what a link carries;",
-    ">: or more, as the program computed meanwhile.",
+    "B/s: payload over the time of whoever came last; bus: what a link carries;",
+    "k, M, G: 10^3, 10^6, 10^9; >: or more, as the program computed meanwhile.",
+)
+RANKS_LEGEND = (
+    "recorded: for how long; of that: waiting in wait(), starting in the calls that",
+    "start a collective; others waited: longer than this rank, for it.",
 )
 SHOWN_LABELS = 5
 SHOWN_RANKS = 8
@@ -249,7 +253,7 @@ def _op_tables(report: CommReport) -> Iterable[Table]:
     sections: dict[tuple[str, int, str], list[OpRow]] = {}
     for row in report.ops:
         sections.setdefault((row.group, row.group_size, row.algorithm), []).append(row)
-    columns = ("op", "up to", "calls", "total", "wait", "longest", "done in", "GB/s", "bus")
+    columns = ("op", "up to", "calls", "total", "wait", "longest", "done in", "B/s", "bus")
     for (group, group_size, algorithm), rows in sections.items():
         num_open = sum(row.num_open for row in rows)
         yield Table(
@@ -312,12 +316,14 @@ def _rank_table(report: CommReport) -> Table:
             for row in sorted(shown, key=lambda row: row.global_rank)
         ),
         words=("host",),
-        notes=(*(f"and {left_out} more ranks" for _ in range(bool(left_out))), _verdict(report)),
+        notes=(*(f"and {left_out} more ranks" for _ in range(bool(left_out))), *RANKS_LEGEND, _verdict(report)),
     )
 
 
 def _verdict(report: CommReport) -> str:
     if not report.num_compared:
+        if len(report.ranks) == 1:
+            return "Of this rank only; on every rank `recording.report(dist.group.WORLD)` compares them."
         return "Nothing to compare between ranks."
     last = max(report.ranks, key=lambda row: row.delay_s)
     if not last.num_last:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from zcore.comm.calls.flow import FLOW
 from zcore.comm.calls.requests import DeferrableCollectives
 from zcore.comm.calls.served import served_of
-from zcore.comm.recording.chrome_trace import trace_of
+from zcore.comm.recording.chrome_trace import TRACE_FILE, trace_of
 from zcore.comm.recording.comm_report import SYMMETRIC_OPS, CommReport, build_report
 from zcore.comm.recording.recorded import LISTENERS, Recorded
 from zcore.comm.recording.totals import CallRecord, Group, Kind, RankTotals, Totals
@@ -151,7 +151,7 @@ class Recording:
         trace = trace_of(
             self.calls, global_rank=global_rank, host=socket.gethostname(), clock_offset_s=self._clock_offset_s
         )
-        path = Path(folder) / f"comms.rank{global_rank}.json"
+        path = Path(folder) / TRACE_FILE.format(rank=global_rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(trace), encoding="ascii")
         return path

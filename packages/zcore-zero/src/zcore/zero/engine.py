@@ -311,12 +311,17 @@ class Engine:
             yield
 
     def train(self, mode: bool = True) -> "Engine":
-        """Put the model into training mode."""
+        """Put the model into training mode, and let go of what evaluation has kept gathered."""
         self.module.train(mode)
+        self.sharding.gatherer.keep_for_inference(not mode)
         return self
 
     def eval(self) -> "Engine":
-        """Put the model into evaluation mode."""
+        """Put the model into evaluation mode.
+
+        Under stage 3 what forwards without autograd gather stays until `train()`, up to `stage3_max_live_parameters`:
+        where that is the whole model, forwards after the first one are this rank's own business, as many as it likes.
+        """
         return self.train(False)
 
     def explain_steps(self, *, every: int = 1) -> None:

@@ -60,6 +60,7 @@ class Gatherer:
         self._ahead: dict[int, int] = {}  # elements of buckets gathered, or kept, ahead of their next use
         self._live: dict[int, Bucket] = {}  # transient ones with gathered memory
         self._is_at_rest = True  # until the first use after a step
+        self._keeps = False  # what forwards without autograd have gathered, for the next one
         self._has_warned = False
         self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
         self._digest = 0  # of the buckets gathered since the last comparison, in order; below 2^24, exact in fp32
@@ -83,6 +84,14 @@ class Gatherer:
                 self._gather(bucket, why="kept whole, and stepped since")
             elif bucket.state is ParamState.AVAILABLE:
                 bucket.show_whole()
+
+    def keep_for_inference(self, keeps: bool) -> None:
+        """Keep what forwards without autograd gather, as far as the live limit allows; or let go of it, and no more."""
+        self._keeps = keeps
+        if not keeps:
+            for index in list(self._idle):
+                if not self._is_in_use(self._buckets[index]):
+                    self._reshard(self._buckets[index])
 
     @property
     def open_buckets(self) -> frozenset[int]:
@@ -269,7 +278,11 @@ class Gatherer:
             if self._is_kept(bucket.index) and bucket.index in self._live:
                 bucket.show_fragments()
             elif bucket.state is ParamState.AVAILABLE and not self._pinned[bucket.index]:
-                self._reshard(bucket)
+                if self._is_keeping and bucket.is_transient:
+                    bucket.show_fragments()
+                    self._idle.setdefault(bucket.index)
+                else:
+                    self._reshard(bucket)
 
     def _is_kept(self, index: int) -> bool:
         return index in self._kept or index in self._returned
@@ -295,7 +308,7 @@ class Gatherer:
             self._reshard(bucket)
 
     def _start(self, bucket: Bucket, *, why: str) -> None:
-        self._make_room()
+        self._make_room(bucket)
         self._gather(bucket, why=why)
         if bucket.is_transient:
             self._digest = (self._digest * 1_000_003 + bucket.index + 1) % 2**24
@@ -316,8 +329,18 @@ class Gatherer:
     def _is_in_use(self, bucket: Bucket) -> bool:
         return bucket.index in self._depth or self._is_kept(bucket.index) or self._pinned[bucket.index] > 0
 
-    def _make_room(self) -> None:
-        """Release what is idle, but for what returns soon in the same pass."""
+    @property
+    def _is_keeping(self) -> bool:
+        return self._keeps and self._trace is self._inference
+
+    def _make_room(self, needed: Bucket) -> None:
+        """Release what is idle, but for what returns soon in the same pass, or is kept for the next forward."""
+        if self._is_keeping:
+            for index in reversed(list(self._idle)):  # what was used last comes last in the next forward, too
+                if self._live_numel + self._numel_of(needed.index) <= self._limits.max_live_numel:
+                    return
+                self._reshard(self._buckets[index])
+            return
         for index in list(self._idle):
             bucket = self._buckets[index]
             if not self._is_in_use(bucket) and not self._returns(bucket, Pass.FORWARD):

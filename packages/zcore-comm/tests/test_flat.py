@@ -175,7 +175,7 @@ REFUSED = {
     "sparse": (
         lambda: comm.all_reduce(ones(2, 2).to_sparse()),
         LayoutError,
-        "tensor has shape (2, 2) and torch.sparse_coo; expected contiguous memory",
+        "tensor has shape (2, 2) and torch.sparse_coo; expected contiguous memory. Pass tensor.to_dense()",
     ),
     "device": (
         lambda: comm.all_reduce(torch.empty(2, device="meta")),

@@ -248,10 +248,11 @@ class _Call:
             )
         _check_device(str(self), self.served, tensor.device, name=name)
         if tensor.layout != torch.strided or not tensor.is_contiguous():
-            layout = f"strides {tensor.stride()}" if tensor.layout == torch.strided else str(tensor.layout)
+            is_strided = tensor.layout == torch.strided
+            layout = f"strides {tensor.stride()}" if is_strided else str(tensor.layout)
             raise LayoutError(
                 f"{self}: {name} has shape {tuple(tensor.shape)} and {layout}; expected contiguous memory. Pass "
-                f"{name}.contiguous(), and where it is written copy the result back."
+                f"{name}.{'contiguous' if is_strided else 'to_dense'}(), and where it is written copy the result back."
             )
         return tensor.detach().view(-1)
 

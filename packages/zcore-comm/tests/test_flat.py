@@ -232,6 +232,16 @@ REFUSED = {
         ConfigError,
         "sums of torch.float8_e5m2 are not defined",
     ),
+    "a name as dtype": (
+        lambda: comm.empty(3, "float32"),
+        ConfigError,
+        "empty: dtype is 'float32'; expected a dtype of torch, torch.float32.",
+    ),
+    "no dtype": (
+        lambda: comm.empty(3, float),
+        ConfigError,
+        "empty: dtype is <class 'float'>; expected a dtype of torch, such as torch.float32.",
+    ),
     "mean of integers": (
         lambda: comm.all_reduce(torch.ones(2, dtype=torch.int64), dist.ReduceOp.AVG),
         ConfigError,

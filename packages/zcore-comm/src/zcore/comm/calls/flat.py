@@ -66,8 +66,14 @@ def empty(
     For CPU ranks of one host that is memory which the other ranks read. It is given back when the tensor and its views
     are gone. `device` is by default what the group moves. Every rank makes the group's first call, and this may be it.
 
-    Raises ConfigError for a negative size or a device that the group does not move; StateError as `all_gather` does.
+    Raises ConfigError for a negative size, what is no dtype of torch, or a device that the group does not move;
+    StateError as `all_gather` does.
     """
+    if not isinstance(dtype, torch.dtype):
+        meant = (
+            f"torch.{dtype}" if isinstance(getattr(torch, str(dtype), None), torch.dtype) else "such as torch.float32"
+        )
+        raise ConfigError(f"empty: dtype is {dtype!r}; expected a dtype of torch, {meant}.")
     served = served_of(group)
     device = served.device if device is None else torch.device(device)
     _check_device("empty", served, device)

@@ -178,7 +178,7 @@ REFUSED = {
     "sparse": (
         lambda: comm.all_reduce(ones(2, 2).to_sparse()),
         LayoutError,
-        "tensor has shape (2, 2) and torch.sparse_coo; expected contiguous memory",
+        "tensor has shape (2, 2) and torch.sparse_coo; expected contiguous memory. Pass tensor.to_dense()",
     ),
     "device": (
         lambda: comm.all_reduce(torch.empty(2, device="meta")),
@@ -234,6 +234,16 @@ REFUSED = {
         lambda: comm.all_reduce(ones(2).to(torch.float8_e5m2)),
         ConfigError,
         "sums of torch.float8_e5m2 are not defined",
+    ),
+    "a name as dtype": (
+        lambda: comm.empty(3, "float32"),
+        ConfigError,
+        "empty: dtype is 'float32'; expected a dtype of torch, torch.float32.",
+    ),
+    "no dtype": (
+        lambda: comm.empty(3, float),
+        ConfigError,
+        "empty: dtype is <class 'float'>; expected a dtype of torch, such as torch.float32.",
     ),
     "mean of integers": (
         lambda: comm.all_reduce(torch.ones(2, dtype=torch.int64), dist.ReduceOp.AVG),

@@ -89,6 +89,13 @@ def test_output_that_comes_after_the_news_of_a_failure_belongs_to_it():
     assert follow([python(late)]).stderr[-3:-1] == ["Traceback (most recent call last):", "ValueError: x"]
 
 
+def test_what_a_rank_wrote_before_it_started_again_is_no_part_of_its_failure():
+    raised = "\\x1e1 Traceback (most recent call last):\\n\\x1e1 ValueError: x\\n"
+    shown = follow([python(f"os.write(2, b'{raised}\\x1e1*\\n\\x1e1 again\\n\\x1e1!4 n\\n'); sys.exit(1)")])
+    assert shown.stderr[-3].startswith("--- rank 1 on n failed first: exit code 4 ---")
+    assert shown.stderr[-2] == "again"
+
+
 def test_only_ranks_that_left_before_the_failure_are_told():
     shown = follow([python("os.write(2, b'\\x1e4!0 n\\n\\x1e2!0 n\\n\\x1e1!3 n\\n\\x1e0!0 n\\n'); sys.exit(1)")])
     assert shown.exitcode == 3

@@ -49,6 +49,8 @@ elif what in ("stopped", "deaf", "leaves", "dies"):
         word = open("word").read()  # to its end
         if what == "stopped":
             os.kill(int(word), signal.SIGSTOP)
+        while what == "dies" and os.path.exists(f"/proc/{int(word)}"):  # until its launcher has seen that it ended
+            time.sleep(0.001)
         raise ValueError("no answer")
     if what == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -231,8 +233,8 @@ def test_a_rank_that_left_without_an_error_is_told_when_another_one_fails(place)
 
 def test_the_others_of_a_killed_rank_may_say_what_they_know_of_it(place):
     done = place.run("-n", "2", what="train.py alive dies")
-    assert done.exitcode == 128 + signal.SIGKILL
     assert "[0] ValueError: no answer" in done.stderr
+    assert done.exitcode == 128 + signal.SIGKILL
 
 
 def test_over_ssh_a_killed_rank_is_named_with_its_host_and_the_other_host_ends(place):

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from zcore.core import cli, ops
-from zcore.core.doctor import Finding, Report, draw, examine
+from zcore.core.doctor import Finding, Report, draw, examine, plan_gains
 from zcore.core.extensions import WHEELS
 
 
@@ -68,6 +68,14 @@ def test_only_wheels_that_hold_work_are_advised() -> None:
     empty = [wheel for wheel in WHEELS.values() if not wheel.holds_work]
     assert not any(wheel.name in command for wheel in empty for command in report.gains)
     assert drawn(report).count("nothing yet; to be:") == len(empty)
+
+
+def test_an_extra_is_advised_where_its_wheel_is_and_what_it_needs_is_not() -> None:
+    bench = "pip install 'zcore-comm[bench]'"
+    assert bench in plan_gains({"zcore-core", "zcore-comm"}.__contains__)
+    assert bench not in plan_gains({"zcore-core", "zcore-comm", "matplotlib"}.__contains__)
+    assert bench not in plan_gains({"zcore-core"}.__contains__)
+    assert "pip install 'zcore-core[yaml]'" in plan_gains({"zcore-core"}.__contains__)
 
 
 @pytest.mark.parametrize("width", [60, 80, 132])

@@ -19,7 +19,12 @@ from zcore.core.extensions import CONTRACTS, WHEELS, BrokenExtensionError, insta
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Finding", "Report", "draw", "examine"]
+__all__ = ["Finding", "Report", "draw", "examine", "plan_gains"]
+
+EXTRAS = (  # that one may do without; what each needs, and gives. Without [cli] there is no doctor
+    ("zcore-core[yaml]", "pyyaml", "reads configurations in YAML"),
+    ("zcore-comm[bench]", "matplotlib", "plots of `zcore comm bench`"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +56,6 @@ def examine() -> Report:
     """Look at this environment."""
     device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     wheels = {name: installed(name) for name in WHEELS}
-    missing = [wheel for wheel in WHEELS.values() if wheel.holds_work and not wheels[wheel.name]]
-    gains = {f"pip install {wheel.name}": wheel.gives for wheel in missing}
-    if not installed("pyyaml"):
-        gains["pip install 'zcore-core[yaml]'"] = "reads configurations in YAML"
     contracts: dict[str, tuple[str, ...]] = {}
     findings: dict[str, tuple[Finding, ...]] = {}
     problems: list[str] = []
@@ -89,9 +90,20 @@ def examine() -> Report:
             for op, served in ops.implementations().items()
         },
         findings=findings,
-        gains=gains,
+        gains=plan_gains(lambda name: installed(name) is not None),
         problems=tuple(problems),
     )
+
+
+def plan_gains(has: Callable[[str], bool]) -> dict[str, str]:
+    """What to install where `has` tells which distributions are there. An extra is advised where its wheel is."""
+    gains = {
+        f"pip install {each.name}": each.gives for each in WHEELS.values() if each.holds_work and not has(each.name)
+    }
+    for extra, needs, gives in EXTRAS:
+        if has(extra.partition("[")[0]) and not has(needs):
+            gains[f"pip install '{extra}'"] = gives
+    return gains
 
 
 def _devices() -> list[str]:

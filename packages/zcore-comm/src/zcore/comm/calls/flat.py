@@ -69,8 +69,14 @@ def empty(
     For CPU ranks of one host that is memory which the other ranks read. It is given back when the tensor and its views
     are gone. `device` is by default what the group moves. Every rank makes the group's first call, and this may be it.
 
-    Raises ConfigError for a negative size or a device that the group does not move; StateError as `all_gather` does.
+    Raises ConfigError for a negative size, what is no dtype of torch, or a device that the group does not move;
+    StateError as `all_gather` does.
     """
+    if not isinstance(dtype, torch.dtype):
+        meant = (
+            f"torch.{dtype}" if isinstance(getattr(torch, str(dtype), None), torch.dtype) else "such as torch.float32"
+        )
+        raise ConfigError(f"empty: dtype is {dtype!r}; expected a dtype of torch, {meant}.")
     served = served_of(group)
     device = served.device if device is None else torch.device(device)
     _check_device("empty", served, device)
@@ -259,10 +265,11 @@ class _Call:
             )
         _check_device(str(self), self.served, tensor.device, name=name)
         if tensor.layout != torch.strided or not tensor.is_contiguous():
-            layout = f"strides {tensor.stride()}" if tensor.layout == torch.strided else str(tensor.layout)
+            is_strided = tensor.layout == torch.strided
+            layout = f"strides {tensor.stride()}" if is_strided else str(tensor.layout)
             raise LayoutError(
                 f"{self}: {name} has shape {tuple(tensor.shape)} and {layout}; expected contiguous memory. Pass "
-                f"{name}.contiguous(), and where it is written copy the result back."
+                f"{name}.{'contiguous' if is_strided else 'to_dense'}(), and where it is written copy the result back."
             )
         return tensor.detach().view(-1)
 

@@ -23,7 +23,7 @@ from typing import IO
 
 from zcore.comm.launch.agent import EXPLAINED
 from zcore.comm.launch.failure import Failure, choose_first, draw
-from zcore.comm.launch.lines import Ended, LineReader
+from zcore.comm.launch.lines import Ended, LineReader, Restarted
 from zcore.comm.launch.plan import SHUTDOWN_S, Command
 from zcore.comm.launch.screen import Screen
 from zcore.core.errors import ConfigError
@@ -215,6 +215,9 @@ class _Front:
             if isinstance(told, Ended):
                 stream.launcher.has_reported |= bool(told.exitcode)
                 self._ends.append(RankEnd(told, stream.launcher.command.host or told.host, now_s))
+                continue
+            if isinstance(told, Restarted):
+                self._tails.pop(told.rank, None)
                 continue
             if stream.name == "stderr":
                 tail = stream.launcher.tail if told.rank is None else self._tails[told.rank]

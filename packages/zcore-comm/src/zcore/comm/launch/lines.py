@@ -3,6 +3,7 @@
     <1E>3 epoch 1: loss 0.7         rank 3 wrote "epoch 1: loss 0.7"
     <1E>3+a long line, in           rank 3 wrote a line of which more is to come
     <1E>3!-9 worker-1               rank 3, on worker-1, ended with -9: by signal 9
+    <1E>3*                          rank 3 starts again: what it wrote before is of another attempt
     ssh: connect to host ...        by no rank: ssh, srun, a launcher
 
 Both ends use this: an agent splits what its ranks write and marks the lines, the front reads the marks. Under srun many
@@ -14,9 +15,9 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-__all__ = ["Ended", "LineReader", "LineSplitter", "Said", "mark", "mark_end"]
+__all__ = ["Ended", "LineReader", "LineSplitter", "Restarted", "Said", "mark", "mark_end", "mark_restart"]
 
-_MARKED = re.compile(rb"\x1e(\d+)( |\+|!(-?\d+) )(.*)", re.DOTALL)
+_MARKED = re.compile(rb"\x1e(\d+)( |\+|\*|!(-?\d+) )(.*)", re.DOTALL)
 _PIECE_BYTES = 480  # with its mark below 512, POSIX's least PIPE_BUF
 _LONGEST_BYTES = 2**16  # what has no end is cut here
 _PROGRESS_S = 5.0  # between two looks at a progress bar
@@ -32,11 +33,18 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A rank that failed."""
+    """A rank that ended by itself."""
 
     rank: int
     exitcode: int  # minus the number of the signal that killed it
     host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """A rank that starts again."""
+
+    rank: int
 
 
 def mark(rank: int, line: bytes) -> list[bytes]:
@@ -55,6 +63,11 @@ def mark_end(ended: Ended) -> bytes:
     return b"\x1e%d!%d %s\n" % (ended.rank, ended.exitcode, ended.host.encode())
 
 
+def mark_restart(rank: int) -> bytes:
+    """The next start of a rank as it travels."""
+    return b"\x1e%d*\n" % rank
+
+
 class LineReader:
     r"""Bytes of one stream in, what they tell out.
 
@@ -66,18 +79,20 @@ class LineReader:
         self._splitter = LineSplitter()
         self._begun: defaultdict[int, bytes] = defaultdict(bytes)  # by rank
 
-    def feed(self, chunk: bytes, *, now_s: float) -> list[Said | Ended]:
+    def feed(self, chunk: bytes, *, now_s: float) -> list[Said | Ended | Restarted]:
         """What `chunk` completes; with an empty one, the stream's end, what is left."""
         lines = self._splitter.feed(chunk, now_s=now_s) if chunk else self._splitter.flush()
         return [told for line in lines if (told := self._read(line))]
 
-    def _read(self, line: bytes) -> Said | Ended | None:
+    def _read(self, line: bytes) -> Said | Ended | Restarted | None:
         found = _MARKED.fullmatch(line)
         if not found:
             return Said(None, line.decode(errors="replace"))
         rank, kind, exitcode, text = int(found[1]), found[2], found[3], found[4]
         if exitcode is not None:
             return Ended(rank, int(exitcode), text.decode(errors="replace"))
+        if kind == b"*":
+            return Restarted(rank)
         if kind == b"+":
             self._begun[rank] += text
             return None

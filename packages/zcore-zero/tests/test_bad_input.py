@@ -28,7 +28,7 @@ REFUSALS = {
     "a learning rate that nobody can settle": ("ConfigError", ["optimizer.params.lr", '"auto"', "Write a value"]),
     "a config that is a number": ("ConfigError", ["int", "path"]),
     "a misspelt optimizer": ("ConfigError", ["optimizer.type", "'AdmaW'", "Did you mean AdamW?"]),
-    "an optimizer in lower case": ("ConfigError", ["optimizer.type", "'adamw'", "Did you mean AdamW?"]),
+    "a misspelt optimizer": ("ConfigError", ["optimizer.type", "'AdamX'", "Did you mean Adam"]),
     "an optimizer of nobody": ("ConfigError", ["optimizer.type", "'Zyx'", "AdamW", "SGD"]),
     "a misspelt optimizer argument": ("ConfigError", ["optimizer.params.weight_deca", "Did you mean weight_decay?"]),
     "an optimizer argument out of range": ("ConfigError", ["optimizer.params", "AdamW", "learning rate"]),
@@ -37,8 +37,7 @@ REFUSALS = {
     "a scheduler without an optimizer": ("ConfigError", ["schedule needs an optimizer"]),
     "two optimizers": ("ConfigError", ["optimizer was passed", "config has one"]),
     "two schedulers": ("ConfigError", ["schedule was passed", "config has one"]),
-    "Muon by name": ("ConfigError", ["Muon", "whole matrices", "AdamW"]),
-    "Muon as a class": ("ConfigError", ["Muon", "whole matrices", "AdamW"]),
+    "torch's Muon as a class": ("ConfigError", ["torch.optim", "Muon", "whole matrices", "Take zcore.zero.Muon"]),
     "Muon from a factory": ("ConfigError", ["flat fragments", "element-wise"]),
     "Adafactor as an instance": ("ConfigError", ["Adafactor", "whole matrices", "AdamW"]),
     "Adafactor from a factory": ("ConfigError", ["Adafactor", "whole matrices", "AdamW"]),
@@ -130,7 +129,7 @@ def cases_of_config():
         "a learning rate that nobody can settle": by_name("AdamW", lr="auto"),
         "a config that is a number": lambda: zero.initialize(TinyModel(), 3),
         "a misspelt optimizer": by_name("AdmaW"),
-        "an optimizer in lower case": by_name("adamw"),
+        "a misspelt optimizer": by_name("AdamX"),
         "an optimizer of nobody": by_name("Zyx"),
         "a misspelt optimizer argument": by_name("AdamW", weight_deca=0.1),
         "an optimizer argument out of range": by_name("AdamW", lr=-1.0),
@@ -141,8 +140,7 @@ def cases_of_config():
         "two schedulers": lambda: zero.initialize(
             TinyModel(), settings(scheduler=scheduled), lr_scheduler=zero.WarmupLR
         ),
-        "Muon by name": by_name("Muon"),
-        "Muon as a class": lambda: zero.initialize(TinyModel(), no_optimizer, optimizer=torch.optim.Muon),
+        "torch's Muon as a class": lambda: zero.initialize(TinyModel(), no_optimizer, optimizer=torch.optim.Muon),
         "Muon from a factory": lambda: zero.initialize(
             TinyModel(), no_optimizer, optimizer=lambda groups: torch.optim.Muon(groups, lr=0.1)
         ),

@@ -16,7 +16,7 @@ from torch import nn
 from zcore import zero
 from zcore.core.mesh import build_mesh
 from zcore.core.testing import RankFailed
-from zcore.zero import checkpoint
+from zcore.zero import checkpoints
 
 SCHEDULED = {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 9, "warmup_num_steps": 3}}}
 
@@ -490,9 +490,9 @@ def save_into(folder):
 # A rank that dies while it saves
 
 DEATHS = {
-    "before the tensors": (1, checkpoint, "save_file"),
-    "between its files": (1, checkpoint, "_write_json"),
-    "while it hashes": (0, checkpoint, "_fingerprint"),
+    "before the tensors": (1, checkpoints, "save_file"),
+    "between its files": (1, checkpoints, "_write_json"),
+    "while it hashes": (0, checkpoints, "_fingerprint"),
     "before the rename": (0, Path, "rename"),
     "before latest is moved": (0, Path, "replace"),
 }

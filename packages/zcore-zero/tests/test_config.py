@@ -31,6 +31,7 @@ SERVED = {
     "zero_optimization": {
         "stage": 3,
         "mics_shard_size": -1,
+        "zero_hpz_partition_size": 1,
         "reduce_bucket_size": 5e8,
         "allgather_bucket_size": 500000000,
         "overlap_comm": True,

@@ -16,7 +16,7 @@ from zcore.core.collectives import Traffic
 from zcore.core.errors import CollectiveError, NonFiniteError, StateError
 from zcore.core.events import Events, log_visibly
 from zcore.core.recording import Recording, Report
-from zcore.zero import checkpoint
+from zcore.zero import checkpoints
 from zcore.zero.accumulation import scaled
 from zcore.zero.clipping import clip_factor
 from zcore.zero.config import TrainingConfig
@@ -446,14 +446,14 @@ class Engine:
         extra = {"counters": counters, "client_state": client_state or {}}
         if self._scaler is not None:
             extra["loss_scale"] = self._scaler.state_dict()
-        return checkpoint.save(directory, tag or f"global_step{self.global_steps}", self._run_state(), extra)
+        return checkpoints.save(directory, tag or f"global_step{self.global_steps}", self._run_state(), extra)
 
     def load_checkpoint(self, directory: str | Path, tag: str | None = None) -> dict[str, Any]:
         """Continue from a checkpoint, bit for bit, and return its client state; every rank calls it.
 
         Without a tag the newest. Raises CheckpointError before anything is changed.
         """
-        extra = checkpoint.load(directory, tag, self._run_state())
+        extra = checkpoints.load(directory, tag, self._run_state())
         counters = extra["counters"]
         self.global_steps, self.skipped_steps = counters["global_steps"], counters["skipped"]
         if self._scaler is not None and "loss_scale" in extra:

@@ -141,7 +141,7 @@ def _all_or_none(act: Callable[[], T], sharding: Sharding, *, doing: str) -> T:
     dp = sharding.dp
     failed = torch.zeros(dp.size, dtype=torch.int32, device=sharding.device)
     failed[sharding.dp.rank] = failure is not None
-    sharding.groups.all_reduce(failed, label=doing)
+    sharding.groups.all_reduce(failed, label="who cannot go on with the checkpoint")  # paths may differ
     if failure is not None:
         raise failure
     if ranks := failed.nonzero().view(-1).tolist():

@@ -61,7 +61,7 @@ def test_a_second_forward_gathers_nothing_where_the_limit_allows(ranks: Ranks) -
 
 def test_beyond_the_limit_some_are_kept(ranks: Ranks) -> None:
     for counts, live_bytes, same in ranks(2, evaluate_and_train, 500):
-        assert counts[0] > counts[1] == counts[2] > 0
+        assert counts[0] > counts[1] > 0
         assert live_bytes == 0
         assert same == [True] * len(same)
 

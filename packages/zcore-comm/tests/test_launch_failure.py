@@ -112,6 +112,6 @@ def test_zcores_own_frames_are_one_line_and_those_of_the_program_stay():
 def test_ranks_that_had_left_are_told_after_the_error():
     assert draw(raised, ended_before=[0]).splitlines()[-3:-1] == [
         "ValueError: empty",
-        "Rank 0 had ended before, with exit code 0.",
+        "Rank 0 had ended by then, with exit code 0.",
     ]
     assert "Ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more had ended before" in draw(raised, ended_before=range(10))

@@ -99,7 +99,7 @@ def test_what_a_rank_wrote_before_it_started_again_is_no_part_of_its_failure():
 def test_only_ranks_that_left_before_the_failure_are_told():
     shown = follow([python("os.write(2, b'\\x1e4!0 n\\n\\x1e2!0 n\\n\\x1e1!3 n\\n\\x1e0!0 n\\n'); sys.exit(1)")])
     assert shown.exitcode == 3
-    assert shown.stderr[-2] == "Ranks 2, 4 had ended before, with exit code 0."
+    assert shown.stderr[-2] == "Ranks 2, 4 had ended by then, with exit code 0."
     assert follow([python("os.write(2, b'\\x1e1!0 n\\n')")]) == Shown(0, [], [])
 
 

@@ -228,7 +228,7 @@ def test_a_rank_that_does_not_end_is_killed_in_time_and_not_blamed(place):
 def test_a_rank_that_left_without_an_error_is_told_when_another_one_fails(place):
     done = place.run("-n", "2", what="train.py alive leaves")
     assert done.exitcode == 1
-    assert done.stderr[-3:-1] == ["ValueError: no answer", "Rank 1 had ended before, with exit code 0."]
+    assert done.stderr[-3:-1] == ["ValueError: no answer", "Rank 1 had ended by then, with exit code 0."]
 
 
 def test_the_others_of_a_killed_rank_may_say_what_they_know_of_it(place):
@@ -284,7 +284,11 @@ def test_failed_ranks_start_again_on_all_hosts(place):
     assert sorted(done.stdout) == ["[0] total 4", "[1] total 4"]
     told = [line for line in done.stderr if "restart" in line]
     (failed,) = filter(
-        None, (re.match(r"\[(\S+)\] rank 1 failed: exit code 5; .*restart 1 of 1 follows", line) for line in told)
+        None,
+        (
+            re.match(r"\[(\S+)\] rank 1 failed: (?:exit code 5|killed by SIGABRT); .*restart 1 of 1 follows", line)
+            for line in told
+        ),
     )
     other = {"localhost": "127.0.0.1", "127.0.0.1": "localhost"}[failed[1]]  # which has rank 1 is as they have met
     assert f"[{failed[1]}] restart 1 of 1: the ranks of this host start again" in told
@@ -296,7 +300,8 @@ def test_failed_ranks_start_again_on_this_host(place):
     assert done.exitcode == 0, done.stderr
     assert sorted(done.stdout) == ["[0] total 4", "[1] total 4"]
     why, restart = [line for line in done.stderr if "restart" in line]
-    assert re.match(r"\[launcher\] .*rank 1 failed: exit code 5; .*restart 1 of 1 follows", why)
+    # gloo may abort a process whose peers it still has; that is an end, too
+    assert re.match(r"\[launcher\] .*rank 1 failed: (exit code 5|killed by SIGABRT); .*restart 1 of 1 follows", why)
     assert restart == "[launcher] restart 1 of 1: the ranks of this host start again"
 
 

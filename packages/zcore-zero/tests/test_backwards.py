@@ -15,6 +15,7 @@ Backward = Callable[[zero.Engine, Tensor], object]
 STAGES = (0, 1, 2, 3)
 STEPS = range(6)
 BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "loss_scale": 1024.0}, "gradient_accumulation_steps": 2}
 
 
 def of_a_tensor_that_is_no_loss(engine: zero.Engine, loss: Tensor) -> None:
@@ -133,6 +134,64 @@ def test_a_loss_of_two_engines_counts_in_each_as_its_own_settings_say(ranks: Ran
     assert of_first == apart
 
 
+class Inner(torch.autograd.Function):
+    """Runs a part of the model under autograd in its forward, and a backward through that in its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: nn.Module) -> Tensor:
+        ctx.x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.result = part(ctx.x)
+        return ctx.result.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        torch.autograd.backward(ctx.result, grads[0])
+        return ctx.x.grad, None
+
+
+class Nested(nn.Module):
+    def __init__(self, is_nested: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.part, self.is_nested = nn.Linear(12, 12), is_nested
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (Inner.apply(x, self.part) if self.is_nested else self.part(x)).square().mean()
+
+
+def meet_nested_backwards(stage: int) -> list[float]:
+    norms = []
+    for is_nested in (False, True):
+        engine = zero.initialize(Nested(is_nested), settings(stage, gradient_accumulation_steps=4, fp16=FP16["fp16"]))
+        for step in range(4):
+            x = torch.randn(2, 12, generator=torch.Generator().manual_seed(step)).half().requires_grad_()
+            engine.backward(engine(x))
+            engine.step()
+        norms.append(engine.get_global_grad_norm() or 0.0)
+    return norms
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_backward_inside_a_backward_has_the_factor_of_its_loss(ranks: Ranks, stage: int) -> None:
+    for plain, nested in ranks(1, meet_nested_backwards, stage):
+        assert nested == pytest.approx(plain, rel=1e-3)
+
+
+def add_scaled_losses() -> str:
+    engines = [
+        zero.initialize(TinyModel(), settings(1, gradient_accumulation_steps=accumulation)) for accumulation in (2, 4)
+    ]
+    first, second = (engine.scale(engine(**batch(0))) for engine in engines)
+    return refusal((first + second).backward)
+
+
+def test_a_sum_of_losses_that_two_engines_scaled_in_two_ways_is_refused(ranks: Ranks) -> None:
+    assert "losses scaled by 0.5 and by 0.25" in ranks(1, add_scaled_losses)[0] or (
+        "losses scaled by 0.25 and by 0.5" in ranks(1, add_scaled_losses)[0]
+    )
+
+
 class Trap(nn.Module):
     """Passes values and gradients on; raises once in a backward when it is set."""
 
@@ -204,9 +263,6 @@ def test_plain_backwards_are_counted(ranks: Ranks, stage: int) -> None:
         assert said["held back, not last"] == "nothing was refused"
         assert "ran inside no_sync()" in said["held back, last"]
         assert "called without a backward()" in said["dropped"]
-
-
-FP16 = {"fp16": {"enabled": True, "loss_scale": 1024.0}, "gradient_accumulation_steps": 2}
 
 
 def train_in_fp16(stage: int) -> dict[str, tuple[str, list[float], list[str]]]:

@@ -257,3 +257,39 @@ def hand_over() -> list[str]:
 def test_muon_is_passed_like_any_optimizer(ranks: Ranks) -> None:
     by_class, by_function = ranks(2, hand_over)[0]
     assert by_class == by_function
+
+
+def name_groups() -> list[tuple[str, bool]]:
+    """Groups that say who steps them, and a matrix of a block that has an embedding's shape."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(16, 16),
+            "blocks": nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8)) for _ in range(2)),
+            "head": nn.Linear(16, 16, bias=False),
+        }
+    )
+    groups = [
+        {"params": [model["blocks"][0][0].weight], "use_muon": True, "lr": 0.5},
+        {"params": [*model["blocks"][1].parameters(), model["embed"].weight, model["head"].weight]},
+    ]
+    config = settings(3, optimizer={"type": "Muon", "params": {"lr": 0.01}})
+    engine = zero.initialize(model, config, model_parameters=groups)
+    assert engine.get_lr() == [0.5, 0.01, 0.01]
+    return [(param.fqn, group["use_muon"]) for group in engine.optimizer.param_groups for param in group["params"]]
+
+
+def test_groups_of_a_config_are_kept_and_shapes_count_outside_of_blocks_only(ranks: Ranks) -> None:
+    found = dict(ranks(1, name_groups)[0])
+    assert {name for name, is_matrix in found.items() if is_matrix} == {
+        "blocks.0.0.weight",
+        "blocks.1.0.weight",
+        "blocks.1.1.weight",
+    }
+    optimizer = zero.Muon([nn.Parameter(torch.ones(2, 2))])
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 3))]})
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert [group["use_muon"] for group in optimizer.param_groups] == [True, True, False]

@@ -1,5 +1,6 @@
 """Blocks that compute their activations again train the same bits, hold less, and are gathered no more often."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,17 @@ def test_without_gradients_nothing_is_set_up_to_run_again() -> None:
     with torch.no_grad(), Operations() as operations:
         model(tokens())
     assert operations.counts["native_layer_norm"] == 5
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    model = zero.checkpoint(GPT())
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for param in copied.h.parameters():
+            param.zero_()
+    copied(tokens()).backward()
+    assert all(param.grad is None for param in model.parameters())
+    assert copied(tokens()).item() != model(tokens()).item()
 
 
 @pytest.mark.parametrize(

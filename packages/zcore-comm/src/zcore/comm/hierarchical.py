@@ -271,11 +271,12 @@ class HierarchicalCollectives:
         return step != NUM_STEPS - 1 or self._last.has_room(self._column.size)
 
     def _break(self, error: Exception) -> None:
-        self._broken = error
-        for each in self._open:
-            each.error = error
-        self._open.clear()
-        note_closed(self)
+        with LOCK:
+            self._broken = error
+            for each in self._open:
+                each.error = error
+            self._open.clear()
+            note_closed(self)
         if isinstance(error, ZcoreError):
             self._journal.give_up(error)
 
@@ -303,8 +304,9 @@ class HierarchicalCollectives:
 
     def _start(self, call: Call, *steps: _Step) -> Pending:
         this = _Open(call, steps)
-        note_open(self)
-        self._open.append(this)
+        with LOCK:  # else another thread could close the group between the two
+            note_open(self)
+            self._open.append(this)
         self.advance()
         return _Pending(self, this)
 

@@ -57,7 +57,7 @@ class Call:
     dtype: torch.dtype
     payload_bytes: int  # of the larger side: the gathered output, the scattered input
     group: str
-    index: int  # position among this group's calls, equal on every rank
+    index: int  # position among this group's calls, equal on every rank; messages are counted apart
 
     def __str__(self) -> str:
         data = f"{self.numel} x {str(self.dtype).removeprefix('torch.')}, {shown_bytes(self.payload_bytes)}"

@@ -102,9 +102,15 @@ class TorchPending:
             try:
                 self._end_works()
             except RuntimeError as error:
-                self._error = failed_collective(self._call, error)
-                self._error.__cause__ = error
-                self._finish = None
+                self._fail(failed_collective(self._call, error), error)
+            except BaseException as error:  # an interrupt: what was received is not received again
+                words = f"{self._call} was interrupted while it was waited for, and its result is undefined. Restart."
+                self._fail(CollectiveError(words), error)
+                raise
+
+    def _fail(self, error: CollectiveError, cause: BaseException) -> None:
+        self._error, self._finish = error, None
+        error.__cause__ = cause
 
     def _end_works(self) -> None:
         for work in self._works:

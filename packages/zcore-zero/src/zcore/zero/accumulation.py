@@ -11,20 +11,30 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from zcore.core import compat
+from zcore.core.errors import StateError
 
 __all__ = ["Accumulation", "scaled"]
 
-_factors: dict[int, float] = {}  # of the losses of the backwards under way, by autograd's number
+_factors: dict[int, float] = {}  # of the losses of the backwards under way, by autograd's number; inner ones last
 
 
 def scaled(loss: Tensor, factor: float) -> Tensor:
-    """`loss` times `factor`, at least in fp32; the backward of the result knows that its gradients are."""
+    """`loss` times `factor`, at least in fp32; the backward of the result knows that its gradients are.
+
+    All of that backward: what is added to the result without the factor is taken to have it.
+    """
     result = (loss.float() if loss.dtype.itemsize == 2 else loss) * factor
 
     def note(grad: Tensor) -> None:
         backward = compat.current_backward()
         if backward not in _factors:
             compat.queue_backward_callback(lambda: _factors.__delitem__(backward))
+        elif _factors[backward] != factor:
+            raise StateError(
+                f"One backward runs through losses scaled by {_factors[backward]:g} and by {factor:g}, so the "
+                "gradients of neither engine would be right. Add the plain losses and call loss.backward(), or call "
+                "engine.scale(loss).backward() for each engine."
+            )
         _factors[backward] = factor
 
     result.register_hook(note)
@@ -42,6 +52,7 @@ class Accumulation:
     done: int = 0  # micro-batches of this step that are over
     num_backwards: int = 0  # of the one at hand
     has_synced: bool = False  # whether the last backward reduced gradients
+    num_begun: int = 0  # optimizer steps that have begun, those anew among them
     was_unscaled: bool = False  # whether one of this step ran without its factor
     _backward_factor: float | None = None
 
@@ -61,8 +72,8 @@ class Accumulation:
         return self.loss_scale / self.steps
 
     def begin_backward(self, backward: int) -> None:
-        """Autograd's backward of that number has begun."""
-        self._backward_factor = _factors.get(backward)
+        """Autograd's backward of that number has begun; one inside another has the gradients of the loss of that."""
+        self._backward_factor = _factors.get(backward, next(reversed(_factors.values()), None))
 
     @property
     def missing_factor(self) -> float:
@@ -86,5 +97,6 @@ class Accumulation:
 
     def begin_step(self) -> None:
         """The next micro-batch is the first one of its optimizer step."""
+        self.num_begun += 1
         self.done = self.num_backwards = 0
         self.has_synced = self.was_unscaled = False

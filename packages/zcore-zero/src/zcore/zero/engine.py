@@ -64,6 +64,7 @@ class Engine:
             weakref.finalize(self, recording.stop)
         self._events = events
         self._losses: list[Tensor] = []  # of this step's backwards; kept only if they are told
+        self._losses_of = 0  # which begun step that is
         self.global_steps = 0  # optimizer steps taken
         self._micro_steps_before = 0  # calls of step() in earlier optimizer steps
         self.skipped_steps = 0  # optimizer steps not taken because something was not finite
@@ -144,6 +145,8 @@ class Engine:
         `loss.backward()` keeps small gradients from vanishing.
         """
         self.sharding.reducer.note_loss(loss)
+        if self._losses_of != self._accumulation.num_begun:
+            self._losses, self._losses_of = [], self._accumulation.num_begun
         if self._tells_losses:
             self._losses.append(loss.detach().reshape(()))
         return scaled(loss, self._accumulation.factor)
@@ -296,6 +299,7 @@ class Engine:
         """
         self.sharding.reducer.clear()
         self._accumulation.begin_micro_batch()
+        self._losses = []
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch at hand is the last one of its optimizer step."""
@@ -460,6 +464,7 @@ class Engine:
             self._scaler.load_state_dict(extra["loss_scale"])
         self.sharding.reducer.clear()
         self._micro_steps_before = counters["micro_steps"]
+        self._recorder = None  # of a step that is none
         self._begin_step()
         client_state: dict[str, Any] = extra["client_state"]
         return client_state

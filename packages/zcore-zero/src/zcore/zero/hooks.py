@@ -68,6 +68,7 @@ class Conductor:
         self._interrupted = Phase.REST  # what the model was doing when the backward began
         self._backward = -1  # which of autograd's
         self.has_gradients = False  # whether a parameter got one in the last backward
+        self.is_training = False  # whether the backward that is asked for is one of gradients of parameters
         self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
         self._saved = SavedTensors(buckets)
         self._saver: nn.Module | int | None = None  # whose forward opened `saved`, or the backward that recomputes
@@ -268,6 +269,7 @@ class Conductor:
         self._backward = compat.current_backward()
         self.has_gradients = False
         self._reducer.begin(self._backward)
+        self.gatherer.begin_backward(compat.current_node_number())
         compat.queue_backward_callback(self._end_backward)
 
     def _settle(self) -> None:
@@ -275,7 +277,7 @@ class Conductor:
 
         Nothing is told in a nested one, whose nodes are numbered by themselves.
         """
-        if self.has_gradients and compat.current_backward() == self._backward:
+        if (self.has_gradients or self.is_training) and compat.current_backward() == self._backward:
             settled = self.gatherer.take_first_used_after(compat.current_node_number())
             if settled:
                 self._reducer.settle(settled)

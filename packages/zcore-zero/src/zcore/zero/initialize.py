@@ -37,7 +37,7 @@ from zcore.zero.optimizers.building import (
     release_params,
 )
 from zcore.zero.precision import Precision
-from zcore.zero.recompute import checkpoint
+from zcore.zero.recompute import check_recompute, checkpoint
 from zcore.zero.schedules.building import build_scheduler
 from zcore.zero.sharded_parameter import ShardedParameter
 from zcore.zero.sharding import Sharding, ShardingOptions, find_shardable
@@ -124,16 +124,21 @@ def initialize(
             _need_optimizer(source)
         # What can be refused is refused before anything is changed, so that the user may mend it and call again.
         find_shardable(model)
+        _mark_leaves(model, settings)
+        recompute = settings.activation_checkpointing
+        if recompute.every is not None:
+            check_recompute(model, every=recompute.every, save=recompute.save)
         groups: GroupsByName
         states: StatesByName = {}
         if isinstance(optimizer, torch.optim.Optimizer):
             groups, states = release_params(optimizer, model)
         else:
             groups = name_groups(model_parameters, model)
-            _rehearse(settings, groups)
-        _mark_modules(model, settings)
+            _rehearse(settings, groups, {name: param.shape for name, param in model.named_parameters()})
         options = _options(settings, dp_size=data_parallel(mesh).size)
         sharding = Sharding(model, mesh, zero_stage=settings.zero_optimization.stage, options=options)
+        if recompute.every is not None:
+            checkpoint(model, every=recompute.every, save=recompute.save)
         built = None
         if source is not None:
             built = build_optimizer(source, groups, sharding.fragments, device=sharding.device)
@@ -171,11 +176,12 @@ def _recording(settings: CommsLogger) -> Generator[Recording | None]:
         raise
 
 
-def _rehearse(settings: TrainingConfig, groups: GroupsByName) -> None:
+def _rehearse(settings: TrainingConfig, groups: GroupsByName, shapes: Mapping[str, torch.Size]) -> None:
     """Raise what building the config's optimizer and schedule will raise; on stand-ins for the parameters."""
     if settings.optimizer is None:
         return
-    stand_ins = {name: nn.Parameter(torch.zeros(1)) for group in groups for name in group["params"]}
+    value = torch.zeros(())  # of all of them: only their shapes count
+    stand_ins = {name: nn.Parameter(value.expand(shapes[name])) for group in groups for name in group["params"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are given when it is built in earnest
         optimizer = build_optimizer(settings.optimizer, groups, stand_ins, device=torch.device("cpu"))
@@ -296,10 +302,6 @@ def _warn_of_no_effect(settings: TrainingConfig) -> None:
                 logger.warning("%s.%s is accepted and has no effect here.", section, name)
 
 
-def _mark_modules(model: nn.Module, settings: TrainingConfig) -> None:
-    """What the config says of parts of the model: which are gathered as one, and which are computed again."""
+def _mark_leaves(model: nn.Module, settings: TrainingConfig) -> None:
     leaf = settings.zero_optimization.leaf_module
     set_leaf_modules(model, leaf.classes, names=leaf.names, suffixes=leaf.name_suffixes)
-    recompute = settings.activation_checkpointing
-    if recompute.every is not None:
-        checkpoint(model, every=recompute.every, save=recompute.save)

@@ -7,6 +7,7 @@ its weights gathered for them anyway: under stage 3 nothing is gathered more oft
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from zcore.core.errors import ConfigError, StateError
 from zcore.zero.units import find_blocks
 
-__all__ = ["SAVEABLE", "checkpoint"]
+__all__ = ["SAVEABLE", "check_recompute", "checkpoint"]
 
 aten = torch.ops.aten
 SAVEABLE = {
@@ -30,7 +31,7 @@ SAVEABLE = {
         aten._scaled_dot_product_fused_attention_overrideable,
     ),
 }
-MARK = "_zcore_recomputes"  # attribute of a block
+MARK, RUN, FORWARD = "_zcore_recomputes", "_zcore_run", "_zcore_forward"  # attributes of a block
 
 
 def checkpoint(model: nn.Module, *, every: int = 1, save: Sequence[str] = ()) -> nn.Module:
@@ -40,6 +41,18 @@ def checkpoint(model: nn.Module, *, every: int = 1, save: Sequence[str] = ()) ->
     or after sharding; the bits trained stay the same. Returns `model`. Raises ConfigError where no block is
     recognisable, or the settings cannot be; StateError for a model that computes again already.
     """
+    blocks = check_recompute(model, every=every, save=save)
+    run = partial(torch_checkpoint, use_reentrant=False)
+    if save:
+        run = partial(run, context_fn=partial(create_selective_checkpoint_contexts, _policy(frozenset(save))))
+    for index, block in enumerate(blocks):
+        if index % every == 0:
+            _recompute(block, run)
+    return model
+
+
+def check_recompute(model: nn.Module, *, every: int, save: Sequence[str]) -> list[nn.Module]:
+    """The blocks of `model`. Raises what `checkpoint` does."""
     if every < 1:
         raise ConfigError(f"activation_checkpointing.every is {every}; 1 is each block, 2 every second one.")
     if unknown := sorted(set(save) - SAVEABLE.keys()):
@@ -55,13 +68,7 @@ def checkpoint(model: nn.Module, *, every: int = 1, save: Sequence[str] = ()) ->
             "This model computes activations again already. Leave out activation_checkpointing.every, or the call of "
             "gradient_checkpointing_enable() or zero.checkpoint() before."
         )
-    run = partial(torch_checkpoint, use_reentrant=False)
-    if save:
-        run = partial(run, context_fn=partial(create_selective_checkpoint_contexts, _policy(frozenset(save))))
-    for index, block in enumerate(blocks):
-        if index % every == 0:
-            _recompute(block, run)
-    return model
+    return blocks
 
 
 def _policy(save: frozenset[str]) -> Callable[..., CheckpointPolicy]:
@@ -80,9 +87,10 @@ def _recompute(block: nn.Module, run: Callable[..., Any]) -> None:
     if hasattr(block, "gradient_checkpointing"):
         block.__dict__.update(gradient_checkpointing=True, _gradient_checkpointing_func=run)
         return
-    forward = block.forward
+    block.__dict__.update({RUN: run, FORWARD: block.forward})
+    block.forward = MethodType(_run_again, block)  # inside of __call__, where hooks are; a copy's is bound to the copy
 
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        return run(forward, *args, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
 
-    block.forward = recomputed  # inside of __call__, where hooks are
+def _run_again(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = block.__dict__[FORWARD]
+    return block.__dict__[RUN](forward, *args, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)

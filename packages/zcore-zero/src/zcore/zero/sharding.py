@@ -204,8 +204,11 @@ class Sharding:
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Compute the gradients of `loss`. Raises StateError if no parameter got one."""
-        self.conductor.has_gradients = False
-        loss.backward(retain_graph=retain_graph)
+        self.conductor.has_gradients, self.conductor.is_training = False, True
+        try:
+            loss.backward(retain_graph=retain_graph)
+        finally:
+            self.conductor.is_training = False
         if not self.conductor.has_gradients:
             raise StateError(
                 "No trainable parameter of the model got a gradient from this loss: it was computed from something "

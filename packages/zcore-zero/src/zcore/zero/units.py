@@ -48,14 +48,18 @@ def find_parameters(model: nn.Module) -> tuple[ParamSites, ...]:
             _refuse_kind(param, fqn)
             first.setdefault(id(param), (fqn, module_name, param))
             sites.setdefault(id(param), []).append((module, name))
-    embeddings = {tuple(each.weight.shape) for each in model.modules() if isinstance(each, nn.Embedding)}
+    embeddings = [each.weight for each in model.modules() if isinstance(each, nn.Embedding)]
+    same, shapes = {id(weight) for weight in embeddings}, {tuple(weight.shape) for weight in embeddings}
+    in_blocks = {id(param) for block in find_blocks(model).values() for param in block.parameters()}
     return tuple(
         ParamSites(
             ParamSpec(fqn, tuple(param.shape), param.dtype, param.requires_grad),
             param,
             tuple(sites[key]),
             owner,
-            is_hidden_matrix=param.dim() > 1 and tuple(param.shape) not in embeddings,
+            is_hidden_matrix=param.dim() > 1
+            and key not in same
+            and (key in in_blocks or tuple(param.shape) not in shapes),
         )
         for key, (fqn, owner, param) in first.items()
     )

@@ -175,10 +175,9 @@ class _Joined:
             except ZcoreError as error:
                 self._failure = error
                 raise
-            joined, self._joined = self._joined, None
-            if joined is not None:
-                _unpack(joined, self._requests, self._size)
-                self._requests = ()
+            if self._joined is not None:
+                _unpack(self._joined, self._requests, self._size)
+                self._joined, self._requests = None, ()  # only now: whoever waits after a failure is to meet it, too
 
 
 _open: ContextVar[Mapping[Collectives, Block]] = ContextVar("zcore.comm.calls.blocks", default={})  # noqa: B039 - not mutated

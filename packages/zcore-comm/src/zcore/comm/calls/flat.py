@@ -51,9 +51,9 @@ class Work:
         """
         with self._lock:
             self._pending.wait()
-            finish, self._finish = self._finish, None
-            if finish is not None:
-                finish()
+            if self._finish is not None:
+                self._finish()
+                self._finish = None  # only now: whoever waits after a failure is to meet it, too
         return True
 
 

@@ -60,6 +60,12 @@ class _Line:
         self.chosen: deque[_Call] = deque()
         self.lock = threading.RLock()  # held while a call starts, which may wait for other ranks
 
+    def begin_all(self) -> None:
+        """Start what has been chosen."""
+        with self.lock:
+            while self.chosen:
+                self.chosen.popleft()._begin()
+
 
 class _Call:
     """A call under a limit: held back (with `_request`), then in flight until somebody has waited for it."""
@@ -151,13 +157,18 @@ class Flow:
     def around(self, group: Collectives) -> DeferrableCollectives:
         """The contract over `group`, with its calls under this limit. Once for each group."""
         line = _Line(starter_of(group))
-        return DeferrableCollectives(group, start=partial(self._take, line), flush=self.start_all)
+        return DeferrableCollectives(group, start=partial(self._take, line), flush=partial(self._flush, line))
 
     def start_all(self) -> None:
         """Start everything that is held back. To be called before ranks wait for each other by other means."""
         with self._lock:
             chosen = self._choose(None)
         _begin(chosen)
+
+    def _flush(self, line: _Line) -> None:
+        """Start what is held back, and what another thread has chosen of this group and is about to start."""
+        self.start_all()
+        line.begin_all()
 
     def count_out(self, call: _Call) -> None:
         """`call` is in flight no more; no effect on one that is not."""

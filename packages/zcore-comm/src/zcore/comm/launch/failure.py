@@ -6,7 +6,7 @@ Traceback (most recent call last):
     all_reduce(grads)
   ... 7 frames of zcore
 CollectiveError: ...
-Rank 0 had ended before, with exit code 0.
+Rank 0 had ended by then, with exit code 0.
 ----------------------------------------------------------------
 """
 
@@ -121,5 +121,5 @@ def draw(failure: Failure, *, ended_before: Sequence[int] = ()) -> str:
     if ended_before:
         ranks = ", ".join(map(str, ended_before[:_SHOWN_RANKS]))
         more = f" and {len(ended_before) - _SHOWN_RANKS} more" if len(ended_before) > _SHOWN_RANKS else ""
-        body.append(f"Rank{'s' * (len(ended_before) > 1)} {ranks}{more} had ended before, with exit code 0.")
+        body.append(f"Rank{'s' * (len(ended_before) > 1)} {ranks}{more} had ended by then, with exit code 0.")
     return "\n".join([head.ljust(_WIDTH, "-"), *body, "-" * _WIDTH])

@@ -67,11 +67,11 @@ class EndingAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         codes = {rank: process.poll() for rank, process in self._processes.items()}
         failed = {rank: code for rank, code in codes.items() if code}
-        if not failed and None in codes.values():
-            return RunResult(state=WorkerState.HEALTHY)
-        left = worker_group.spec.max_restarts - self._num_restarts
-        if not failed or not left:
+        left, is_over = self._remaining_restarts, None not in codes.values()
+        if not left or (is_over and not failed):
             self._mark(codes)
+        if not failed and not is_over:
+            return RunResult(state=WorkerState.HEALTHY)
         if failed:
             self._has_failed = True
             steps = [_told(failed)]

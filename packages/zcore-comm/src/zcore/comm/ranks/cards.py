@@ -70,6 +70,7 @@ class Told:
     groups: Mapping[str, GroupWord]  # by key
     line: str  # of its program
     has_moved: bool | None  # whether it has been seen to change of late; None if it is too early to say
+    count: int  # of the card, one more for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ class Cards:
 
     def _known(self, lives: Sequence[int]) -> dict[int, Told]:
         return {
-            life: Told(seen.groups, seen.line, self._has_moved(seen))
+            life: Told(seen.groups, seen.line, self._has_moved(seen), seen.count)
             for life, seen in list(self._seen.items())
             if life in lives
         }

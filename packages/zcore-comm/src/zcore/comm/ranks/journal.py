@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 REMEMBERED_CALLS, MAX_REMEMBERED_CALLS = 16, 512  # those that are done; with those that are not
 HEAD_START_S = 2.0  # words on a call over NCCL come so long before torch's watchdog ends the process
-WORD_S = 1.5  # a rank leaves word twice a second, with many ranks less often
+LOOK_S = 0.03  # between two looks for another card
 RELAYED: dict[str, type[ZcoreError]] = {each.__name__: each for each in (CollectiveError, MismatchError)}
 FIRST_WORDS = "First seen by rank"
 
@@ -287,19 +287,21 @@ class Journal:
 
     def mismatch(self, index: int, *, mine: str, theirs: str, rank: int) -> MismatchError:
         """The error of a call that `rank` made differently."""
-        self._await_word(rank, index)
+        self._await_word(rank)
         there = f"rank {self.homes[rank].global_rank}, last seen {self.line_of(rank)}"
         return differs(index, mine=mine, here=self._here(), theirs=theirs, there=there)
 
-    def _await_word(self, rank: int, index: int) -> None:
-        """Wait until a rank that has made call `index` has told of it, as it soon does: its line is then not older."""
-        home, end_s = self.homes[rank], time.monotonic() + WORD_S
-        while time.monotonic() < end_s and not home.has_ended():
-            told = self._read().get(home.life)
-            there = told.groups.get(self.key) if told is not None else None
-            if there is not None and there.started > index:
-                return
-            time.sleep(WORD_S / 50)
+    def _await_word(self, rank: int) -> None:
+        """Wait for the next card of a rank, as it soon comes: the line on it is not older than its call."""
+        home, before = self.homes[rank], self._count_of(rank)
+        self._cards.write()  # for the other one, which may be waiting for this
+        end_s = time.monotonic() + 2 * self._cards.interval_s
+        while self._count_of(rank) == before and time.monotonic() < end_s and not home.has_ended():
+            time.sleep(LOOK_S)
+
+    def _count_of(self, rank: int) -> int:
+        told = self._read().get(self.homes[rank].life)
+        return -1 if told is None else told.count
 
     def _here(self) -> str:
         return f"rank {self.homes[self.rank].global_rank}, {program_line() or 'in no line of the program'}"

@@ -78,12 +78,14 @@ class Muon(torch.optim.Optimizer):
         }
         for kind in (muon, adam):
             check_settings("Muon", {key: value for key, value in kind.items() if key != "ns_coefficients"})
-        groups = [
-            {**(muon if group["use_muon"] else {"lr": adam["lr"], "weight_decay": weight_decay}), **group}
-            for group in _split(params)
-        ]
-        super().__init__(groups, {"use_muon": True})
+        self._settings = {True: muon, False: {"lr": adam["lr"], "weight_decay": weight_decay}}  # of groups, by kind
+        super().__init__(list(_split(params)), {"use_muon": True})
         self._adamw = torch.optim.AdamW(_others(self.param_groups) or [{"params": []}], **adam)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Step more parameters, by what the optimizer was built with where the group does not say otherwise."""
+        for group in _split([param_group]):
+            super().add_param_group({**self._settings[group["use_muon"]], **group})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -93,6 +95,8 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._adamw.param_groups, self._adamw.state = _others(self.param_groups), self.state
+        for group in self._adamw.param_groups:  # one that was added since
+            group.update({key: value for key, value in self._adamw.defaults.items() if key not in group})
         self._adamw.step()
         for group in self.param_groups:
             if group["use_muon"]:

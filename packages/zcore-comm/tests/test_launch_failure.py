@@ -114,4 +114,4 @@ def test_ranks_that_had_left_are_told_after_the_error():
         "ValueError: empty",
         "Rank 0 had ended by then, with exit code 0.",
     ]
-    assert "Ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more had ended before" in draw(raised, ended_before=range(10))
+    assert "Ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more had ended by then" in draw(raised, ended_before=range(10))

@@ -122,6 +122,7 @@ class Bucket:
             )
         self._groups = groups
         self._dp = dp
+        self._parts: dict[int, Parts] = {}
         self._pending: Pending | None = None
         self.params = tuple(self._make_param(index, each) for index, each in enumerate(members))
         self.grads = FragmentGradients(self.params, self.gradients) if self.gradients is not None else None
@@ -132,7 +133,12 @@ class Bucket:
         return BucketParam.of(member, owner=self, index=index, full=self.memory.views[index], held=held, place=fragment)
 
     def parts(self, index: int) -> Parts:
-        """Where the parts of parameter `index` lie over the ranks."""
+        """Where the parts of parameter `index` lie over the ranks; asked for in every step, and never another."""
+        if index not in self._parts:
+            self._parts[index] = self._find_parts(index)
+        return self._parts[index]
+
+    def _find_parts(self, index: int) -> Parts:
         layout, dp = self.plan.layout, self._dp
         held = [
             layout.fragment(index, owned_slices(self.row, replace(dp, shard_rank=rank)))

@@ -13,7 +13,7 @@ from torch import Tensor
 from zcore.core.errors import ConfigError
 from zcore.zero.buffer import DataParallelGroups
 from zcore.zero.optimizers.settings import check_settings
-from zcore.zero.optimizers.stepped import gradient_of, parts_of, values_of, zeros_for
+from zcore.zero.optimizers.stepped import evaluate, gradient_of, parts_of, values_of, zeros_for
 
 __all__ = ["Lamb"]
 
@@ -54,10 +54,7 @@ class Lamb(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step every parameter that has a gradient; returns what `closure` returns, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         stepped = list(self._stepped())
         for group, param, grad in stepped:
             self._average(group, param, grad)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zcore.zero.optimizers.settings import check_settings
-from zcore.zero.optimizers.stepped import gradient_of, values_of, zeros_for
+from zcore.zero.optimizers.stepped import evaluate, gradient_of, values_of, zeros_for
 
 __all__ = ["Lion"]
 
@@ -31,10 +31,7 @@ class Lion(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step every parameter that has a gradient; returns what `closure` returns, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             lr, (beta1, beta2) = float(group["lr"]), group["betas"]
             for param in group["params"]:

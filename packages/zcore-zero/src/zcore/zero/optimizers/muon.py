@@ -17,7 +17,7 @@ from zcore.core.errors import ConfigError
 from zcore.zero.optimizers.newton_schulz import COEFFICIENTS
 from zcore.zero.optimizers.settings import check_settings
 from zcore.zero.optimizers.spread import on_whole_matrices
-from zcore.zero.optimizers.stepped import gradient_of, parts_of, values_of, zeros_for
+from zcore.zero.optimizers.stepped import evaluate, gradient_of, parts_of, values_of, zeros_for
 from zcore.zero.parts import Parts
 
 __all__ = ["Muon"]
@@ -32,9 +32,9 @@ class Muon(torch.optim.Optimizer):
     """Parameters may be whole or fragments; every rank steps together.
 
     A group steps by Muon or by AdamW as its `use_muon` says. One that does not say is split: by Muon go parameters of
-    two dimensions and more, but not embeddings, nor output heads, which have an embedding's shape; the attribute
-    `use_muon` that a parameter had before sharding decides otherwise. More than two dimensions, as of a convolution,
-    are taken as a matrix of the first by all others.
+    two dimensions and more; of a sharded model not embeddings, nor what has an embedding's shape outside of the blocks.
+    The attribute `use_muon` of a parameter, before sharding, decides otherwise. More than two dimensions, as of a
+    convolution, are taken as a matrix of the first by all others.
 
     lr: of both kinds, unless `muon_lr` or `adam_lr` is given. weight_decay is decoupled in both. momentum, nesterov,
     ns_steps, ns_coefficients and adjust_lr ("original" or "match_rms_adamw") are as of torch.optim.Muon, whose steps
@@ -90,10 +90,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step every parameter that has a gradient; returns what `closure` returns, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         self._adamw.param_groups, self._adamw.state = _others(self.param_groups), self.state
         for group in self._adamw.param_groups:  # one that was added since
             group.update({key: value for key, value in self._adamw.defaults.items() if key not in group})

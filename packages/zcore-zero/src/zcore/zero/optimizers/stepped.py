@@ -1,12 +1,22 @@
 """What an optimizer is given to step, whole parameters or fragments, as plain flat tensors."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from zcore.zero.parts import Parts
 from zcore.zero.sharded_parameter import ShardedParameter
 
-__all__ = ["gradient_of", "parts_of", "values_of", "zeros_for"]
+__all__ = ["evaluate", "gradient_of", "parts_of", "values_of", "zeros_for"]
+
+
+def evaluate(closure: Callable[[], float] | None) -> float | None:
+    """What the closure of an optimizer's step returns, if there is one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def parts_of(param: Tensor) -> Parts:

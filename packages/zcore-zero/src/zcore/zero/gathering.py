@@ -16,13 +16,11 @@ import torch
 
 from zcore.core import compat
 from zcore.zero.bucket import Bucket, ParamState
+from zcore.zero.first_uses import FirstUses
 from zcore.zero.timeline import Kind, Recorder
 from zcore.zero.trace import Pass, Trace, Use, plan_prefetch, returns_within
 
 __all__ = ["GatherLimits", "Gatherer"]
-
-REMEMBERED_FORWARDS = 8  # that may still get a backward
-ACCUMULATES = 2**62  # autograd's number of a node that accumulates a gradient is above all others
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +57,7 @@ class Gatherer:
         self._idle: dict[int, None] = {}  # left in a forward, not yet released; in order of leaving
         self._backwards: list[Place] = []  # of autograd, each nested in the node of the one before
         self._used_in: dict[int, Place] = {}  # where a bucket was used last
-        # Of each forward that may still get a backward: where autograd stood when it first read a transient bucket.
-        self._first_used: list[dict[int, int]] = []
-        self._taken: set[int] = set()  # of them, in the backward under way
-        self._begun_at = -1  # the largest number of a node that a backward since the last forward has run
-        self._known_from = 0  # of nodes with smaller numbers the forwards are forgotten
+        self.first_uses = FirstUses()  # of transient buckets
         self._ahead: dict[int, int] = {}  # elements of buckets gathered, or kept, ahead of their next use
         self._live: dict[int, Bucket] = {}  # transient ones with gathered memory
         self._is_at_rest = True  # until the first use after a step
@@ -219,50 +213,15 @@ class Gatherer:
             bucket.show_fragments()
 
     def _note_use(self, bucket: Bucket) -> None:
-        """A forward reads it; without autograd perhaps to read it again in the backward, so until that is over."""
         if bucket.is_transient:
-            if not self._first_used:
-                self._first_used.append({})
-            number = compat.sequence_number() if torch.is_grad_enabled() else -1
-            known = self._first_used[-1]
-            known[bucket.index] = min(number, known.get(bucket.index, number))
+            self.first_uses.note(bucket.index, compat.sequence_number() if torch.is_grad_enabled() else -1)
 
-    def begin_backward(self, number: int) -> None:
-        """A backward runs its first node that concerns us; one that accumulates says nothing, so it may be any."""
-        latest = max((max(known.values(), default=-1) for known in self._first_used), default=-1)
-        self._begun_at = max(self._begun_at, latest if number >= ACCUMULATES else number)
+    def take_settled(self, number: int) -> list[int]:
+        """The buckets that get no gradient any more when node `number` of autograd runs, each one once in a backward.
 
-    def take_first_used_after(self, number: int) -> list[int]:
-        """The buckets that nothing read before node `number` of autograd was made, each one once in a backward.
-
-        What was made later runs first, so their gradients are final when that node runs. Read while it is pinned, a
-        bucket shows up nowhere, so a pinned one is left out.
+        Read while it is pinned, a bucket shows up nowhere, so a pinned one is left out.
         """
-        if number < self._known_from:
-            return []
-        first: dict[int, int] = {}
-        for known in self._first_used:
-            for index, used_at in known.items():
-                first[index] = min(used_at, first.get(index, used_at))
-        found = [
-            index
-            for index, used_at in first.items()
-            if used_at > number and index not in self._taken and not self._pinned[index]
-        ]
-        found.sort(key=lambda index: -first[index])
-        self._taken.update(found)
-        return found
-
-    def _forget_uses(self) -> None:
-        """A forward begins: forget those before the last backward. Should one get a backward yet, nothing is known."""
-        known = self._first_used
-        while known and (max(known[0].values(), default=-1) <= self._begun_at or len(known) > REMEMBERED_FORWARDS):
-            del known[0]
-            self._known_from = compat.sequence_number()
-        if known:
-            self._known_from = min((number for number in known[0].values() if number >= 0), default=self._known_from)
-        known.append({})
-        self._begun_at = -1
+        return self.first_uses.take_after(number, but=+self._pinned)
 
     def take_digest(self) -> int:
         """The digest of the gathers since this was last asked."""
@@ -298,7 +257,7 @@ class Gatherer:
         At the end of a forward, whose result has views of the buckets `returned`, but for what may still be read.
         """
         if returned is None:
-            self._taken.clear()
+            self.first_uses.end_backward()
             self._kept.clear()
             self._returned.clear()
         else:
@@ -334,7 +293,7 @@ class Gatherer:
         self._trace.begin()
         self._is_at_rest = False
         if training:
-            self._forget_uses()
+            self.first_uses.begin_forward()
 
     def _drop_if_stale(self, bucket: Bucket) -> None:
         """Reshard what was stepped or edited since it was gathered, as after a forward that had no backward."""

@@ -269,7 +269,7 @@ class Conductor:
         self._backward = compat.current_backward()
         self.has_gradients = False
         self._reducer.begin(self._backward)
-        self.gatherer.begin_backward(compat.current_node_number())
+        self.gatherer.first_uses.begin_backward(compat.current_node_number())
         compat.queue_backward_callback(self._end_backward)
 
     def _settle(self) -> None:
@@ -278,7 +278,7 @@ class Conductor:
         Nothing is told in a nested one, whose nodes are numbered by themselves.
         """
         if (self.has_gradients or self.is_training) and compat.current_backward() == self._backward:
-            settled = self.gatherer.take_first_used_after(compat.current_node_number())
+            settled = self.gatherer.take_settled(compat.current_node_number())
             if settled:
                 self._reducer.settle(settled)
 

@@ -178,6 +178,8 @@ class Recipe:
     accumulate: str | None = None  # in what gradients accumulate, and travel: fp32, bf16, fp16; None: as by default
     communicate: str | None = None
     predivides: bool = False  # gradients by the number of ranks, before they travel
+    masters: bool = True  # False: bf16 parameters are stepped without an fp32 copy
+    states: torch.dtype | None = None  # of the optimizer then
     seed: int = 0
 
     def build(self) -> nn.Module:
@@ -359,7 +361,11 @@ def config_of(
         "gradient_accumulation_steps": recipe.accumulation,
         "gradient_clipping": recipe.clip,
         "optimizer": {"type": recipe.optimizer, "params": dict(recipe.hyper)},
-        "bf16": {"enabled": recipe.compute is torch.bfloat16},
+        "bf16": {
+            "enabled": recipe.compute is torch.bfloat16,
+            "bf16_master_weights_and_grads": not recipe.masters,
+            "bf16_optimizer_states": recipe.states is torch.bfloat16,
+        },
         "torch_autocast": {"enabled": recipe.autocast is not None, "dtype": recipe.autocast},
         "data_types": {"grad_accum_dtype": recipe.accumulate},
         "communication_data_type": recipe.communicate,

@@ -9,6 +9,7 @@ from zcore.zero.memory import MemoryReport, RankMemory
 from zcore.zero.optimizers.lamb import Lamb
 from zcore.zero.optimizers.lion import Lion
 from zcore.zero.optimizers.muon import Muon
+from zcore.zero.optimizers.rounding import rounded_step
 from zcore.zero.placement import TABLE, Placement, Row
 from zcore.zero.precision import Precision
 from zcore.zero.recompute import checkpoint
@@ -43,6 +44,7 @@ __all__ = [
     "init_distributed",
     "initialize",
     "no_sync",
+    "rounded_step",
     "set_leaf_modules",
     "shard",
 ]

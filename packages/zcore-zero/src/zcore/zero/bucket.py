@@ -95,9 +95,11 @@ class Bucket:
         self.plan = plan
         self.index = index
         self.row = row
+        self.dtypes = dtypes
         self.owned = owned_slices(row, dp)
         self.state = ParamState.UNINITIALIZED
         self.is_pinned = False  # inside GatheredParameters, where the fragments stand for the whole
+        self.needs_rounding = dtypes.rounds  # so that no optimizer may step it; False while it is in fp32
         self._shown: set[int] = set()  # parameters of which the whole is registered on the modules
         self._num_updates = 0  # announced ones; edits in place show in the master's version
         self._gathered: tuple[int, int] | None = None  # of which values there is a whole copy

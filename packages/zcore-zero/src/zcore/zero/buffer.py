@@ -35,6 +35,8 @@ class BucketDtypes:
     accumulate: torch.dtype | None = None  # of gradients on their rank; None: as the master
     reduce: torch.dtype | None = None  # of gradients on their way; None: as they accumulate
     predivide: float = 1.0  # what gradients are divided by before they travel, so that sums stay in range
+    rounds: bool = False  # without masters: stepped in fp32, and rounded back stochastically
+    states: torch.dtype | None = None  # of the optimizer, where it rounds; None: fp32
 
     @property
     def of_gradients(self) -> tuple[torch.dtype, torch.dtype]:

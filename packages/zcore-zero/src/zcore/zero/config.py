@@ -42,10 +42,18 @@ class Bf16(Config):
     """Compute in bfloat16 with fp32 master shards; gradients accumulate and are reduced in fp32."""
 
     enabled: bool | Auto = False
+    bf16_master_weights_and_grads: bool = False  # no masters: steps are rounded stochastically, gradients are bf16
+    bf16_optimizer_states: bool = False  # rounded like the parameters
+
+    @model_validator(mode="after")
+    def _refuse_parts(self) -> "Bf16":
+        if self.bf16_optimizer_states and not self.bf16_master_weights_and_grads:
+            raise ValueError("bf16_optimizer_states needs bf16_master_weights_and_grads: set both, or neither.")
+        if self.bf16_master_weights_and_grads and self.enabled is not True:
+            raise ValueError('bf16_master_weights_and_grads needs bf16: set "enabled": true.')
+        return self
 
     known_unserved: ClassVar[Mapping[str, str]] = {
-        "bf16_master_weights_and_grads": "Masters and gradients are fp32.",
-        "bf16_optimizer_states": "Optimizer states are fp32.",
         "immediate_grad_update": "Gradients move into their bucket at once.",
         "check_grad_overflow": "A step that is not finite is always refused.",
     }

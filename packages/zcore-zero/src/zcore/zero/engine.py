@@ -23,6 +23,7 @@ from zcore.zero.config import TrainingConfig
 from zcore.zero.consolidated import consolidated_state_dict
 from zcore.zero.loss_scale import LossScaler
 from zcore.zero.memory import MemoryReport, measure_memory
+from zcore.zero.optimizers.rounding import rounded_step
 from zcore.zero.placement import Placement
 from zcore.zero.run_state import RunState
 from zcore.zero.sharding import Sharding
@@ -162,24 +163,8 @@ class Engine:
         states are then as before the step.
         """
         self.sharding.conductor.recover()
-        accumulation = self._accumulation
-        if not accumulation.num_backwards:
-            raise StateError(
-                "step() was called without a backward() since the last one, so there is no gradient to step with. Call "
-                "`engine.backward(loss)` before each `engine.step()`."
-            )
-        is_boundary = self.is_gradient_accumulation_boundary()
-        if is_boundary and not accumulation.has_synced:
-            raise StateError(
-                "The last backward of this step ran inside no_sync(), so its gradients were not reduced. Leave "
-                "no_sync() before the backward of the last micro-batch."
-            )
-        if is_boundary and self.optimizer is None:
-            raise StateError(
-                "step() is to step an optimizer, and this engine has none, so nothing would be trained. Give "
-                "`zero.initialize` an `optimizer`, in the config or in the call; to evaluate only, call neither "
-                "backward() nor step()."
-            )
+        accumulation, is_boundary = self._accumulation, self.is_gradient_accumulation_boundary()
+        self._refuse_empty_step(is_boundary)
         self._warn_of_backwards()
         if self._recorder is not None:
             self._recorder.note(Kind.PHASE, "step")
@@ -197,7 +182,10 @@ class Engine:
             loss = self._mean_loss()  # here the device has just been waited for, and has nothing else to do yet
             if self._clip_norm:
                 self.sharding.scale_gradients(clip_factor(self._grad_norm, self._clip_norm))
-            self.optimizer.step()
+            if self.sharding.has_masters:
+                self.optimizer.step()
+            else:
+                rounded_step(self.module, self.optimizer, step=self.global_steps)
             self._is_step_applied = True
             self.global_steps += 1
             if self._scaler is not None:
@@ -209,6 +197,25 @@ class Engine:
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self._tell_step(loss)
+
+    def _refuse_empty_step(self, is_boundary: bool) -> None:
+        """Raise StateError where `step()` has nothing to step with, or nothing to step."""
+        if not self._accumulation.num_backwards:
+            raise StateError(
+                "step() was called without a backward() since the last one, so there is no gradient to step with. Call "
+                "`engine.backward(loss)` before each `engine.step()`."
+            )
+        if is_boundary and not self._accumulation.has_synced:
+            raise StateError(
+                "The last backward of this step ran inside no_sync(), so its gradients were not reduced. Leave "
+                "no_sync() before the backward of the last micro-batch."
+            )
+        if is_boundary and self.optimizer is None:
+            raise StateError(
+                "step() is to step an optimizer, and this engine has none, so nothing would be trained. Give "
+                "`zero.initialize` an `optimizer`, in the config or in the call; to evaluate only, call neither "
+                "backward() nor step()."
+            )
 
     @property
     def micro_steps(self) -> int:

@@ -284,6 +284,8 @@ def _precision(settings: TrainingConfig, *, dp_size: int) -> Precision:
         accumulate=None if accumulate is None else DTYPES[accumulate],
         reduce=None if reduce is None else DTYPES[reduce],
         predivide=float(dp_size) if settings.prescale_gradients else settings.gradient_predivide_factor,
+        masters=not settings.bf16.bf16_master_weights_and_grads,
+        states=torch.bfloat16 if settings.bf16.bf16_optimizer_states else None,
     )
 
 

@@ -198,6 +198,11 @@ class Sharding:
         }
 
     @property
+    def has_masters(self) -> bool:
+        """Whether an optimizer steps parameters in a precision that keeps small steps."""
+        return not any(bucket.dtypes.rounds for bucket in self.buckets)
+
+    @property
     def num_params(self) -> int:
         """Elements of all parameters."""
         return sum(spec.numel for bucket in self.buckets for spec in bucket.plan.params)
@@ -397,6 +402,11 @@ def _refuse_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object)
                 raise StateError(
                     f"{name} steps {param.fqn}, whose gradient is not reduced yet: the last backward ran inside "
                     "no_sync(), or is not the last one of its step. Step after a backward outside no_sync()."
+                )
+            if isinstance(param.owner, Bucket) and param.owner.needs_rounding:
+                raise StateError(
+                    f"{name} steps {param.fqn}, which is bf16 without a master: in its 8 bits small steps would be "
+                    "lost. Call `zero.rounded_step(model, optimizer, step=...)` in place of `optimizer.step()`."
                 )
             if param.owner.stands_for_whole():
                 raise StateError(

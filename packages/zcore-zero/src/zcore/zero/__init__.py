@@ -10,12 +10,13 @@ from zcore.zero.optimizers.lamb import Lamb
 from zcore.zero.optimizers.lion import Lion
 from zcore.zero.optimizers.muon import Muon
 from zcore.zero.optimizers.rounding import rounded_step
+from zcore.zero.own_loop import clip_grad_norm_, no_sync, shard, shard_added
 from zcore.zero.placement import TABLE, Placement, Row
 from zcore.zero.precision import Precision
 from zcore.zero.recompute import checkpoint
 from zcore.zero.schedules.cycles import LRRangeTest, OneCycle
 from zcore.zero.schedules.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
-from zcore.zero.sharding import ShardingOptions, clip_grad_norm_, no_sync, shard
+from zcore.zero.sharding import ShardingOptions
 from zcore.zero.units import set_leaf_modules
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "rounded_step",
     "set_leaf_modules",
     "shard",
+    "shard_added",
 ]

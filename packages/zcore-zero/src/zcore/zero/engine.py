@@ -25,9 +25,11 @@ from zcore.zero.loss_scale import LossScaler
 from zcore.zero.memory import MemoryReport, measure_memory
 from zcore.zero.optimizers.rounding import rounded_step
 from zcore.zero.placement import Placement
+from zcore.zero.recorded_steps import RecordedSteps
 from zcore.zero.run_state import RunState
+from zcore.zero.sharded_parameter import ShardedParameter
 from zcore.zero.sharding import Sharding
-from zcore.zero.timeline import Kind, Recorder, Timeline
+from zcore.zero.timeline import Timeline
 
 __all__ = ["Engine"]
 
@@ -79,9 +81,7 @@ class Engine:
         self._accumulation.loss_scale = self.loss_scale
         self._clip_norm = float(config.gradient_clipping)
         self._grad_norm: float | None = None
-        self._recorder: Recorder | None = None  # of the step at hand, if it is to be explained
-        self._timeline: Timeline | None = None  # of the last such step
-        self._explained_every = 0
+        self._recorded = RecordedSteps(sharding, rank=self.global_rank)
         if config.wall_clock_breakdown:
             self.explain_steps(every=config.steps_per_print or 10)
         self._said: set[str] = set()  # warnings that are said once
@@ -166,12 +166,10 @@ class Engine:
         accumulation, is_boundary = self._accumulation, self.is_gradient_accumulation_boundary()
         self._refuse_empty_step(is_boundary)
         self._warn_of_backwards()
-        if self._recorder is not None:
-            self._recorder.note(Kind.PHASE, "step")
+        self._recorded.note_phase("step")
         if not is_boundary:
             accumulation.end_micro_batch()
-            if self._recorder is not None:
-                self._recorder.note(Kind.PHASE, "outside the model")
+            self._recorded.note_phase("outside the model")
             return
         assert self.optimizer is not None
         self._is_step_applied = False
@@ -224,8 +222,10 @@ class Engine:
 
     def _begin_step(self) -> None:
         """The next micro-batch is the first one of its optimizer step."""
-        self._end_timeline()
-        self._begin_timeline()
+        timeline = self._recorded.end()
+        if timeline is not None and self.config.wall_clock_breakdown and self.global_rank == 0:
+            log_visibly(logger, "%s", timeline.summary())
+        self._recorded.begin(self.global_steps + 1)
         self._accumulation.begin_step()
         self._accumulation.loss_scale = self.loss_scale
         self._losses = []
@@ -335,14 +335,27 @@ class Engine:
         """
         return self.train(False)
 
+    def shard_added(self, *, group: int | None = 0) -> list[ShardedParameter]:
+        """Shard what was added to the model since, as `zero.shard_added`; every rank calls it, between optimizer steps.
+
+        The new parameters that are trainable join parameter group `group` of the optimizer, with its settings and
+        schedule; with None they join none, and are returned for a group of your own.
+        """
+        if self._accumulation.num_backwards or self._accumulation.done:
+            raise StateError("Modules are sharded between optimizer steps: call shard_added() after the step() of one.")
+        added = self.sharding.add()
+        if self.optimizer is not None and group is not None:
+            self.optimizer.param_groups[group]["params"] += [param for param in added if param.requires_grad]
+        return added
+
     def explain_steps(self, *, every: int = 1) -> None:
         """Record each `every`-th optimizer step of this rank for `explain_step`, from the next on; 0 records no more.
 
         A recorded step takes some microseconds more for each transfer.
         """
-        self._explained_every = every
+        self._recorded.every = every
         if not self._accumulation.num_backwards and not self._accumulation.done:
-            self._begin_timeline()
+            self._recorded.begin(self.global_steps + 1)
 
     def explain_step(self) -> Timeline:
         """What was gathered and reduced when in the last recorded step, how long this rank waited for it, and why.
@@ -350,31 +363,7 @@ class Engine:
         Print it, give it to Rich, take `to_dict()`, or `save_trace("step.json")`. Raises StateError if none was
         recorded.
         """
-        if self._timeline is None:
-            raise StateError(
-                "No step was recorded yet. Call `engine.explain_steps(every=10)`, or set wall_clock_breakdown in the "
-                "config, and ask after such a step."
-            )
-        return self._timeline
-
-    def _begin_timeline(self) -> None:
-        """Record the step that begins, if it is its turn."""
-        before, self._recorder = self._recorder, None
-        if self._explained_every and (self.global_steps + 1) % self._explained_every == 0:
-            self._recorder = Recorder(self.sharding.ledger, step=self.global_steps + 1)
-            self._recorder.note(Kind.PHASE, "outside the model")
-        if before is not self._recorder:
-            self.sharding.explain_to(self._recorder)
-
-    def _end_timeline(self) -> None:
-        """The step is over; if it was recorded, it can be explained."""
-        if self._recorder is None:
-            return
-        self._recorder.note(Kind.PHASE, "end")
-        sizes = {bucket.plan.name: bucket.memory.gathered_bytes for bucket in self.sharding.buckets}
-        self._timeline = Timeline.of(self._recorder.marks, step=self._recorder.step, rank=self.global_rank, sizes=sizes)
-        if self.config.wall_clock_breakdown and self.global_rank == 0:
-            log_visibly(logger, "%s", self._timeline.summary())
+        return self._recorded.last()
 
     def get_global_grad_norm(self) -> float | None:
         """The norm of the whole gradient at the last optimizer step, before clipping; None before the first."""
@@ -471,7 +460,7 @@ class Engine:
             self._scaler.load_state_dict(extra["loss_scale"])
         self.sharding.reducer.clear()
         self._micro_steps_before = counters["micro_steps"]
-        self._recorder = None  # of a step that is none
+        self._recorded.forget()
         self._begin_step()
         client_state: dict[str, Any] = extra["client_state"]
         return client_state

@@ -39,6 +39,7 @@ class Reducer:
         dp: DataParallel,
         groups: DataParallelGroups,
         device: torch.device,
+        accumulation: Accumulation,
         max_inflight: int = 1,
         take_digest: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -49,7 +50,7 @@ class Reducer:
         self._device = device
         self._max_inflight = max_inflight  # each holds a whole bucket: one is summed while the next one's are computed
         self._take_digest = take_digest  # of the gathers since the last reduction
-        self.accumulation = Accumulation()
+        self.accumulation = accumulation
         self._order = sorted((bucket.index for bucket in self._buckets), key=lambda index: -index)
         self._order.sort(key=lambda index: buckets[index].plan.keep_whole)  # small ones are complete last
         self._order_is_observed = False
@@ -157,6 +158,11 @@ class Reducer:
         for bucket in self._buckets:
             self._grads[bucket.index].clear()
             self._used[bucket.index] = [False] * len(bucket.params)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a parameter got one since the last `clear`."""
+        return any(grads.with_gradient for grads in self._grads.values())
 
     @property
     def waits_for_reduction(self) -> bool:

@@ -2,42 +2,42 @@
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from math import isfinite
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from zcore.core.errors import LayoutError, NonFiniteError, StateError
+from zcore.core.errors import LayoutError, StateError
 from zcore.core.mesh import DataParallel, data_parallel, inner_group, twin_group
 from zcore.core.torch_collectives import choose_collectives
 from zcore.zero import clipping
+from zcore.zero.accumulation import Accumulation
 from zcore.zero.agreement import Plain, check_agreement
 from zcore.zero.bucket import Bucket
 from zcore.zero.buffer import DataParallelGroups, Ledger
 from zcore.zero.deferred import TAG, recording_of
 from zcore.zero.gathering import Gatherer, GatherLimits
+from zcore.zero.guards import Newcomers, note_step, refuse_load, refuse_state_dict, refuse_step, retire
 from zcore.zero.hooks import Conductor, Site
 from zcore.zero.layout import BucketPlan, plan_buckets
-from zcore.zero.optimizers.building import refuse_matrix_wise
 from zcore.zero.placement import Placement, Row, row_for
 from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer
-from zcore.zero.sharded_parameter import ShardedParameter, UnreducedGradient
+from zcore.zero.sharded_parameter import ShardedParameter
 from zcore.zero.timeline import Recorder
 from zcore.zero.units import ParamSites, find_blocks, find_parameters, find_units
 
-__all__ = ["Sharding", "ShardingOptions", "clip_grad_norm_", "find_shardable", "no_sync", "shard", "sharding_of"]
+__all__ = ["Sharding", "ShardingOptions", "find_shardable", "sharding_of"]
 
 logger = logging.getLogger(__name__)
 
 HANDLE = "_zcore_sharding"  # attribute of the root module
-RETIRED = "_zcore_retired"  # attribute of a parameter that was replaced: its fully qualified name
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,26 @@ class Sharding:
             self._inner = inner_group(mesh, self.dp.shard_axis, size=options.secondary_size)
         self.groups = _groups_of(mesh, self.dp, self._twin, self._inner)
         self.ledger = Ledger()
+        self.buckets: tuple[Bucket, ...] = ()
+        self._model = weakref.ref(model)
+        self._options = options
+        self._accumulation = Accumulation()
+        self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose parameters and buffers were seen to
+        self._state_dict_hooks: list[RemovableHandle] = []
         parameters = find_shardable(model)
+        self._take_in(model, parameters, self._plan(model, parameters), model.modules())
+        self._hooks = (
+            register_optimizer_step_pre_hook(refuse_step),
+            register_optimizer_step_post_hook(note_step),
+            model.register_forward_pre_hook(torch.compiler.disable(Newcomers()), prepend=True),
+        )
+        for hook in self._hooks:
+            weakref.finalize(self, hook.remove)
+        model.__dict__[HANDLE] = self
+
+    def _plan(self, model: nn.Module, parameters: tuple[ParamSites, ...]) -> tuple[BucketPlan, ...]:
+        """How `parameters` are cut. Raises MismatchError where ranks differ; nothing is changed yet."""
+        options = self._options
         plans = plan_buckets(
             find_units(model, parameters),
             num_slices=self.dp.size,
@@ -81,40 +100,79 @@ class Sharding:
             small_numel=options.small_numel,
             small_total_numel=options.small_total_numel,
         )
+        if self.buckets:
+            taken = {bucket.plan.name for bucket in self.buckets}
+            plans = tuple(replace(plan, name=_unlike(plan.name, taken)) for plan in plans)
         self._agree(model, plans, options)
+        return plans
+
+    def _take_in(
+        self,
+        model: nn.Module,
+        parameters: tuple[ParamSites, ...],
+        plans: tuple[BucketPlan, ...],
+        modules: Iterable[nn.Module],
+    ) -> None:
+        """Shard `parameters` and `modules` of `model` beside what is sharded: allocate, fill, hook."""
+        options, new = self._options, list(modules)
         by_name = {each.spec.fqn: each for each in parameters}
-        self.buckets = tuple(
-            self._make_bucket(index, plan, by_name, options.precision) for index, plan in enumerate(plans)
+        added = tuple(
+            self._make_bucket(index, plan, by_name, options.precision)
+            for index, plan in enumerate(plans, start=len(self.buckets))
         )
-        self._fill(model, by_name)
-        gatherer = Gatherer(self.buckets, _limits(self.buckets, options))
-        self.gatherer = gatherer
+        self._fill(model, added, by_name, new)
+        self.buckets += added
+        self.gatherer = Gatherer(self.buckets, _limits(self.buckets, options))
         self.reducer = Reducer(
             self.buckets,
             dp=self.dp,
             groups=self.groups,
             device=self.device,
+            accumulation=self._accumulation,
             max_inflight=1 if options.overlap else 0,
-            take_digest=gatherer.take_digest,
+            take_digest=self.gatherer.take_digest,
         )
-        self.conductor = Conductor(self.buckets, gatherer=gatherer, reducer=self.reducer, precision=options.precision)
+        self.conductor = Conductor(
+            self.buckets, gatherer=self.gatherer, reducer=self.reducer, precision=options.precision
+        )
         self.conductor.attach(model, _find_sites(model, self.buckets))
-        self._step_hooks = (
-            register_optimizer_step_pre_hook(_refuse_step),
-            register_optimizer_step_post_hook(_note_step),
-        )
-        for hook in self._step_hooks:
-            weakref.finalize(self, hook.remove)
-        self._state_dict_hooks = [
+        self._state_dict_hooks += [
             hook
-            for module in model.modules()
+            for module in new
             for hook in (
-                module.register_state_dict_pre_hook(_refuse_state_dict),
-                module.register_load_state_dict_pre_hook(_refuse_load),
+                module.register_state_dict_pre_hook(refuse_state_dict),
+                module.register_load_state_dict_pre_hook(refuse_load),
             )
         ]
-        model.__dict__[HANDLE] = self
-        self._model = weakref.ref(model)
+        self._modules.update(new)
+
+    def add(self) -> list[ShardedParameter]:
+        """See `shard_added`."""
+        model = self._model()
+        assert model is not None
+        self.conductor.recover()
+        self.reducer.take_users_view()
+        if self.conductor.is_running or any(bucket.is_pinned for bucket in self.buckets) or self.reducer.has_gradients:
+            raise StateError(
+                "Modules are sharded between optimizer steps: not inside a forward, a backward or GatheredParameters, "
+                "and not while there are gradients. Call it after `step()`, or `zero_grad()` in a loop of your own."
+            )
+        names = set(Newcomers.names(model))
+        parameters = tuple(each for each in find_parameters(model) if each.spec.fqn in names)
+        if replaced := sorted(names & self.fragments.keys()):
+            raise LayoutError(
+                f"{replaced[0]} was replaced after the model was sharded, and a parameter of that name is sharded "
+                "already. Give what is new another name, or replace it before sharding; to change the values of what "
+                "there is use `zero.GatheredParameters`."
+            )
+        plans, before, recorder = self._plan(model, parameters), len(self.buckets), self.conductor.recorder
+        self.note_update()  # graphs of earlier forwards lead to hooks that are gone: their backwards are refused
+        self.gatherer.keep_for_inference(False)
+        self.gatherer.rest()
+        self.conductor.detach()
+        self._take_in(model, parameters, plans, [each for each in model.modules() if each not in self._modules])
+        self.explain_to(recorder)
+        return [param.shard for bucket in self.buckets[before:] for param in bucket.params]
 
     def _agree(self, model: nn.Module, plans: tuple[BucketPlan, ...], options: ShardingOptions) -> None:
         facts: dict[str, Plain] = {
@@ -146,9 +204,15 @@ class Sharding:
             ledger=self.ledger,
         )
 
-    def _fill(self, model: nn.Module, by_name: dict[str, ParamSites]) -> None:
+    def _fill(
+        self,
+        model: nn.Module,
+        buckets: tuple[Bucket, ...],
+        by_name: dict[str, ParamSites],
+        modules: Sequence[nn.Module],
+    ) -> None:
         """Write every fragment with the values of data rank 0, then let the originals go, bucket after bucket."""
-        for bucket in self.buckets:
+        for bucket in buckets:
             whole = torch.zeros(bucket.plan.layout.numel, dtype=bucket.plan.dtype, device=self.device)
             parts = [
                 whole[offset : offset + spec.numel]
@@ -165,12 +229,12 @@ class Sharding:
                 bucket.write(index, part)
             bucket.seal()
         for each in by_name.values():
-            _retire(each.param, each.spec.fqn)
-        for module_name, module in model.named_modules():
+            retire(each.param, each.spec.fqn)
+        names = {module: name for name, module in model.named_modules()}
+        for module in modules:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = self._start_buffer(model, buffer, f"{module_name}.{name}")
-        for module in model.modules():
+                    module._buffers[name] = self._start_buffer(model, buffer, f"{names[module]}.{name}")
             module.__dict__.pop(TAG, None)
 
     def _start_buffer(self, model: nn.Module, buffer: Tensor, name: str) -> Tensor:
@@ -275,25 +339,11 @@ class Sharding:
             if group is not None and dist.is_initialized():
                 dist.destroy_process_group(group)
         self._twin = self._inner = None
-        for hook in (*self._step_hooks, *self._state_dict_hooks):
+        for hook in (*self._hooks, *self._state_dict_hooks):
             hook.remove()
         model = self._model()
         if model is not None:
             model.__dict__.pop(HANDLE, None)
-
-
-def shard(model: nn.Module, mesh: DeviceMesh, *, stage: int = 3, options: ShardingOptions | None = None) -> nn.Module:
-    """Shard `model` in place over the data-parallel axes of `mesh` and return it; every rank calls it.
-
-    Its parameters become this rank's fragments, to be passed to any element-wise `torch.optim` class;
-    training is torch's usual loop. Gradients are averaged over all data ranks at the end of each backward;
-    inside `no_sync(model)` they only accumulate. Clip with `zero.clip_grad_norm_`. `stage` is a row of the
-    placement table (see `placement.py`).
-
-    Raises MismatchError where ranks differ, LayoutError for a model that is sharded already, ConfigError for the stage.
-    """
-    Sharding(model, mesh, zero_stage=stage, options=options or ShardingOptions())
-    return model
 
 
 def sharding_of(model: nn.Module) -> Sharding:
@@ -305,28 +355,6 @@ def sharding_of(model: nn.Module) -> Sharding:
             "`zero.initialize` itself, not a submodule or a wrapper of it."
         )
     return found
-
-
-def clip_grad_norm_(model: nn.Module, max_norm: float, *, error_if_nonfinite: bool = False) -> float:
-    """Scale the gradients of a sharded model to a global 2-norm of at most `max_norm`; every rank calls it.
-
-    Returns the norm before clipping, equal on every rank. With `error_if_nonfinite` it raises NonFiniteError instead,
-    on every rank, where that is infinite or not a number.
-    """
-    norm = sharding_of(model).clip(max_norm)
-    if error_if_nonfinite and not isfinite(norm):
-        raise NonFiniteError(
-            f"The norm of the gradients is {norm}. Do not step: drop them with zero_grad(), and look at the data of "
-            "this step, or lower the learning rate."
-        )
-    return norm
-
-
-@contextmanager
-def no_sync(model: nn.Module) -> Iterator[None]:
-    """Backward passes inside only accumulate gradients on this rank; the first one after it reduces all of them."""
-    with sharding_of(model).no_sync():
-        yield
 
 
 def _groups_of(
@@ -364,6 +392,15 @@ def find_shardable(model: nn.Module) -> tuple[ParamSites, ...]:
     return parameters
 
 
+def _unlike(name: str, taken: set[str]) -> str:
+    """A name that is not taken, and then is."""
+    found, number = name, 2
+    while found in taken:
+        found, number = f"{name} (part {number})", number + 1
+    taken.add(found)
+    return found
+
+
 def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.Module, Site]]:
     """Modules that own parameters, and blocks: a block has its buckets gathered once, before it starts."""
     used: dict[nn.Module, set[int]] = {}
@@ -388,72 +425,3 @@ def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.
         (module, Site(names[module], tuple((buckets[index], below(module, index)) for index in sorted(indices))))
         for module, indices in used.items()
     ]
-
-
-def _refuse_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-    """Before any optimizer's step: it needs reduced gradients, and fragments, and not more of a parameter than that."""
-    name = type(optimizer).__name__
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if not isinstance(param, ShardedParameter) or param.owner is None:
-                continue
-            refuse_matrix_wise(optimizer)
-            if isinstance(param.grad, UnreducedGradient):
-                raise StateError(
-                    f"{name} steps {param.fqn}, whose gradient is not reduced yet: the last backward ran inside "
-                    "no_sync(), or is not the last one of its step. Step after a backward outside no_sync()."
-                )
-            if isinstance(param.owner, Bucket) and param.owner.needs_rounding:
-                raise StateError(
-                    f"{name} steps {param.fqn}, which is bf16 without a master: in its 8 bits small steps would be "
-                    "lost. Call `zero.rounded_step(model, optimizer, step=...)` in place of `optimizer.step()`."
-                )
-            if param.owner.stands_for_whole():
-                raise StateError(
-                    f"{name} steps {param.fqn} inside GatheredParameters, where it is whole, and the optimizer's "
-                    "states are of this rank's part. Step outside the block."
-                )
-
-
-def _note_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-    """After any optimizer's step: what it stepped is out of date where it is gathered. The same on every rank."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if isinstance(param, ShardedParameter) and isinstance(param.owner, Bucket):
-                param.owner.mark_stale()
-            elif fqn := getattr(param, RETIRED, None):
-                raise StateError(
-                    f"This {type(optimizer).__name__} was built before the model was sharded: it holds {fqn} as it "
-                    "was, which the model no longer uses, and trains nothing. Build the optimizer after `zero.shard`, "
-                    "or pass it to `zero.initialize`."
-                )
-
-
-def _retire(param: nn.Parameter, fqn: str) -> None:
-    """Mark a parameter that fragments have replaced, so that whoever goes on using it is told."""
-    param.__dict__[RETIRED] = fqn
-    if param.requires_grad:
-        param.register_post_accumulate_grad_hook(_refuse_gradient_of_retired)
-
-
-def _refuse_gradient_of_retired(param: Tensor) -> None:
-    fqn = getattr(param, RETIRED)
-    raise StateError(
-        f"{fqn} is used in the forward by another reference than its module's attribute, such as a list or a closure, "
-        "which holds it as it was before sharding; it would never be trained. Use the module's attribute, or an "
-        "nn.ParameterList."
-    )
-
-
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    raise StateError(
-        "state_dict() of a sharded model would hold this rank's fragments. Call `engine.consolidated_state_dict()` on "
-        "every rank for the whole weights, or `zero.consolidated_state_dict(model)` without an engine."
-    )
-
-
-def _refuse_load(module: nn.Module, state_dict: object, prefix: str, *rest: object) -> None:
-    raise StateError(
-        "load_state_dict() cannot put whole weights into fragments. Load them before `zero.initialize` or "
-        "`zero.shard`; to continue a run of the engine use `engine.load_checkpoint`."
-    )

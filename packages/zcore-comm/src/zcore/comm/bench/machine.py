@@ -9,7 +9,9 @@ import torch
 
 from zcore.comm.cores import num_cores
 
-__all__ = ["find_machine", "find_versions", "load"]
+__all__ = ["find_machine", "find_versions", "load", "load_notes"]
+
+BUSY = 1.0  # processes beyond the bench's own, from which on figures are doubtful
 
 
 def find_machine(device: torch.device) -> dict[str, object]:
@@ -38,6 +40,12 @@ def find_versions() -> dict[str, str]:
 def load() -> float:
     """How many processes wanted a processor, on average over the last minute."""
     return os.getloadavg()[0]
+
+
+def load_notes(before: float) -> tuple[str, ...]:
+    """What to say of that load."""
+    busy = f"The machine was busy before (load {before:.1f}): quiet ones are faster, and say more."
+    return (busy,) if before > BUSY else ()
 
 
 def _processor() -> str:

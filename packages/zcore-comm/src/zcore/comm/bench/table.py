@@ -1,6 +1,7 @@
 """The report of `zcore comm bench` as tables: for each op its sizes, and at each size every implementation."""
 
 from zcore.comm.bench.contenders import COPY
+from zcore.comm.bench.machine import load_notes
 from zcore.comm.bench.measure import Plan, Report, Row
 from zcore.core.quantities import shown_bytes
 from zcore.core.tables import Table, shown_rate, shown_seconds
@@ -9,7 +10,6 @@ __all__ = ["tables_of"]
 
 COLUMNS = ("size", "implementation", "latency", "spread", "bus", "of copy", "speedup")
 WIDE = 0.5  # a spread beyond which a figure says little; where a quarter are so wide, the reader is told
-BUSY = 1.0  # processes beyond the bench's own, from which on figures are doubtful
 
 
 def tables_of(report: Report) -> list[Table]:
@@ -24,8 +24,7 @@ def tables_of(report: Report) -> list[Table]:
         "of copy: speed beside a memory copy of what a link would carry, on all ranks",
         f"speedup: the time of {report.plain} over this one's, in the same round; median",
     ]
-    if report.load[0] > BUSY:
-        notes.append(f"The machine was busy before (load {report.load[0]:.1f}): quiet ones are faster.")
+    notes += load_notes(report.load[0])
     wide = sum(_spread(row) > WIDE for row in report.rows)
     if wide * 4 > len(report.rows):
         notes.append(f"{wide} of {len(report.rows)} figures spread by more than {WIDE:.0%}: others used the machine.")

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from zcore.comm.bench.contenders import build_case, pairwise_over
+from zcore.comm.bench.machine import load, load_notes
 from zcore.comm.bench.measure import sizes_up_to, with_tuples
 from zcore.comm.bench.timing import Spread, time_in_turns
 from zcore.comm.pairs.algorithms import ALGORITHMS, ANY_BYTES, Rule, Table, read_table, rules_from, table_path
@@ -71,6 +72,7 @@ class Found:
     path: str
     choices: tuple[Choice, ...]
     table: Table
+    load: float = 0.0  # how many processes wanted a processor before
 
     def to_json(self) -> str:
         """The text that `from_json` reads."""
@@ -81,7 +83,7 @@ class Found:
         """What such a text tells."""
         told: dict[str, Any] = json.loads(text)
         choices = tuple(Choice(**each) for each in told["choices"])
-        return cls(told["world_size"], told["path"], choices, Table.from_json(json.dumps(told["table"])))
+        return cls(told["world_size"], told["path"], choices, Table.from_json(json.dumps(told["table"])), told["load"])
 
 
 def choose_algorithm(times_s: Mapping[str, Sequence[float]], *, current: str) -> str:
@@ -120,7 +122,7 @@ def merge_rules(choices: Sequence[Choice], before: Table, *, world_size: int) ->
 
 def tune(group: dist.ProcessGroup, plan: TunePlan) -> Found:
     """Measure on the ranks of `group`, all of which call this and get the same. Writes nothing."""
-    size = dist.get_world_size(group)
+    size, busy = dist.get_world_size(group), load()
     everyone, device = TorchCollectives(group, name="tune"), torch.device("cpu")
     first, *_ = exchange_texts(read_table().to_json().encode(), everyone, device=device, label="tables of algorithms")
     before = Table.from_json(first.decode())  # hosts may have tables that differ
@@ -140,7 +142,7 @@ def tune(group: dist.ProcessGroup, plan: TunePlan) -> Found:
                 medians = {name: statistics.median(each) for name, each in times_s.items()}
                 choices.append(Choice(op, num_bytes, current, after, medians))
                 bar.update(op=op, bytes=num_bytes)
-    return Found(size, str(table_path()), tuple(choices), merge_rules(choices, before, world_size=size))
+    return Found(size, str(table_path()), tuple(choices), merge_rules(choices, before, world_size=size), busy)
 
 
 def table_of(found: Found) -> tables.Table:
@@ -151,14 +153,24 @@ def table_of(found: Found) -> tables.Table:
             shown_bytes(each.payload_bytes),
             "  ".join(f"{name} {tables.shown_seconds(median_s)}" for name, median_s in each.median_s.items()),
             each.after,
-            "" if each.after == each.before else f"was {each.before}",
+            _reason(each),
         )
         for each in found.choices
     ]
     changed = sum(each.after != each.before for each in found.choices)
     columns = ("op", "size", "measured", "algorithm", "change")
     title = f"{found.world_size} ranks: {changed} of {len(shown)} choices change"
-    return tables.Table(title, columns, tuple(shown), words=("op", "measured", "algorithm", "change"))
+    return tables.Table(
+        title, columns, tuple(shown), words=("op", "measured", "algorithm", "change"), notes=load_notes(found.load)
+    )
+
+
+def _reason(choice: Choice) -> str:
+    """What changes, or why what looked faster is not taken."""
+    if choice.after != choice.before:
+        return f"was {choice.before}"
+    fastest = min(choice.median_s, key=lambda name: choice.median_s[name])
+    return "" if fastest == choice.after else f"{fastest} too unsteady, or too close"
 
 
 def write_table(table: Table, path: Path) -> None:

@@ -116,7 +116,7 @@ def all_gather(
     a dtype, device or op that the call does not take; StateError without a process group, for one that was destroyed,
     or on a rank outside it; and what `Work.wait` raises.
     """
-    call = _Call("all_gather", group, async_op)
+    call = _Call("all_gather", group, async_op, label, priority)
     flat_output, flat_input = call.flat("output", output), call.flat("input", input)
     call.check_pair(flat_output, flat_input, whole=flat_output, part=flat_input)
     return call.finish(call.group.all_gather(flat_output, flat_input, label=label, priority=priority))
@@ -140,7 +140,7 @@ def reduce_scatter(
 
     The rest is as for `all_gather`.
     """
-    call = _Call("reduce_scatter", group, async_op)
+    call = _Call("reduce_scatter", group, async_op, label, priority)
     flat_output, flat_input = call.flat("output", output), call.flat("input", input)
     call.check_pair(flat_output, flat_input, whole=flat_input, part=flat_output)
     divide, label = call.reduction(op, flat_output, label)
@@ -160,7 +160,7 @@ def all_reduce(
 
     op: SUM or AVG, and which dtypes, as for `reduce_scatter`. The rest is as for `all_gather`.
     """
-    call = _Call("all_reduce", group, async_op)
+    call = _Call("all_reduce", group, async_op, label, priority)
     flat = call.flat("tensor", tensor)
     divide, label = call.reduction(op, flat, label)
     return call.finish(call.group.all_reduce(flat, label=label, priority=priority), divide)
@@ -184,7 +184,7 @@ def all_to_all(  # noqa: PLR0917 - torch's order
 
     The rest is as for `all_gather`.
     """
-    call = _Call("all_to_all", group, async_op)
+    call = _Call("all_to_all", group, async_op, label, priority)
     if output_split_sizes is not None or input_split_sizes is not None:
         raise LayoutError(
             f"{call}: split sizes {output_split_sizes} and {input_split_sizes} were given; expected None for both, as "
@@ -210,7 +210,7 @@ def broadcast(
     src: the source's global rank, as in torch; or group_src: its rank in the group. Either, not both, else ConfigError.
     The rest is as for `all_gather`.
     """
-    call = _Call("broadcast", group, async_op)
+    call = _Call("broadcast", group, async_op, label, priority)
     flat = call.flat("tensor", tensor)
     source = call.source(src, group_src)
     return call.finish(call.group.broadcast(flat, src=source, label=label, priority=priority))
@@ -221,7 +221,7 @@ def barrier(group: dist.ProcessGroup | None = None, async_op: bool = False, *, l
 
     Raises StateError inside a block of `coalescing`, where calls start at the end.
     """
-    call = _Call("barrier", group, async_op)
+    call = _Call("barrier", group, async_op, label)
     if call.block is not None:
         raise StateError(
             f"{call}: calls of a block of `coalescing` start at its end. Call it before or after the block."
@@ -235,10 +235,16 @@ def barrier(group: dist.ProcessGroup | None = None, async_op: bool = False, *, l
 class _Call:
     """What the functions have in common: who serves, and what is refused."""
 
-    def __init__(self, op: str, group: dist.ProcessGroup | None, async_op: bool) -> None:
+    def __init__(
+        self, op: str, group: dist.ProcessGroup | None, async_op: bool, label: str, priority: int | None = None
+    ) -> None:
         self._op = op
         self._async_op = async_op
         self.served: Served = served_of(group)
+        if not isinstance(label, str):
+            raise ConfigError(f"{self}: label is {label!r}; expected a string, the same on every rank.")
+        if priority is not None and not isinstance(priority, int):
+            raise ConfigError(f"{self}: priority is {priority!r}; expected an integer, lower ones first, or None.")
         self.block: Block | None = open_block(self.served.collectives)
         self.group: DeferrableCollectives = self.served.collectives if self.block is None else self.block.collectives
 
@@ -307,9 +313,9 @@ class _Call:
         """
         dtype, size = result.dtype, self.group.size
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
-            name = getattr(op, "name", op)
             raise ConfigError(
-                f"{self}: op is {name}; expected ReduceOp.SUM or ReduceOp.AVG. For others call torch.distributed."
+                f"{self}: op is {getattr(op, 'name', repr(op))}; expected ReduceOp.SUM or ReduceOp.AVG. For others "
+                "call torch.distributed."
             )
         if dtype == torch.bool or (dtype.is_floating_point and dtype.itemsize == 1):
             raise ConfigError(f"{self}: sums of {dtype} are not defined; expected a wider dtype. Cast the tensor.")
@@ -331,7 +337,7 @@ class _Call:
             return ranks.index(src)
         if group_src is not None and 0 <= group_src < len(ranks):
             return group_src
-        named = f"src is {src}" if src is not None else f"group_src is {group_src}"
+        named = f"src is {src!r}" if src is not None else f"group_src is {group_src!r}"
         raise ConfigError(
             f"{self}: {named}; expected one of the group's global ranks {ranks}, or as group_src 0 to {len(ranks) - 1}."
         )
@@ -356,6 +362,6 @@ class _Call:
 def _check_device(what: str, served: Served, device: torch.device, *, name: str = "device") -> None:
     if device.type not in served.device_types:
         raise ConfigError(
-            f"{what}: {name} is on {device}; the group moves tensors on {' and '.join(served.device_types)}. Move it, "
-            "or make a group with a backend for it."
+            f"{what}: {name if name == 'device' else f'{name} is on'} {device}; the group moves tensors on "
+            f"{' and '.join(served.device_types)}. Move it, or make a group with a backend for it."
         )

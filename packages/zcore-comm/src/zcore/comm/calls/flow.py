@@ -208,10 +208,10 @@ def _begin(chosen: Sequence[_Call]) -> None:
 
 
 def _checked(limit_bytes: int | None) -> int | None:
-    if limit_bytes is not None and limit_bytes < 1:
+    if limit_bytes is not None and not (isinstance(limit_bytes, int) and limit_bytes >= 1):
         raise ConfigError(
-            f"The limit on bytes in flight is {limit_bytes}; expected 1 or more. None lifts it. A call that is larger "
-            "than the limit still goes, alone."
+            f"The limit on bytes in flight is {limit_bytes!r}; expected a number of bytes, 1 or more. "
+            "None lifts it. A call that is larger than the limit still goes, alone."
         )
     return limit_bytes
 
@@ -226,6 +226,6 @@ def limit_in_flight(limit_bytes: int | None) -> None:
     (unless given, all_gather, broadcast and all_to_all before reductions) with the first `wait` of any call, or when
     the limit is lifted: lift it before ranks wait for each other by other means than `zcore.comm`.
 
-    Raises ConfigError for a limit below 1.
+    Raises ConfigError for what is no number, or below 1.
     """
     FLOW.limit_bytes = limit_bytes

@@ -115,9 +115,10 @@ def draw(failure: Failure, *, ended_before: Sequence[int] = ()) -> str:
     """The failure for people. ended_before: the ranks that had left with exit code 0, which others may have missed."""
     where = f" on {failure.host}" if failure.host else ""
     who = f"launcher{where} failed" if failure.rank is None else f"rank {failure.rank}{where} failed first"
-    advice = "; the kernel does that when memory runs out (see dmesg)" if failure.exitcode == -signal.SIGKILL else ""
-    head = f"--- {who}: {describe_exit(failure.exitcode)}{advice} "
+    head = f"--- {who}: {describe_exit(failure.exitcode)} "
     body = collapse_frames(failure.last_words) or ["It wrote nothing to stderr."]
+    if failure.exitcode == -signal.SIGKILL:
+        body.append("The kernel kills so when memory runs out; dmesg then tells of it.")
     if ended_before:
         ranks = ", ".join(map(str, ended_before[:_SHOWN_RANKS]))
         more = f" and {len(ended_before) - _SHOWN_RANKS} more" if len(ended_before) > _SHOWN_RANKS else ""

@@ -31,7 +31,7 @@ from zcore.core.errors import ConfigError
 __all__ = ["run"]
 
 TICK_S = 0.1  # between two looks at processes and signals
-SETTLE_S = 1.0  # a rank that only lost its connection may be reported before the one that broke it
+SETTLE_S = 2.5  # a rank that only lost its connection may be reported before the one that broke it
 DRAIN_S = 2.0  # for the output of a command that has ended; what it left behind (ssh's master) may hold it open
 PATIENCE_S = 10.0  # for a launcher to end, beyond what it gives its ranks
 KILL_S = 5.0  # between SIGTERM and SIGKILL for a command that does not heed the end of its stdin

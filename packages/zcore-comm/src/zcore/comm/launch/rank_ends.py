@@ -30,7 +30,7 @@ from zcore.comm.launch.plan import parse_shutdown_s
 
 __all__ = ["EndingAgent"]
 
-SETTLE_S = 0.7  # less than the front's, which else cuts it short; a dead rank is noticed in shared memory within 0.1 s
+SETTLE_S = 2.0  # less than the front's, which else cuts it short; a dead rank is noticed in shared memory within 0.1 s
 LOOK_S = 0.02  # between two looks at ranks that are being ended
 KILLED_S = 5.0  # for a killed rank to be gone; one in an uninterruptible sleep may never be
 SHOWN_RANKS = 4

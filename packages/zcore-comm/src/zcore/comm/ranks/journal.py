@@ -339,7 +339,7 @@ class Journal:
                 arrived.append(home.global_rank)
             else:
                 last = f"its last call was {there.calls[-1].words}" if there.calls else "it had told of no call"
-                missing.append(f"rank {home.global_rank} ({state}), {last}, {card.line}")
+                missing.append(f"rank {home.global_rank} ({state}), {last}; last seen {card.line}")
         words = about_missing(missing, arrived)
         if not self._cards.answers:
             words += " The store in which ranks leave word does not answer; rank 0, or the launcher, holds it."

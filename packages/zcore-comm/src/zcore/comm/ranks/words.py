@@ -12,12 +12,15 @@ ALIKE = (
     "take differently, data of different shapes, or a label with the rank in it."
 )
 TIMEOUT = "the timeout of"
+LEFT = "has raised, was killed, or left"
 AFTER_FAILURE = "mend it, and restart all ranks from the last checkpoint."
 
 
 def failed(what: str, reason: str, missing: str, *, label: str) -> CollectiveError:
     """`what` ended for `reason`; `missing` is what `about_missing` says, `label` names its data."""
     advice = f"Look for the first error in the output of the ranks named, {AFTER_FAILURE}"
+    if LEFT in reason:
+        advice += " Where one ended without an error, it has made fewer calls than the others."
     if reason.startswith(TIMEOUT):  # whoever is alive may have none
         advice += " One that lives hangs, or is slow, where it was seen last; `kill -CONT` wakes a stopped process."
     return CollectiveError(f"{what} did not complete: {reason}. {missing}{contents_of(label)} {advice}")
@@ -40,7 +43,7 @@ def differed_before(call: str, *, here: str, there: str) -> MismatchError:
 
 def has_left(global_rank: int, *, said: tuple[str, str] | None = None) -> str:
     """The reason where a process is gone; `said`: kind and words of an error by which it had left another group."""
-    words = f"rank {global_rank} has raised, was killed, or left"
+    words = f"rank {global_rank} {LEFT}"
     if said is None:
         return words
     kind, error = said

@@ -310,8 +310,8 @@ def _rank_table(report: CommReport) -> Table:
                 shown_seconds(row.elapsed_s),
                 _percent(row.wait_s, row.elapsed_s),
                 _percent(row.start_s, row.elapsed_s),
-                shown_seconds(row.delay_s),
-                str(row.num_last),
+                shown_seconds(row.delay_s) if report.num_compared else "-",
+                str(row.num_last) if report.num_compared else "-",
             )
             for row in sorted(shown, key=lambda row: row.global_rank)
         ),
@@ -323,7 +323,10 @@ def _rank_table(report: CommReport) -> Table:
 def _verdict(report: CommReport) -> str:
     if not report.num_compared:
         if len(report.ranks) == 1:
-            return "Of this rank only; on every rank `recording.report(dist.group.WORLD)` compares them."
+            return (
+                "Of this rank only, and its waits for the others count in B/s;\n"
+                "`recording.report(dist.group.WORLD)` on every rank compares them."
+            )
         return "Nothing to compare between ranks."
     last = max(report.ranks, key=lambda row: row.delay_s)
     if not last.num_last:

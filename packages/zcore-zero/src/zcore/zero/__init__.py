@@ -3,6 +3,7 @@
 from zcore.zero.config import TrainingConfig
 from zcore.zero.consolidated import consolidated_state_dict
 from zcore.zero.engine import Engine
+from zcore.zero.external import register_external_parameter
 from zcore.zero.gathered import GatheredParameters
 from zcore.zero.initialize import Init, init_distributed, initialize
 from zcore.zero.memory import MemoryReport, RankMemory
@@ -45,6 +46,7 @@ __all__ = [
     "init_distributed",
     "initialize",
     "no_sync",
+    "register_external_parameter",
     "rounded_step",
     "set_leaf_modules",
     "shard",

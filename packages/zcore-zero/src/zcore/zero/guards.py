@@ -19,7 +19,7 @@ from zcore.zero.bucket_param import FRAGMENT
 from zcore.zero.optimizers.building import refuse_matrix_wise
 from zcore.zero.sharded_parameter import ShardedParameter, UnreducedGradient
 
-__all__ = ["Newcomers", "note_step", "refuse_load", "refuse_state_dict", "refuse_step", "retire"]
+__all__ = ["Newcomers", "fqn_of_retired", "note_step", "refuse_load", "refuse_state_dict", "refuse_step", "retire"]
 
 RETIRED = "_zcore_retired"  # attribute of a parameter that was replaced: its fully qualified name
 
@@ -68,6 +68,11 @@ def retire(param: nn.Parameter, fqn: str) -> None:
     param.__dict__[RETIRED] = fqn
     if param.requires_grad:
         param.register_post_accumulate_grad_hook(_refuse_gradient_of_retired)
+
+
+def fqn_of_retired(param: Tensor) -> str | None:
+    """The fully qualified name of a parameter that was replaced; None of others."""
+    return param.__dict__.get(RETIRED)
 
 
 def _refuse_gradient_of_retired(param: Tensor) -> None:

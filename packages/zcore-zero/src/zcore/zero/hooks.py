@@ -79,10 +79,9 @@ class Conductor:
     def attach(self, root: nn.Module, sites: Sequence[tuple[nn.Module, Site]]) -> None:
         """Install every hook. The modules keep the conductor alive; nothing below keeps the modules alive."""
         keep = self._handles.append
-        untraced: Callable[[Any], Any] = torch.compiler.disable  # torch.compile is to see the modules, not these
         for module, site in sites:  # before the root's: a root that owns parameters begins first, and ends last
-            keep(module.register_forward_pre_hook(untraced(self._site_pre(site)), with_kwargs=True))
-            keep(module.register_forward_hook(untraced(self._site_post(site)), always_call=True))
+            self.add(module, site)
+        untraced: Callable[[Any], Any] = torch.compiler.disable  # torch.compile is to see the modules, not these
         keep(root.register_forward_pre_hook(untraced(self._root_pre), with_kwargs=True, prepend=True))
         keep(root.register_forward_hook(untraced(self._root_post), always_call=True))
         for bucket in self._buckets:
@@ -92,6 +91,12 @@ class Conductor:
                 keep(
                     param.full.register_post_accumulate_grad_hook(_on_gradient(weakref.ref(self), bucket.index, index))
                 )
+
+    def add(self, module: nn.Module, site: Site) -> None:
+        """Have the buckets of `site` gathered whenever `module` runs."""
+        untraced: Callable[[Any], Any] = torch.compiler.disable
+        self._handles.append(module.register_forward_pre_hook(untraced(self._site_pre(site)), with_kwargs=True))
+        self._handles.append(module.register_forward_hook(untraced(self._site_post(site)), always_call=True))
 
     def __reduce__(self) -> str:
         raise StateError(

@@ -22,6 +22,7 @@ from zcore.zero.agreement import Plain, check_agreement
 from zcore.zero.bucket import Bucket
 from zcore.zero.buffer import DataParallelGroups, Ledger
 from zcore.zero.deferred import TAG, recording_of
+from zcore.zero.external import external_fragments
 from zcore.zero.gathering import Gatherer, GatherLimits
 from zcore.zero.guards import Newcomers, note_step, refuse_load, refuse_state_dict, refuse_step, retire
 from zcore.zero.hooks import Conductor, Site
@@ -412,6 +413,12 @@ def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.
                 assert module is not None
                 used.setdefault(module, set()).add(bucket.index)
                 owned.setdefault(module, {}).setdefault(bucket.index, []).append(position)
+    by_name = {param.shard.fqn: param.shard for bucket in buckets for param in bucket.params}
+    for module in model.modules():
+        for fragment in external_fragments(module, by_name):
+            assert isinstance(fragment.owner, Bucket)
+            used.setdefault(module, set()).add(fragment.owner.index)
+            owned.setdefault(module, {}).setdefault(fragment.owner.index, []).append(fragment.position)
     for name, block in find_blocks(model).items():
         whole = {bucket.index for bucket in buckets if bucket.plan.unit == name}
         if whole:

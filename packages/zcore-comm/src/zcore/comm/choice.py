@@ -111,15 +111,23 @@ class Parts:
         """Messages between pairs of `members`."""
         name = f"{self._name}{of}"
         peers = Pairs(self._group, tuple(members), members.index(self.rank))
-        return PairwiseCollectives(peers, self.journal(members, name), self._table, name=name)
+        return PairwiseCollectives(peers, self.journal(members, name, is_of_pairs=True), self._table, name=name)
 
-    def journal(self, members: Sequence[int], name: str) -> Journal:
+    def journal(self, members: Sequence[int], name: str, *, is_of_pairs: bool = False) -> Journal:
         """What the others of `members` are told of the calls of `name`."""
         homes = [self._shown[member].home for member in members]
-        family = f"{compat.name_of(self._group)}/{self._number}/"
-        key = f"{family}{name}/{homes[0].global_rank}"
-        rank = members.index(self.rank)
-        return Journal(cards_of_run(), key, homes, rank=rank, deadline_s=self._deadline_s, family=family)
+        group = compat.name_of(self._group)
+        connected = f"{group}/pairs/"
+        family = f"{group}/{self._number}/", f"{connected}{self._number}/"
+        return Journal(
+            cards_of_run(),
+            f"{family[is_of_pairs]}{name}/{homes[0].global_rank}",
+            homes,
+            rank=members.index(self.rank),
+            deadline_s=self._deadline_s,
+            family=family,
+            connected=connected,
+        )
 
     def open(self, members: Sequence[int], board: int) -> Neighbours | None:
         """The pages of `members`, who are on this host."""

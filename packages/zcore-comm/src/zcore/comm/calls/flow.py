@@ -27,7 +27,7 @@ import torch
 from zcore.comm.calls.requests import DeferrableCollectives, Request, Start, Together, starter_of
 from zcore.core import compat
 from zcore.core.collectives import Collectives, Pending
-from zcore.core.errors import ConfigError
+from zcore.core.errors import CollectiveError, ConfigError
 
 __all__ = ["FLOW", "Flow", "choose_next", "limit_in_flight"]
 
@@ -70,11 +70,12 @@ class _Line:
 class _Call:
     """A call under a limit: held back (with `_request`), then in flight until somebody has waited for it."""
 
-    __slots__ = ("_flow", "_pending", "_request", "error", "in_flight_bytes", "line", "num_bytes", "priority")
+    __slots__ = ("_flow", "_pending", "_request", "error", "in_flight_bytes", "line", "num_bytes", "priority", "thread")
 
     def __init__(self, flow: "Flow", line: _Line, request: Request | Together) -> None:
         self._flow = flow
         self.line = line
+        self.thread = threading.get_ident()  # that made it
         self.num_bytes = request.payload_bytes
         self.priority = request.priority
         self.in_flight_bytes = 0
@@ -97,7 +98,12 @@ class _Call:
                 self._pending = self.line.start(request)
         except Exception as error:  # noqa: BLE001 - raised by `wait`, or by the call itself
             self.error = error
-            self._flow.count_out(self)
+        except BaseException:
+            self.error = CollectiveError(f"{request.op} {request.label} was interrupted when it was to start.")
+            raise
+        finally:
+            if self.error is not None:
+                self._flow.count_out(self)
 
     def wait(self) -> None:
         """See `Pending.wait`; starts everything that the limit holds back."""
@@ -203,7 +209,19 @@ class Flow:
 
 
 def _begin(chosen: Sequence[_Call]) -> None:
-    for call in chosen:
+    """Start this thread's own calls, and have a thread of their own start those of others.
+
+    Starting one may wait for other ranks, whose threads may wait for a call of this one's.
+    """
+    own = [call for call in chosen if call.thread == threading.get_ident()]
+    others = [call for call in chosen if call.thread != threading.get_ident()]
+    if others:
+        threading.Thread(target=_begin_each, args=(others,), name="zcore starts", daemon=True).start()
+    _begin_each(own)
+
+
+def _begin_each(calls: Sequence[_Call]) -> None:
+    for call in calls:
         call.begin()
 
 

@@ -85,6 +85,8 @@ def _launch(options: Sequence[str], program: str, arguments: Sequence[str]) -> i
         streams.note(f"{program} does not start: {error}.")
         return EXPLAINED
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # no rank is left to end; torch's handler would raise in Python's end
         streams.close()
     return 0
 

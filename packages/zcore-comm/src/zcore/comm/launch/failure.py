@@ -47,7 +47,7 @@ class Failure:
 
     @property
     def was_ended(self) -> bool:
-        """Whether it ended because it was told to."""
+        """Whether SIGTERM ended it: told to by a launcher, or by whoever else; those ended here are not told of."""
         return self.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
 
     @property
@@ -63,7 +63,7 @@ class Failure:
 
 def choose_first(failures: Sequence[Failure]) -> Failure:
     """The failure that the others follow from: first by time, among those that are no consequence."""
-    return min(failures, key=lambda each: (each.was_ended, each.rank is None, each.is_consequence, each.seen_s))
+    return min(failures, key=lambda each: (each.rank is None, each.is_consequence, each.was_ended, each.seen_s))
 
 
 def find_traceback(lines: Sequence[str]) -> list[str]:

@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from zcore.comm.launch.failure import describe_exit
 from zcore.comm.launch.lines import Ended, mark_end, mark_restart
 from zcore.comm.launch.plan import parse_shutdown_s
+from zcore.comm.launch.rank_streams import RankStreams
 
 __all__ = ["EndingAgent"]
 
@@ -54,8 +55,11 @@ class EndingAgent(LocalElasticAgent):
             self._note(f"restart {self._num_restarts} of {spec.max_restarts}: the ranks of this host start again")
         elif self._num_starts:
             self._note("restart: ranks of another host have failed; those of this host start again")
+        if self._num_starts and isinstance(self._logs_specs, RankStreams):
+            self._logs_specs.close()  # what is left of the attempt before comes before the marks of the next
         for worker in worker_group.workers if self._num_starts else ():
             os.write(2, mark_restart(worker.global_rank))
+        self._marked.clear()
         self._num_starts += 1
         self._until_s, self._has_failed = None, False
         pids: dict[int, Any] = super()._start_workers(worker_group)

@@ -48,11 +48,12 @@ class RankStreams(LogsSpecs):
         os.write(_STDERR, f"{text}\n".encode())
 
     def close(self) -> None:
-        """Pass on what is left in the pipes."""
+        """Pass on what is left in the pipes; those of another start may follow."""
         self._close_pipes()
         until_s = time.monotonic() + _DRAIN_S
         for thread in self._threads:
             thread.join(max(0.0, until_s - time.monotonic()))
+        self._threads.clear()
 
     def _open(self, rank: int, out_fd: int) -> str:
         """A path that torch can open for a rank to write to."""

@@ -84,6 +84,6 @@ def _is_held(boards: Sequence[Board], slot: int, count: int) -> bool:
 
 
 def _flat(storage: torch.UntypedStorage, numel: int, dtype: torch.dtype) -> Tensor:
-    tensor: Tensor = torch.empty(0, dtype=dtype)
+    tensor: Tensor = torch.empty(0, dtype=dtype, device="cpu")  # whatever the default device is
     tensor.set_(storage, 0, (numel,), (1,))
     return tensor

@@ -49,7 +49,7 @@ class Neighbours:
     def data_of(self, rank: int, index: int, *, skip: int, numel: int, dtype: torch.dtype) -> Tensor:
         """`numel` elements of what `rank` shows in call `index`, from its element `skip` on; no copy."""
         if not numel:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         place = self.boards[rank].place_of(index) + skip * dtype.itemsize
         return torch.frombuffer(self._mappings[rank], dtype=dtype, count=numel, offset=place)
 
@@ -66,10 +66,13 @@ class Neighbours:
         needs: Callable[[Board], bool],
         *,
         what: str,
+        index: int,
         label: str = "",
         lacks: Callable[[Board], bool] | None = None,
     ) -> None:
         """Return once `is_reached()`. `needs(board)` tells whose part that takes, `lacks(board)` whom to call missing.
+
+        index: of the call that it is for.
 
         Raises CollectiveError, with what is known of them, if a rank that is needed ends, or the deadline passes.
         """
@@ -83,7 +86,7 @@ class Neighbours:
                 advance_all()
                 ended = [each for each in ended if needs(each[1])]
             if ended and not is_reached():
-                raise self._error_of_left(ended, missing, what=what, label=label)
+                raise self._error_of_left(ended, missing, what=what, index=index, label=label)
             if patience.is_over:
                 raise self._failure(what, label, missing, has_passed(self._deadline_s))
             if patience.tells_now():
@@ -110,14 +113,15 @@ class Neighbours:
                 )
 
     def _error_of_left(
-        self, ended: list[tuple[int, Board]], missing: list[tuple[int, Board]], *, what: str, label: str
+        self, ended: list[tuple[int, Board]], missing: list[tuple[int, Board]], *, what: str, index: int, label: str
     ) -> ZcoreError:
         """Who left without a word is the cause; if nobody did, what the first of them gave up for."""
-        told = [self._journal.told_by(rank) for rank, _ in ended]
+        told = [self._journal.told_by(rank, has_come=board.started > index) for rank, board in ended]
         for each, words in zip(ended, told, strict=True):
             if words is None:
+                reason = self._journal.reason_left(each[0], has_come=each[1].started > index)
                 missing = [other for other in self.others if other in missing or other is each]
-                return self._failure(what, label, missing, self._journal.reason_left(each[0]))
+                return self._failure(what, label, missing, reason)
         return self._journal.give_up(next(words for words in told if words is not None))
 
     def _failure(self, what: str, label: str, missing: list[tuple[int, Board]], reason: str) -> ZcoreError:
@@ -130,7 +134,7 @@ class Neighbours:
             last = "it made no call"
             if board.started:
                 last = f"its last call was {board.entry(board.started - 1)} (call {board.started - 1})"
-            lines.append(f"rank {home.global_rank} ({home.state()}), {last}, {self._journal.line_of(rank)}")
+            lines.append(f"rank {home.global_rank} ({home.state()}), {last}; last seen {self._journal.line_of(rank)}")
         waiting = {rank for rank, _ in missing} | {self.rank}
         arrived = [home.global_rank for rank, home in enumerate(self._homes) if rank not in waiting]
         return about_missing(lines, arrived)

@@ -322,13 +322,19 @@ class SharedMemoryCollectives:
                     return needs(board) if has_all else board.started <= index
 
                 self._neighbours.wait_until(
-                    lambda: index not in self._open, needs, lacks=lacks, what=str(this.call), label=this.call.label
+                    lambda: index not in self._open,
+                    needs,
+                    lacks=lacks,
+                    what=str(this.call),
+                    index=index,
+                    label=this.call.label,
                 )
             if this.shows_own and this.error is None:
                 self._neighbours.wait_until(
                     lambda: all(_has_come(board, index, READ) for _, board in others),
                     lambda board: not _has_come(board, index, READ),
                     what=str(this.call),
+                    index=index,
                     label=this.call.label,
                 )
                 this.shows_own = False
@@ -409,6 +415,7 @@ class SharedMemoryCollectives:
                 lambda: all(board.finished > oldest for _, board in self._neighbours.others),
                 lambda board: board.finished <= oldest,
                 what=f"Call {self._next} of {self._name}, {RING_CALLS} ahead of the slowest rank,",
+                index=oldest,
             )
 
 

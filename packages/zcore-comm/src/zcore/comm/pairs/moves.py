@@ -85,7 +85,7 @@ class Pairs(Peers):
         gloo does that when a wait gives up, and offers no other way.
         """
         with contextlib.suppress(RuntimeError):  # of the wait that gives up, or because they are closed already
-            never = dist.irecv(torch.empty(1), group=self.group, group_src=self._another(), tag=NEVER)
+            never = dist.irecv(torch.empty(1, device="cpu"), group=self.group, group_src=self._another(), tag=NEVER)
             assert never is not None
             never.wait(timedelta(milliseconds=1))
 

@@ -7,6 +7,7 @@ call which ranks made differently none completes: they wait, and it is found.
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -47,6 +48,7 @@ class PairwiseCollectives:
         self._process = os.getpid()
         self._broken: Exception | None = None
         self._direct_task: Task | None = None  # the last call, if it is left to who waits for it
+        self._handing_over = threading.Lock()  # of it: one thread takes it
 
     @property
     def rank(self) -> int:
@@ -208,18 +210,24 @@ class PairwiseCollectives:
 
     def hand_over(self, task: Task | None) -> None:
         """Have the worker do what was left to who waits for it: somebody has more to do than to wait."""
-        if task is not None and task is self._direct_task:
-            self._direct_task = None
+        if task is not None and self._take_direct(task):
             self._worker.add(task)
+
+    def _take_direct(self, task: Task) -> bool:
+        """Whether `task` was left to who waits for it, and now is the caller's."""
+        with self._handing_over:
+            is_taken = task is self._direct_task
+            if is_taken:
+                self._direct_task = None
+        return is_taken
 
     def wait_for(self, call: Call, task: Task) -> None:
         """Return when the call is done. Raises what ended it, each time."""
         if self._broken is not None and not (task.wait(0) and task.error is None):
             raise self._broken
-        if task is self._direct_task and has_steps():
+        if has_steps():
             self.hand_over(task)
-        if task is self._direct_task:
-            self._direct_task = None
+        if self._take_direct(task):
             with self._journal.looking_after(call, self._worker.abort) as wait:
                 task.run()
             if wait.trouble is not None:
@@ -247,13 +255,15 @@ class PairwiseCollectives:
         """A connection broke: whoever ended it says why, or is seen to have ended, a moment later."""
         if "Timed out" in str(error):  # gloo's words for its own wait
             return self._journal.failure(call, has_passed(self._journal.deadline_s))
-        began = time.monotonic()
-        while time.monotonic() - began < CLOSING_S:
+        began_s, counts = time.monotonic(), self._journal.counts_elsewhere()
+        while True:
             trouble = self._journal.find_trouble(call, is_lost=True)
             if trouble is not None:
                 return trouble
+            silent, waited_s = self._journal.silent_since(counts), time.monotonic() - began_s
+            if waited_s > (self._journal.silence_s if silent else CLOSING_S):
+                return self._journal.failure(call, "a connection was lost", silent=silent)
             time.sleep(0.05)
-        return self._journal.failure(call, "a connection was lost")
 
 
 class _Pending:

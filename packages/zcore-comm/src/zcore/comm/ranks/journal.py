@@ -10,7 +10,7 @@ import logging
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,6 +34,7 @@ __all__ = ["Journal"]
 
 logger = logging.getLogger(__name__)
 
+SILENT_BEATS = 4  # without a new card, once a connection is lost
 REMEMBERED_CALLS, MAX_REMEMBERED_CALLS = 16, 512  # those that are done; with those that are not
 HEAD_START_S = 2.0  # words on a call over NCCL come so long before torch's watchdog ends the process
 LOOK_S = 0.03  # between two looks for another card
@@ -73,11 +74,20 @@ class _Made:
 class Journal:
     """See the header. `key` is equal on all ranks and of no other group; `homes` is by rank in the group.
 
-    family: what the keys begin with of all parts that serve one process group.
+    family: what the keys begin with of all parts of what serves here; connected: those of all parts, of whatever serves
+    the process group, that lose their connections together.
     """
 
     def __init__(
-        self, cards: Cards, key: str, homes: Sequence[Home], *, rank: int, deadline_s: float, family: str
+        self,
+        cards: Cards,
+        key: str,
+        homes: Sequence[Home],
+        *,
+        rank: int,
+        deadline_s: float,
+        family: tuple[str, ...],
+        connected: str,
     ) -> None:
         self.homes = homes
         self.rank = rank
@@ -85,6 +95,7 @@ class Journal:
         self._cards = cards
         self.key = key
         self._family = family
+        self._connected = connected
         self._started = self._finished = 0
         self._digest = zlib.crc32(key.encode())
         self._calls: deque[_Made] = deque(maxlen=MAX_REMEMBERED_CALLS)
@@ -228,32 +239,58 @@ class Journal:
         """
         return self._trouble_in(call, self._read(), is_lost=is_lost)
 
-    def failure(self, call: Call, reason: str) -> ZcoreError:
-        """The error that tells what every rank whom `call` lacks did last."""
-        return self._failure(call, reason, self._read())
+    def failure(self, call: Call, reason: str, *, silent: Set[int] = frozenset()) -> ZcoreError:
+        """The error that tells what every rank whom `call` lacks did last; `silent` are held to be gone."""
+        return self._failure(call, reason, self._read(), silent=silent)
+
+    @property
+    def silence_s(self) -> float:
+        """How long a process on another host that lives may be without a new card."""
+        return SILENT_BEATS * self._cards.interval_s
+
+    def counts_elsewhere(self) -> dict[int, int]:
+        """The number of the newest card of each rank whose process cannot be seen from here."""
+        return {rank: self._count_of(rank) for rank, home in enumerate(self.homes) if not home.is_here}
+
+    def silent_since(self, counts: Mapping[int, int]) -> Set[int]:
+        """Ranks that have no newer card than in `counts`; none where nobody can know."""
+        silent = {rank for rank, count in counts.items() if self._count_of(rank) == count}
+        return silent if self._cards.answers else frozenset()
 
     def line_of(self, rank: int) -> str:
         """In which line of its program a rank was when it last left word."""
         told = self._read().get(self.homes[rank].life)
         return told.line if told is not None else "in a line it has not told"
 
-    def told_by(self, rank: int) -> ZcoreError | None:
-        """The error for which a rank that has ended gave up, as this one tells it; None if it left without a word."""
+    def told_by(self, rank: int, *, has_come: bool) -> ZcoreError | None:
+        """The error for which a rank that has ended gave up, as this one tells it; None if it left without a word.
+
+        has_come: whether it has made the call at hand. If not, what it said of this group was of an earlier one, after
+        which the group went on.
+        """
         told = self._read()
-        said, _ = self._said_by(told.get(self.homes[rank].life))
+        said, _ = self._said_by(told.get(self.homes[rank].life), past="" if has_come else self.key)
         return self._relayed(said, self.homes[rank].global_rank, told) if said is not None else None
 
-    def reason_left(self, rank: int) -> str:
-        """The reason where a rank has ended that has said nothing of this group."""
-        _, elsewhere = self._said_by(self._read().get(self.homes[rank].life))
+    def reason_left(self, rank: int, *, has_come: bool) -> str:
+        """The reason where a rank has ended that has said nothing of the call at hand."""
+        _, elsewhere = self._said_by(self._read().get(self.homes[rank].life), past="" if has_come else self.key)
         return has_left(self.homes[rank].global_rank, said=elsewhere)
 
-    def _said_by(self, card: Told | None) -> tuple[tuple[str, str] | None, tuple[str, str] | None]:
-        """Why a rank has given up, first in what serves this process group, then in another: that may be long ago."""
+    def _said_by(
+        self, card: Told | None, *, is_lost: bool = False, past: str = ""
+    ) -> tuple[tuple[str, str] | None, tuple[str, str] | None]:
+        """Why a rank has given up: first in what serves this process group, then in another, as may be long ago.
+
+        is_lost: a connection broke; who gives up between pairs closes those of all that serves the process group.
+        """
         groups = card.groups if card is not None else {}
-        said = {key: group.given_up for key, group in groups.items() if group.given_up is not None}
-        here = [reason for key, reason in said.items() if key.startswith(self._family)]
-        elsewhere = [reason for key, reason in said.items() if not key.startswith(self._family)]
+        near = (*self._family, self._connected) if is_lost else self._family
+        here: list[tuple[str, str]] = []
+        elsewhere: list[tuple[str, str]] = []
+        for key, group in groups.items():
+            if group.given_up is not None:
+                (here if key.startswith(near) and key != past else elsewhere).append(group.given_up)
         return next(iter(here), None), next(iter(elsewhere), None)
 
     def _read(self) -> dict[int, Told]:
@@ -271,7 +308,7 @@ class Journal:
                 continue
             there = card.groups.get(self.key) if card is not None else None
             has_ended = home.has_ended()
-            here, elsewhere = self._said_by(card)
+            here, elsewhere = self._said_by(card, is_lost=is_lost)
             said = there.given_up if there is not None else None
             if is_lost or has_ended:
                 said = here  # not `elsewhere`: of one that goes on it may be long past, and no reason for anything
@@ -320,10 +357,12 @@ class Journal:
             return differed_before(str(common[0][0].call), here=self._here(), there=there)
         return None
 
-    def _failure(self, call: Call, reason: str, told: Mapping[int, Told]) -> ZcoreError:
-        return failed(str(call), reason, self._whom_it_lacks(call, told), label=call.label)
+    def _failure(
+        self, call: Call, reason: str, told: Mapping[int, Told], *, silent: Set[int] = frozenset()
+    ) -> ZcoreError:
+        return failed(str(call), reason, self._whom_it_lacks(call, told, silent=silent), label=call.label)
 
-    def _whom_it_lacks(self, call: Call, told: Mapping[int, Told]) -> str:
+    def _whom_it_lacks(self, call: Call, told: Mapping[int, Told], *, silent: Set[int] = frozenset()) -> str:
         """In words: which ranks have not arrived, what they did last, and which have."""
         missing: list[str] = []
         arrived: list[int] = []
@@ -332,10 +371,11 @@ class Journal:
                 continue
             card = told.get(home.life)
             there = card.groups.get(self.key) if card is not None else None
-            state = home.state(has_moved=card.has_moved if card is not None else None)
+            has_moved = False if rank in silent else card.has_moved if card is not None else None
+            state = home.state(has_moved=has_moved)
             if card is None or there is None:
                 missing.append(f"rank {home.global_rank} ({state}), it has told nothing of this group")
-            elif there.started > call.index and not home.has_ended() and not home.is_stopped():
+            elif there.started > call.index and not (has_moved is False or home.has_ended() or home.is_stopped()):
                 arrived.append(home.global_rank)
             else:
                 last = f"its last call was {there.calls[-1].words}" if there.calls else "it had told of no call"

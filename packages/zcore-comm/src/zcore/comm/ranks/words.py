@@ -47,9 +47,8 @@ def has_left(global_rank: int, *, said: tuple[str, str] | None = None) -> str:
     if said is None:
         return words
     kind, error = said
-    return (
-        f"{words} (in another group it had given up: {kind}: {error.partition('. ')[0]})"  # the rest is in its output
-    )
+    first = error.partition(". ")[0]  # the rest is in its output
+    return f"{words} (before, or in another group, it had given up: {kind}: {first})"
 
 
 def has_passed(deadline_s: float) -> str:

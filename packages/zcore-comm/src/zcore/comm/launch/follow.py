@@ -218,6 +218,7 @@ class _Front:
                 continue
             if isinstance(told, Restarted):
                 self._tails.pop(told.rank, None)
+                self._ends = [end for end in self._ends if end.ended.rank != told.rank]
                 continue
             if stream.name == "stderr":
                 tail = stream.launcher.tail if told.rank is None else self._tails[told.rank]

@@ -308,9 +308,7 @@ class HierarchicalCollectives:
     def _start(self, call: Call, *steps: _Step) -> Pending:
         this = _Open(call, steps)
         with LOCK:  # else another thread could close the group between the two
-            self._refuse_after_error(
-                f"{call.op} {call.label}"
-            )  # again: a step of another thread's call may have failed
+            self._refuse_after_error(f"{call.op} {call.label}")  # again: another thread's step may have failed
             note_open(self)
             self._open.append(this)
         self.advance()

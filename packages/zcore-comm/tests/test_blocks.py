@@ -1,6 +1,7 @@
 """Calls of a block join, start by priority, and bring to the bit what single calls bring."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -201,6 +202,74 @@ def test_calls_that_went_out_as_one_fail_as_one(ranks):
         assert first == second
         assert first.startswith("MismatchError")
         assert "grads and 1 more" in first
+
+
+class Alone:
+    """A group of one rank, which has the results of its calls when they start."""
+
+    rank, size = 0, 1
+
+    def empty(self, numel, *, dtype, device):
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    def all_reduce(self, tensor, *, label):
+        return Done()
+
+
+class Done:
+    def wait(self):
+        """It is there."""
+
+
+def wait_in_threads(monkeypatch, *, failure=None):
+    """What each of several threads that wait for joined calls found, all of which wait while the first one unpacks."""
+    is_at_it, may_end, found, begun = threading.Event(), threading.Event(), [], []
+    unpack = torch.split_with_sizes_copy
+
+    def unpack_when_told(*args, **kwargs):
+        begun.append(True)
+        is_at_it.set()
+        assert may_end.wait(10)
+        if failure is not None:
+            raise failure
+        unpack(*args, **kwargs)
+
+    tensors = [torch.full((3,), 1.0), torch.full((4,), 2.0)]
+    with zcore.comm.coalescing(Alone()) as block:
+        pending = [block.all_reduce(tensor, label="grads") for tensor in tensors]
+    for tensor in tensors:
+        tensor.zero_()  # what was packed comes back
+    monkeypatch.setattr(torch, "split_with_sizes_copy", unpack_when_told)
+
+    def wait(index):
+        try:
+            pending[index].wait()
+            found.append([tensor.unique().tolist() for tensor in tensors])
+        except RuntimeError as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=wait, args=(index,)) for index in (0, 1, 0)]
+    threads[0].start()
+    assert is_at_it.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads[1:]:
+        thread.join(0.05)  # none is to return
+    assert (found, begun) == ([], [True])
+    may_end.set()
+    for thread in threads:
+        thread.join()
+    wait(1)
+    return found
+
+
+def test_threads_that_wait_for_calls_that_went_out_as_one_all_return_with_the_results_in_place(monkeypatch):
+    assert wait_in_threads(monkeypatch) == [[[1.0], [2.0]]] * 4
+
+
+def test_threads_that_wait_for_calls_that_went_out_as_one_all_meet_what_kept_the_results_from_their_place(monkeypatch):
+    failure = RuntimeError("out of memory")
+    assert wait_in_threads(monkeypatch, failure=failure) == [failure] * 4
 
 
 def join_other_contents(label):

@@ -17,7 +17,7 @@ from zcore.comm.calls.served import current_device
 from zcore.comm.memory.pages import own_pages
 from zcore.core import compat
 from zcore.core.collectives import tree_sum
-from zcore.core.errors import ConfigError, LayoutError, StateError
+from zcore.core.errors import CollectiveError, ConfigError, LayoutError, StateError
 from zcore.core.torch_collectives import TorchCollectives
 
 NUMELS = [0, 1, 7, 123, 20_001]
@@ -340,6 +340,42 @@ def test_threads_that_wait_for_one_mean_all_return_when_it_is_divided():
     for thread in threads:
         thread.join()
     assert found == [[True]] * 2
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_threads_that_wait_for_one_mean_all_meet_what_ended_its_division_which_is_not_tried_again(failure):
+    is_at_it, may_end, found, divided = threading.Event(), threading.Event(), [], []
+
+    def divide():
+        divided.append(True)
+        is_at_it.set()
+        assert may_end.wait(10)
+        raise failure
+
+    def wait():
+        try:
+            found.append(work.wait())
+        except (RuntimeError, KeyboardInterrupt) as error:
+            found.append(error)
+
+    work = Work(Sum(), divide)
+    threads = [threading.Thread(target=wait) for _ in range(3)]
+    threads[0].start()
+    assert is_at_it.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    may_end.set()
+    for thread in threads:
+        thread.join()
+    wait()  # afterwards, too
+    assert divided == [True]  # a second division would make another number of what the first one has divided
+    first, *others = found
+    assert first is failure
+    if isinstance(failure, RuntimeError):
+        assert all(each is failure for each in others), found
+    else:
+        assert all(isinstance(each, CollectiveError) and each.__cause__ is failure for each in others), found
+        assert "was interrupted" in str(others[0])
 
 
 def refuse():

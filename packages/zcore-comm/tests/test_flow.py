@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import zcore.comm
 from zcore.comm.calls.flow import FLOW, Flow, choose_next
 from zcore.comm.calls.requests import DeferrableCollectives
-from zcore.core.errors import ConfigError
+from zcore.core.errors import ConfigError, StateError
 from zcore.core.torch_collectives import TorchCollectives
 
 held_calls = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), min_size=1, max_size=30)
@@ -157,6 +157,84 @@ def test_calls_of_a_group_start_in_their_order_whichever_threads_start_them():
     for thread in (elsewhere, own):
         thread.join()
     assert (gate.starts, flow.in_flight_bytes) == (["first", "slow", "last"], 0)
+
+
+class Mailbox:
+    """A group that takes messages, and notes in which order all of it goes out."""
+
+    def __init__(self):
+        self.starts = []
+        self.collectives = DeferrableCollectives(self, start=self.start, flush=lambda: None)
+
+    def start(self, request):
+        if request.label == "bad":
+            raise StateError("bad does not start")
+        return self.note(request.label)
+
+    def note(self, label):
+        self.starts.append(label)
+        return Done()
+
+    def send(self, tensor, *, dst, label):
+        return self.note(label)
+
+    def recv(self, tensor, *, src, label):
+        return self.note(label)
+
+
+each_way = pytest.mark.parametrize("way", ["send", "recv"])
+PEER = {"send": {"dst": 1}, "recv": {"src": 1}}
+
+
+def message(group, way):
+    getattr(group, way)(torch.ones(1), **PEER[way], label="message").wait()
+
+
+@each_way
+def test_a_message_goes_behind_what_another_thread_has_chosen_of_its_group_and_not_begun(way):
+    flow, gate, mailbox = Flow(1), Gate(), Mailbox()
+    slow, group = flow.around(gate.collectives), flow.around(mailbox.collectives)
+    first = slow.all_reduce(torch.ones(1), label="first")
+    slow.all_reduce(torch.ones(1), label="slow")  # from here on calls are held back
+    bad, good = [group.all_reduce(torch.ones(1), label=label) for label in ("bad", "good")]
+    elsewhere = threading.Thread(target=first.wait)
+    elsewhere.start()
+    assert gate.is_at_it.wait(10)  # it has chosen all of them, and is starting "slow", which waits for other ranks
+    assert (flow.held_bytes, mailbox.starts) == (0, [])
+    message(group, way)
+    assert mailbox.starts == ["good", "message"]
+    gate.open.set()
+    elsewhere.join()
+    good.wait()
+    with pytest.raises(StateError, match="bad does not start"):  # here, not where the message went
+        bad.wait()
+    assert (gate.starts, mailbox.starts) == (["first", "slow"], ["good", "message"])
+
+
+@each_way
+def test_a_message_goes_behind_a_call_of_its_group_that_another_thread_is_starting(way):
+    flow, mailbox = Flow(), Mailbox()
+    is_at_it, open_gate = threading.Event(), threading.Event()
+
+    def start(request):
+        is_at_it.set()
+        assert open_gate.wait(10)
+        return mailbox.note(request.label)
+
+    group = flow.around(DeferrableCollectives(mailbox, start=start, flush=lambda: None))
+    threads = [
+        threading.Thread(target=lambda: group.all_reduce(torch.ones(1), label="slow").wait()),
+        threading.Thread(target=message, args=(group, way)),
+    ]
+    threads[0].start()
+    assert is_at_it.wait(10)
+    threads[1].start()
+    threads[1].join(0.1)  # it is not to go
+    assert mailbox.starts == []
+    open_gate.set()
+    for thread in threads:
+        thread.join()
+    assert mailbox.starts == ["slow", "message"]
 
 
 def limit_the_functions():

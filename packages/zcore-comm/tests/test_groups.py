@@ -1,7 +1,10 @@
 """Groups beside each other: of one name, in several threads, after an error, in a forked child, in a second life."""
 
 import os
+import signal
+import sys
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -12,6 +15,7 @@ from hosts import message_of, move_to_hosts_of
 from zcore import comm
 from zcore.comm.choice import offer, serve
 from zcore.comm.memory.pages import available_bytes
+from zcore.comm.pairs.worker import Task
 from zcore.core import compat
 from zcore.core.testing import RankFailed
 
@@ -77,6 +81,42 @@ def test_an_error_is_that_of_its_own_call_and_comes_with_each_wait(ranks):
     for (good, *bad), total in ranks(2, wait_twice_for_what_failed):
         assert (good, total) == ("nothing was refused", 2.0)
         assert [each.split(":")[0] for each in bad] == ["MismatchError"] * 2
+
+
+def codes_of(thread):
+    frame = sys._current_frames().get(thread.ident)
+    while frame is not None:
+        yield frame.f_code
+        frame = frame.f_back
+
+
+def interrupt_a_wait():
+    """Rank 0 gets SIGINT while it waits for rank 1, which comes only then; and waits again."""
+    move_to_hosts_of("pairwise")
+    group, store = serve(dist.new_group(), name="dp"), compat.default_store()
+    if group.rank == 1:
+        store.wait(["interrupted"])
+        return message_of(group.all_reduce(torch.ones(4), label="grads").wait).partition(":")[0]
+    waiting = threading.current_thread()
+
+    def interrupt():
+        while Task.run.__code__ not in codes_of(waiting):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+        store.set("interrupted", "1")
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    pending = group.all_reduce(torch.ones(4), label="grads")
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        pending.wait()
+    return [message_of(pending.wait) for _ in range(2)]
+
+
+def test_who_waits_again_after_an_interrupt_is_refused_and_does_not_come_to_the_timeout(ranks):
+    refused, other = ranks(2, interrupt_a_wait, deadline_s=40)
+    assert all("all_reduce grads" in each and "was interrupted while" in each for each in refused), refused
+    assert other in ("CollectiveError", "nothing was refused")  # as its part came before the end, or behind it
 
 
 def gather_more_than_there_is():

@@ -103,6 +103,11 @@ def test_only_ranks_that_left_before_the_failure_are_told():
     assert follow([python("os.write(2, b'\\x1e1!0 n\\n')")]) == Shown(0, [], [])
 
 
+def test_a_rank_that_had_ended_and_started_again_is_not_told_to_have_left():
+    shown = follow([python("os.write(2, b'\\x1e0!0 n\\n\\x1e2!0 n\\n\\x1e0*\\n\\x1e1!3 n\\n'); sys.exit(1)")])
+    assert shown.stderr[-2] == "Rank 2 had ended by then, with exit code 0."
+
+
 def test_a_host_that_is_not_reached_ends_the_others_and_says_what_to_try():
     lost = Command(("sh", "-c", "echo 'ssh: connect to host b port 22: Connection refused' >&2; exit 255"), host="b")
     shown = follow([python(WAIT, "a"), lost])

@@ -4,14 +4,17 @@ Works, events and streams of CUDA are stand-ins with torch's methods.
 """
 
 import os
+import signal
 import sys
 import threading
+import time
 import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from zcore.core import compat
 from zcore.core.collectives import CallLog
 from zcore.core.errors import CollectiveError
 from zcore.core.testing import RankFailed
@@ -104,6 +107,77 @@ def test_each_wait_says_of_its_own_call_that_a_peer_is_gone(ranks):
 def test_a_call_that_waits_for_one_before_it_does_not_tell_its_error():
     failed, good = pending([Broken()], label="failed").line_up(), pending([Work()], label="good").line_up()
     assert errors_of([good, failed, good, failed]) == ["returned", "all_reduce failed"] * 2
+
+
+class Interrupted(Work):
+    """Ctrl-C comes while somebody first waits for it."""
+
+    is_over = False
+
+    def wait(self):
+        if not self.is_over:
+            self.is_over = True
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["torch's wait", "the sum"])
+def test_who_waits_again_after_an_interrupt_is_refused(where):
+    work = Interrupted()
+    call = pending([work], label="grads") if where == "torch's wait" else pending([], work.wait, label="grads")
+    with pytest.raises(KeyboardInterrupt):
+        call.wait()
+    for _ in range(2):
+        with pytest.raises(CollectiveError, match=r"all_reduce grads .* was interrupted while .* undefined\. Restart"):
+            call.wait()
+
+
+def test_an_interrupt_is_told_by_the_call_it_struck_and_those_behind_it_go_on():
+    struck, behind = pending([Interrupted()], label="struck").line_up(), pending([Work()], label="behind").line_up()
+    with pytest.raises(KeyboardInterrupt):  # of whoever waits, for whatever call
+        behind.wait()
+    assert errors_of([behind, struck, behind]) == ["returned", "all_reduce struck", "returned"]
+
+
+def frames_of(thread):
+    frame = sys._current_frames().get(thread.ident)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def interrupt_a_sum(op):
+    """Rank 0 gets SIGINT while it waits for rank 1, which comes only then; and waits again."""
+    group, store = TorchCollectives(dist.group.WORLD, name="dp"), compat.default_store()
+    whole, part = torch.ones(2 * LARGE), torch.empty(LARGE)
+
+    def start():
+        if op == "reduce_scatter":
+            return group.reduce_scatter(part, whole, label="grads")
+        return group.all_reduce(whole, label="grads")
+
+    if group.rank == 1:
+        store.wait(["interrupted"])
+        start()
+        return None
+    waiting = threading.current_thread()
+
+    def interrupt_and_go_on():
+        while all(frame.f_code is not TorchPending._end_works.__code__ for frame in frames_of(waiting)):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+        store.set("interrupted", "1")
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    call = start()
+    threading.Thread(target=interrupt_and_go_on).start()
+    with pytest.raises(KeyboardInterrupt):
+        call.wait()
+    return errors_of([call, call])
+
+
+@pytest.mark.parametrize("op", ["reduce_scatter", "all_reduce"])
+def test_ctrl_c_in_a_wait_for_another_rank_hangs_nobody_who_waits_again(ranks, op):
+    assert ranks(2, interrupt_a_sum, op, deadline_s=20) == [[f"{op} grads"] * 2, None]
 
 
 def test_a_call_is_not_completed_before_what_is_left_to_wait_is_done():

@@ -296,15 +296,19 @@ class HierarchicalCollectives:
 
     def _begin(self, op: str, label: str, tensor: Tensor) -> Call:
         check_process(self._process, f"{op} {label}")
-        if self._broken is not None:
-            raise StateError(f"{op} {label}: this group has ended with an error. Restart the ranks.") from self._broken
+        self._refuse_after_error(f"{op} {label}")
         call = self._log.note(op, label, tensor)
         self._journal.start(call)
         return call
 
+    def _refuse_after_error(self, what: str) -> None:
+        if self._broken is not None:
+            raise StateError(f"{what}: this group has ended with an error. Restart the ranks.") from self._broken
+
     def _start(self, call: Call, *steps: _Step) -> Pending:
         this = _Open(call, steps)
         with LOCK:  # else another thread could close the group between the two
+            self._refuse_after_error(f"{call.op} {call.label}")  # again: another thread's step may have failed
             note_open(self)
             self._open.append(this)
         self.advance()

@@ -25,7 +25,7 @@ from zcore.comm.calls.blocks import Block, open_block
 from zcore.comm.calls.requests import DeferrableCollectives
 from zcore.comm.calls.served import Served, current_device, served_of
 from zcore.core.collectives import Pending, derived_label
-from zcore.core.errors import ConfigError, LayoutError, StateError
+from zcore.core.errors import CollectiveError, ConfigError, LayoutError, StateError
 
 __all__ = ["Work", "all_gather", "all_reduce", "all_to_all", "barrier", "broadcast", "empty", "reduce_scatter"]
 
@@ -35,11 +35,12 @@ UNNAMED = "unnamed"
 class Work:
     """A collective on its way, as `torch.distributed.Work` to whoever waits for it."""
 
-    __slots__ = ("_finish", "_lock", "_pending")
+    __slots__ = ("_failure", "_finish", "_lock", "_pending")
 
     def __init__(self, pending: Pending, finish: Callable[[], object] | None) -> None:
         self._pending = pending
         self._finish = finish
+        self._failure: Exception | None = None  # that ended `finish`, to be raised by every wait
         self._lock = threading.RLock()  # of several threads that wait none returns before the result is there
 
     def wait(self) -> bool:
@@ -50,11 +51,28 @@ class Work:
         made different calls and that can be seen; StateError inside the block of `coalescing` that collects the call.
         """
         with self._lock:
+            if self._failure is not None:
+                raise self._failure
             self._pending.wait()
             if self._finish is not None:
-                self._finish()
-                self._finish = None  # only now: whoever waits after a failure is to meet it, too
+                self._finish_once(self._finish)
         return True
+
+    def _finish_once(self, finish: Callable[[], object]) -> None:
+        """A mean that is divided in place is not divided again, however far the first division came."""
+        try:
+            finish()
+            self._finish = None
+        except Exception as error:
+            self._failure = error
+            raise
+        except BaseException as error:  # an interrupt, perhaps of a division that is done
+            self._failure = CollectiveError(
+                "This wait was interrupted when what was received was turned into the result, which is undefined. "
+                "Restart."
+            )
+            self._failure.__cause__ = error
+            raise
 
 
 def empty(

@@ -61,6 +61,7 @@ class EndingAgent(LocalElasticAgent):
             os.write(2, mark_restart(worker.global_rank))
         self._marked.clear()
         self._num_starts += 1
+        self._marked.clear()  # of a life before: another host may ask for a restart when some had ended here
         self._until_s, self._has_failed = None, False
         pids: dict[int, Any] = super()._start_workers(worker_group)
         assert isinstance(self._pcontext, SubprocessContext)  # a program, never a function

@@ -23,7 +23,7 @@ from zcore.comm.ranks.journal import Journal
 from zcore.comm.ranks.words import has_passed
 from zcore.comm.sizes import check_exchange, check_process
 from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, derived_label, tree_sum
-from zcore.core.errors import StateError, ZcoreError
+from zcore.core.errors import CollectiveError, StateError, ZcoreError
 from zcore.core.exchange import WINDOW_PIECES, Finish
 from zcore.core.torch_collectives import TorchCollectives
 
@@ -229,7 +229,7 @@ class PairwiseCollectives:
             self.hand_over(task)
         if self._take_direct(task):
             with self._journal.looking_after(call, self._worker.abort) as wait:
-                task.run()
+                self._run(task, call)
             if wait.trouble is not None:
                 self._break(self._journal.give_up(wait.trouble))
                 raise wait.trouble
@@ -241,6 +241,15 @@ class PairwiseCollectives:
                 raise
         if task.error is not None:
             raise self._broken_by(call, task.error) from task.error
+
+    def _run(self, task: Task, call: Call) -> None:
+        """Do it here. An interrupt ends the group: what was received by then is not received again."""
+        try:
+            task.run()
+        except BaseException:  # of an error the task itself takes note
+            words = f"{call} was interrupted while it was waited for, and its result is undefined. Restart."
+            self._break(self._journal.give_up(CollectiveError(words)))
+            raise
 
     def _broken_by(self, call: Call, error: Exception) -> ZcoreError:
         lost = self._journal.give_up(self._lost(call, error))

@@ -56,10 +56,10 @@ class EndingAgent(LocalElasticAgent):
         elif self._num_starts:
             self._note("restart: ranks of another host have failed; those of this host start again")
         if self._num_starts and isinstance(self._logs_specs, RankStreams):
-            self._logs_specs.close()  # what is left of the attempt before comes before the marks of the next
+            self._pcontext = None  # which holds ends of the pipes open
+            self._logs_specs.close()  # so that what is left of the attempt before comes before the marks of the next
         for worker in worker_group.workers if self._num_starts else ():
             os.write(2, mark_restart(worker.global_rank))
-        self._marked.clear()
         self._num_starts += 1
         self._marked.clear()  # of a life before: another host may ask for a restart when some had ended here
         self._until_s, self._has_failed = None, False

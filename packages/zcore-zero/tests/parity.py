@@ -156,7 +156,24 @@ class Encoder(nn.Module):
         return functional.mse_loss(widen(self.layers(hidden).mean(1)), widen(y))
 
 
-MODELS = {"gpt": GPT, "odd": Odd, "mlp": MLP, "attention": Attention, "encoder": Encoder}
+class Dropping(nn.Module):
+    """Layers with dropout, whose random numbers a recomputation draws again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 20)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Dropout(0.3), nn.Linear(30, 20)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor, y: Tensor, step: int) -> Tensor:
+        hidden = self.inner(x)
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        return functional.mse_loss(widen(hidden), widen(y))
+
+
+MODELS = {"dropping": Dropping, "gpt": GPT, "odd": Odd, "mlp": MLP, "attention": Attention, "encoder": Encoder}
 
 
 @dataclass(frozen=True)
@@ -178,6 +195,7 @@ class Recipe:
     accumulate: str | None = None  # in what gradients accumulate, and travel: fp32, bf16, fp16; None: as by default
     communicate: str | None = None
     predivides: bool = False  # gradients by the number of ranks, before they travel
+    predivide_factor: float = 1.0  # by this before, by the rest after
     masters: bool = True  # False: bf16 parameters are stepped without an fp32 copy
     states: torch.dtype | None = None  # of the optimizer then
     seed: int = 0
@@ -344,12 +362,13 @@ def _mean(grads: list[Tensor | None], *, recipe: Recipe, out_dtype: torch.dtype)
         return None
     dtype, parts = DTYPES.get(recipe.communicate or "", given[0].dtype), len(grads)
     whole = [torch.zeros_like(given[0]) if each is None else each for each in grads]
-    sent = [(each / parts if recipe.predivides else each).to(dtype) for each in whole]
+    divided_by = parts if recipe.predivides else recipe.predivide_factor
+    sent = [(each * (1.0 / divided_by)).to(dtype) for each in whole]
     if parts == 1:
         return sent[0].to(out_dtype)
     total = torch.empty_like(sent[0])
     tree_sum([each.view(-1) for each in sent], out=total.view(-1))
-    return total.to(out_dtype) if recipe.predivides else total.to(out_dtype).mul_(1.0 / parts)
+    return total.to(out_dtype).mul_(divided_by / parts)
 
 
 def config_of(
@@ -370,6 +389,7 @@ def config_of(
         "data_types": {"grad_accum_dtype": recipe.accumulate},
         "communication_data_type": recipe.communicate,
         "prescale_gradients": recipe.predivides,
+        "gradient_predivide_factor": recipe.predivide_factor,
         "fp16": {"enabled": recipe.compute is torch.float16, "loss_scale": recipe.loss_scale},
         "activation_checkpointing": recompute or {},
         "zero_optimization": {

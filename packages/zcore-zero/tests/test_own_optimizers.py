@@ -1,5 +1,6 @@
 """Lion, LAMB and Muon do what their papers say, and on fragments in every row what they do on whole parameters."""
 
+import copy
 from collections.abc import Callable, Sequence
 from math import sqrt
 from typing import Any
@@ -47,6 +48,18 @@ def steps_of(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], *
             param.grad = grad.clone()
         optimizer.step()
     return [param.detach().clone() for param in params]
+
+
+def test_a_copy_of_muon_steps_by_itself() -> None:
+    params = parameters()
+    steps_of(zero.Muon(params, lr=0.1), params, count=2)
+    optimizer = zero.Muon(params, lr=0.1)
+    copied = copy.deepcopy(optimizer)
+    own = [param for group in copied.param_groups for param in group["params"]]
+    by_shape = {tuple(param.shape): param for param in own}
+    steps_of(copied, [by_shape[tuple(param.shape)] for param in params])
+    expected = steps_of(optimizer, params)
+    assert all(torch.equal(by_shape[tuple(value.shape)], value) for value in expected)
 
 
 def lion_of_the_paper(*, lr: float, decay: float, betas: tuple[float, float]) -> list[Tensor]:

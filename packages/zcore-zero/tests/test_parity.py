@@ -182,6 +182,9 @@ LOW: dict[str, Recipe] = {
     "bf16 sent in fp32": Recipe(compute=torch.bfloat16, accumulate="bf16", communicate="fp32"),
     "fp32 sent in bf16": Recipe(communicate="bf16"),
     "fp16, divided first": Recipe(compute=torch.float16, loss_scale=256.0, communicate="fp16", predivides=True),
+    "fp16, divided by 3 first": Recipe(
+        compute=torch.float16, loss_scale=256.0, communicate="fp16", predivide_factor=3.0
+    ),
     "fp16 all the way": Recipe(compute=torch.float16, loss_scale=256.0, accumulate="fp16", communicate="fp16"),
 }
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,15 @@ def test_recomputing_changes_no_bit(ranks: Ranks, stage: int) -> None:
     trainings = [(RECIPE, row), *((RECIPE, {**row, "recompute": way}) for way in WAYS)]
     straight, *recomputed = by_row(ranks(2, train_rows, trainings))
     assert [bits_that_differ(run, straight) for run in recomputed] == [[] for _ in WAYS]
+
+
+@pytest.mark.parametrize("way", ["dropout", "autocast"])
+def test_nor_do_random_numbers_or_casts(ranks: Ranks, way: str) -> None:
+    recipe = Recipe("dropping", steps=2) if way == "dropout" else replace(RECIPE, autocast="bfloat16")
+    straight, recomputed = by_row(
+        ranks(2, train_rows, [(recipe, {"stage": 3}), (recipe, {"stage": 3, "recompute": {"every": 1}})])
+    )
+    assert bits_that_differ(recomputed, straight) == []
 
 
 class Operations(TorchDispatchMode):

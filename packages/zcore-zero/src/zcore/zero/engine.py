@@ -339,13 +339,18 @@ class Engine:
         """Shard what was added to the model since, as `zero.shard_added`; every rank calls it, between optimizer steps.
 
         The new parameters that are trainable join parameter group `group` of the optimizer, with its settings and
-        schedule; with None they join none, and are returned for a group of your own.
+        schedule (of Muon the first group of their kind); with None they join none, and are returned for a group of your
+        own.
         """
         if self._accumulation.num_backwards or self._accumulation.done:
             raise StateError("Modules are sharded between optimizer steps: call shard_added() after the step() of one.")
         added = self.sharding.add()
         if self.optimizer is not None and group is not None:
-            self.optimizer.param_groups[group]["params"] += [param for param in added if param.requires_grad]
+            groups = self.optimizer.param_groups
+            for param in added:
+                if param.requires_grad:
+                    of_kind = [each for each in groups if each.get("use_muon", param.use_muon) == param.use_muon]
+                    (of_kind[0] if "use_muon" in groups[group] else groups[group])["params"].append(param)
         return added
 
     def explain_steps(self, *, every: int = 1) -> None:

@@ -82,6 +82,11 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(_split(params)), {"use_muon": True})
         self._adamw = torch.optim.AdamW(_others(self.param_groups) or [{"params": []}], **adam)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs, beyond what torch's optimizers say of themselves."""
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "_settings": self._settings, "_adamw": self._adamw}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Step more parameters, by what the optimizer was built with where the group does not say otherwise."""
         for group in _split([param_group]):

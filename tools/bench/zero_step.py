@@ -1,6 +1,6 @@
 """Measures a training step on 2 ranks of this host: zcore's ZeRO-3 over each kind of collectives, DDP and FSDP2.
 
-    python tools/bench_step.py [--quick] [--models quickstart,gpt-125m] [--rounds 9] [--out FILE]
+    python tools/bench/zero_step.py [--quick] [--models quickstart,gpt-125m] [--rounds 9] [--out FILE]
 
 All kinds of a model live in one process group and take turns, so that what changes on the machine hits all of them.
 steps/trainers.py says what the kinds are. Writes docs/benchmarks/step-cpu-2-ranks.json, and the plot beside it (needs
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "examples"))  # the model; ranks get this path
 
 from gpt import GPTConfig  # noqa: E402
@@ -59,7 +59,7 @@ def main() -> None:
     report: dict[str, object] = {
         "schema": 1,
         "is_benchmark": not options.quick,
-        "command": shlex.join(["python", "tools/bench_step.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "tools/bench/zero_step.py", *sys.argv[1:]]),
         "started": started,
         "machine": find_machine(torch.device("cpu")),
         "versions": find_versions(),

@@ -1,4 +1,4 @@
-"""The picture of tools/bench_step.py: a bar for each kind, its quartiles, and how many times DDP's step it takes."""
+"""The picture of tools/bench/zero_step.py: a bar for each kind, its quartiles, and how many times DDP's step it takes."""
 
 from collections.abc import Mapping
 from pathlib import Path

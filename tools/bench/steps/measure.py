@@ -1,4 +1,4 @@
-"""What each rank of tools/bench_step.py runs: the steps of all kinds, in turns, in one process group."""
+"""What each rank of tools/bench/zero_step.py runs: the steps of all kinds, in turns, in one process group."""
 
 import gc
 import time

@@ -1,64 +1,69 @@
-"""What each rank of tools/bench/zero_step.py runs: the steps of all kinds, in turns, in one process group."""
+"""What each rank runs to time a lineup: the steps of its contenders, in turns, in one process group."""
 
 import gc
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 from gpt import GPT, GPTConfig
-from steps.trainers import Step, build_steps
+from steps.contenders import Step, Trainer, build_trainers
+from steps.names import DDP, FSDP2, NO_COMMUNICATION
+from torch import Tensor
 
 from zcore.comm.bench.timing import Spread, time_in_turns
 from zcore.comm.recording.recorder import record
 from zcore.core.device import device_in_use_bytes
 
-__all__ = ["measure_steps"]
+__all__ = ["Figures", "make_tokens", "measure_steps"]
 
 LOSS_TOLERANCE = 1e-4  # relative, after three steps: reductions add in different orders
-REFERENCE = "zcore, plain gloo"
-UNCOMPARED = ("no communication",)  # its ranks train apart
+TURN_S = 0.5  # of a turn: a short step is made several times, one that takes longer once
 
 Figures = dict[str, object]
 
 
-def measure_steps(sizes: GPTConfig, kinds: tuple[str, ...], *, sequences: int, rounds: int) -> Figures:
-    """Times of one step of each of `kinds`, the same figures on every rank."""
+def make_tokens(sizes: GPTConfig, *, sequences: int) -> Tensor:
+    """This rank's, [sequences, context + 1]: inputs, and the same one further as targets."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    return torch.randint(sizes.vocab_size, (sequences, sizes.context + 1), generator=generator)
+
+
+def measure_steps(sizes: GPTConfig, names: Sequence[str], *, sequences: int, rounds: int) -> Figures:
+    """Times of one step of each of `names`, DDP and FSDP2 among them; the same figures on every rank."""
     cpu, world = torch.device("cpu"), dist.group.WORLD
     assert world is not None
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    tokens = torch.randint(sizes.vocab_size, (sequences, sizes.context + 1), generator=generator)
+    tokens = make_tokens(sizes, sequences=sequences)
     matmul_flops_per_s = _measure_matmul()
-    steps: dict[str, Step] = {}
+    trainers: dict[str, Trainer] = {}
     losses: dict[str, list[float]] = {}
-    for kind, step in build_steps(kinds, sizes, tokens):
-        steps[kind] = step
-        losses[kind] = [step() for _ in range(3)]
+    for name, trainer in build_trainers(names, sizes, tokens):
+        trainers[name] = trainer
+        losses[name] = [trainer.step() for _ in range(3)]
         gc.collect()
     _compare(losses)
-    runs = {kind: lambda step=step: _discard(step()) for kind, step in steps.items()}
-    times_s = time_in_turns(runs, group=world, device=cpu, rounds=rounds, slice_s=1e-3)
+    runs = {name: lambda step=trainer.step: _discard(step()) for name, trainer in trainers.items()}
+    times_s = time_in_turns(runs, group=world, device=cpu, rounds=rounds, slice_s=TURN_S)
     numel = sum(param.numel() for param in GPT(sizes).parameters())
     # Two operations for each weight that a token is multiplied with, three passes; attention's own are left out.
     flops = 6 * (numel - sizes.vocab_size * sizes.width) * sequences * sizes.context
     rows = {}
-    for kind in kinds:
-        median_s = Spread.of(times_s[kind]).median
-        rows[kind] = {
-            "time_s": asdict(Spread.of(times_s[kind])),
-            "times_plain": _ratio(times_s[kind], times_s[REFERENCE]) if REFERENCE in times_s else None,
-            "times_ddp": _ratio(times_s[kind], times_s["DDP"]) if "DDP" in times_s else None,
-            "of_matmul": flops / median_s / matmul_flops_per_s,
-            "waiting_share": _waiting_share(steps[kind]) if kind.startswith("zcore") else None,
-            "losses": losses[kind],
+    for name, trainer in trainers.items():
+        own_s = times_s[name]
+        rows[name] = {
+            "time_s": asdict(Spread.of(own_s)),
+            "times_ddp": _ratio(own_s, times_s[DDP]),
+            "times_fsdp2": _ratio(own_s, times_s[FSDP2]),
+            "of_matmul": flops / Spread.of(own_s).median / matmul_flops_per_s,
+            "waiting_share": None if trainer.engine is None else _waiting_share(trainer.step),
+            "losses": losses[name],
         }
     return {
         "parameters": numel,
-        "tokens_per_rank": sequences * sizes.context,
-        "rounds": rounds,
         "matmul_flops_per_s": matmul_flops_per_s,
-        "held_by_all_kinds_bytes": device_in_use_bytes(cpu),
-        "kinds": rows,
+        "held_by_rank_0_bytes": device_in_use_bytes(cpu),
+        "contenders": rows,
     }
 
 
@@ -68,12 +73,11 @@ def _ratio(own_s: list[float], other_s: list[float]) -> dict[str, float]:
 
 def _compare(losses: dict[str, list[float]]) -> None:
     """Refuse to time what does not train alike."""
-    compared = {kind: values for kind, values in losses.items() if kind not in UNCOMPARED}
-    first = next(iter(compared.values()))
-    for kind, values in compared.items():
-        worst = max(abs(one - other) / abs(other) for one, other in zip(values, first, strict=True))
-        if worst > LOSS_TOLERANCE:
-            raise ValueError(f"{kind} does not train as the others do: losses {values}, expected {first}.")
+    expected = losses[DDP]
+    for name, values in losses.items():
+        worst = max(abs(one - other) / abs(other) for one, other in zip(values, expected, strict=True))
+        if worst > LOSS_TOLERANCE and name != NO_COMMUNICATION:  # whose ranks train apart
+            raise ValueError(f"{name} does not train as DDP does: losses {values}, expected {expected}.")
 
 
 def _waiting_share(step: Step) -> float:

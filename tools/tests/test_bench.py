@@ -86,6 +86,19 @@ def test_a_step_is_weighed_timed_judged_and_drawn(load, tmp_path: Path) -> None:
     assert file.with_suffix(".png").stat().st_size > 0
 
 
+def test_the_overhead_of_a_step_is_measured_over_modules_and_buckets(load, tmp_path: Path) -> None:
+    file = tmp_path / "overhead.json"
+    load("overhead").main(["--quick", "--stages", "3", "--rounds", "2", "--out", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    found = [(row["sweep"], row["modules"], row["buckets"], row["growth"] is None) for row in rows]
+    assert found == [
+        ("modules", 20, 10, True),
+        ("modules", 40, 10, False),
+        ("buckets", 40, 20, True),
+        ("buckets", 80, 40, False),
+    ]
+
+
 def test_a_contender_that_does_not_exist_is_refused(load, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         load("zero_step").main(["--contenders", "zcore 4"])

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zcore.zero.trace import Pass, Trace, Use, plan_prefetch, returns_within
+from zcore.zero.trace import Pass, Trace, Use, plan_prefetch
 
 FORWARD, BACKWARD = Pass.FORWARD, Pass.BACKWARD
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=100)
@@ -119,13 +119,37 @@ def test_prefetch_looks_from_the_end_of_the_forward_into_the_backward() -> None:
 
 
 def test_a_bucket_returns_if_it_comes_again_in_the_same_pass_soon_enough() -> None:
-    upcoming = uses(1, 2, 0) + uses(5, during=BACKWARD)
+    trace = Trace(numel_of=lambda _: 10)
+    run(trace, uses(1, 2, 0) + uses(5, during=BACKWARD))
+    trace.begin()
 
     def returns(use: Use, distance_numel: int) -> bool:
-        return returns_within(upcoming, use, numel_of=lambda _: 10, distance_numel=distance_numel)
+        return trace.returns_within(use, distance_numel=distance_numel)
 
     assert returns(Use(0, FORWARD), 20)
     assert not returns(Use(0, FORWARD), 19)
     assert returns(Use(1, FORWARD), 0)
-    assert not returns(Use(5, FORWARD), 1000)  # only in the other pass
+    assert not returns(Use(5, BACKWARD), 1000)  # only in the other pass
     assert not returns(Use(7, FORWARD), 1000)
+    trace.add(Use(1, FORWARD))
+    assert not returns(Use(1, FORWARD), 1000)  # it does not come again
+    trace.add(Use(0, FORWARD))
+    assert not returns(Use(0, FORWARD), 1000)  # nothing is expected any more
+
+
+@EXAMPLES
+@given(STEPS, st.integers(0, 12), st.integers(0, 60))
+def test_what_returns_is_what_a_walk_through_the_upcoming_finds(step: list[Use], at: int, distance: int) -> None:
+    trace = Trace(numel_of=lambda bucket: 3 * bucket + 1)
+    run(trace, step)
+    run(trace, step[:at])
+    for use in [Use(bucket, during) for bucket in range(5) for during in Pass]:
+        passed, expected = 0, False
+        for other in trace.upcoming:
+            if other == use:
+                expected = passed <= distance
+                break
+            if other.during is not use.during:
+                break
+            passed += 3 * other.bucket + 1
+        assert trace.returns_within(use, distance_numel=distance) == expected

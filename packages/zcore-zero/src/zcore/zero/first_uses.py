@@ -23,6 +23,9 @@ class FirstUses:
     def __init__(self) -> None:
         self._forwards: list[dict[int, int]] = []  # that may still get a backward
         self._taken: set[int] = set()  # in the backward under way
+        self._untaken: list[tuple[int, int]] | None = (
+            None  # (first use, bucket), the last use at the end; None: to make
+        )
         self._begun_at = -1  # the largest number of a node that a backward since the last forward has run
         self._known_from = 0  # of nodes with smaller numbers the forwards are forgotten
 
@@ -36,6 +39,7 @@ class FirstUses:
             self._known_from = min((number for number in known[0].values() if number >= 0), default=self._known_from)
         known.append({})
         self._begun_at = -1
+        self._untaken = None
 
     def note(self, index: int, number: int) -> None:
         """A forward reads it where autograd stands at `number`; -1 without autograd, as the backward may read it."""
@@ -43,6 +47,7 @@ class FirstUses:
             self._forwards.append({})
         known = self._forwards[-1]
         known[index] = min(number, known.get(index, number))
+        self._untaken = None
 
     def begin_backward(self, number: int) -> None:
         """A backward runs its first node that concerns us; one that accumulates says nothing, so it may be any."""
@@ -56,19 +61,26 @@ class FirstUses:
         """
         if number < self._known_from:
             return []
+        if self._untaken is None:
+            self._untaken = self._sorted()
+        found: list[tuple[int, int]] = []
+        left: list[tuple[int, int]] = []
+        while self._untaken and self._untaken[-1][0] > number:
+            use = self._untaken.pop()
+            (left if use[1] in but else found).append(use)
+        self._untaken += reversed(left)
+        indices = [index for _, index in found]
+        self._taken.update(indices)
+        return indices
+
+    def _sorted(self) -> list[tuple[int, int]]:
         first: dict[int, int] = {}
         for known in self._forwards:
             for index, used_at in known.items():
                 first[index] = min(used_at, first.get(index, used_at))
-        found = [
-            index
-            for index, used_at in first.items()
-            if used_at > number and index not in self._taken and index not in but
-        ]
-        found.sort(key=lambda index: -first[index])
-        self._taken.update(found)
-        return found
+        return sorted((used_at, index) for index, used_at in first.items() if index not in self._taken)
 
     def end_backward(self) -> None:
         """The backward is over: in the next one all may be taken again."""
         self._taken.clear()
+        self._untaken = None

@@ -18,7 +18,7 @@ from zcore.core import compat
 from zcore.zero.bucket import Bucket, ParamState
 from zcore.zero.first_uses import FirstUses
 from zcore.zero.timeline import Kind, Recorder
-from zcore.zero.trace import Pass, Trace, Use, plan_prefetch, returns_within
+from zcore.zero.trace import Pass, Trace, Use, plan_prefetch
 
 __all__ = ["GatherLimits", "Gatherer"]
 
@@ -47,7 +47,7 @@ class Gatherer:
     def __init__(self, buckets: Sequence[Bucket], limits: GatherLimits) -> None:
         self._buckets = buckets
         self._limits = limits
-        self._training, self._inference = Trace(), Trace()
+        self._training, self._inference = Trace(self._numel_of), Trace(self._numel_of)
         self._trace = self._training
         self._depth: Counter[int] = Counter()  # modules inside which we are, per bucket
         self._pinned: Counter[int] = Counter()  # open GatheredParameters
@@ -60,6 +60,7 @@ class Gatherer:
         self.first_uses = FirstUses()  # of transient buckets
         self._ahead: dict[int, int] = {}  # elements of buckets gathered, or kept, ahead of their next use
         self._live: dict[int, Bucket] = {}  # transient ones with gathered memory
+        self._live_numel = 0  # of them
         self._is_at_rest = True  # until the first use after a step
         self._keeps = False  # what forwards without autograd have gathered, for the next one
         self._has_warned = False
@@ -284,7 +285,7 @@ class Gatherer:
 
     def forget_order(self) -> None:
         """Expect nothing of the next step: ranks took other ways in this one."""
-        self._training, self._inference = Trace(), Trace()
+        self._training, self._inference = Trace(self._numel_of), Trace(self._numel_of)
         self._trace = self._training
         self._digest = 0
 
@@ -310,13 +311,15 @@ class Gatherer:
         if bucket.is_transient:
             self._digest = (self._digest * 1_000_003 + bucket.index + 1) % 2**24
             self._live[bucket.index] = bucket
+            self._live_numel += bucket.plan.layout.numel
 
     def _reshard(self, bucket: Bucket) -> None:
         self._idle.pop(bucket.index, None)
         bucket.reshard()
         if self.recorder is not None:
             self.recorder.note(Kind.FREE, bucket.plan.name)
-        self._live.pop(bucket.index, None)
+        if self._live.pop(bucket.index, None) is not None:
+            self._live_numel -= bucket.plan.layout.numel
 
     def _is_in_hand(self, bucket: Bucket) -> bool:
         """Whether it is AVAILABLE, and was used since it was kept or gathered ahead."""
@@ -345,11 +348,8 @@ class Gatherer:
 
     def _returns(self, bucket: Bucket, during: Pass) -> bool:
         """Whether it is worth keeping for its next use in this pass."""
-        return self._live_numel <= self._limits.max_live_numel and returns_within(
-            self._trace.upcoming,
-            Use(bucket.index, during),
-            numel_of=self._numel_of,
-            distance_numel=self._limits.max_reuse_numel,
+        return self._live_numel <= self._limits.max_live_numel and self._trace.returns_within(
+            Use(bucket.index, during), distance_numel=self._limits.max_reuse_numel
         )
 
     def _prefetch(self) -> None:
@@ -399,10 +399,6 @@ class Gatherer:
         if bucket.plan.layout.numel > limits.max_live_numel - self._live_numel:
             return "not ahead: stage3_max_live_parameters left no room"
         return "not ahead: stage3_prefetch_bucket_size left no room"
-
-    @property
-    def _live_numel(self) -> int:
-        return sum(bucket.plan.layout.numel for bucket in self._live.values())
 
     def _numel_of(self, index: int) -> int:
         return self._buckets[index].plan.layout.numel

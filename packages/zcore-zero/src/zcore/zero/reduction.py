@@ -59,7 +59,7 @@ class Reducer:
         self._is_loss_bad: Tensor | None = None
         self.bad_ranks: tuple[int, ...] = ()  # data-parallel ranks whose loss was not finite, after the last reduction
         self._remaining: dict[int, int] = {}
-        self._ready: list[int] = []  # complete or settled, in the order in which this rank was done with them
+        self._ready: dict[int, None] = {}  # complete or settled, in the order in which this rank was done with them
         self._next = 0  # position in the order
         self._started: set[int] = set()  # buckets before it, for a look-up with every gradient
         self._has_nested = False  # whether gradients of a backward inside this one have come
@@ -96,8 +96,8 @@ class Reducer:
         """
         for index in indices:
             self._settled.add(index)
-            if index in self._by_index and index not in self._ready:
-                self._ready.append(index)
+            if index in self._by_index:
+                self._ready.setdefault(index)
         if self.accumulation.reduces and not self._has_nested:
             self._start_what_is_ready()
             self._limit_what_is_inflight()
@@ -121,7 +121,7 @@ class Reducer:
         self._remaining[bucket.index] -= 1
         if self._remaining[bucket.index] or bucket.index in self._ready:
             return
-        self._ready.append(bucket.index)
+        self._ready[bucket.index] = None
         if self.accumulation.reduces and not self._has_nested:
             self._start_what_is_ready()
 
@@ -240,8 +240,8 @@ class Reducer:
         if self._order_is_observed:
             return
         self._order_is_observed = True
-        rest = [index for index in self._order if index not in set(self._ready)]
-        order = torch.tensor(self._ready + rest, dtype=torch.int64, device=self._device)
+        rest = [index for index in self._order if index not in self._ready]
+        order = torch.tensor([*self._ready, *rest], dtype=torch.int64, device=self._device)
         self._groups.broadcast(order, src=0, label="order of reductions")
         self._order = order.tolist()
 

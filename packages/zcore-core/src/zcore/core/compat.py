@@ -172,7 +172,8 @@ def is_profiled() -> bool:
 
 def current_backward() -> int:
     """Which backward pass of autograd this thread is in, a nested one having a number of its own; -1 in none."""
-    return int(torch._C._current_graph_task_id())
+    number: int = torch._C._current_graph_task_id()  # asked many times for each module
+    return number
 
 
 def current_node() -> object | None:

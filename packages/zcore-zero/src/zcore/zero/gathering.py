@@ -184,6 +184,9 @@ class Gatherer:
     def _innermost_backward(self) -> Place:
         """Where in which backward of autograd we are; those that have ended since are forgotten."""
         here = Place(compat.current_backward(), compat.current_node())
+        if len(self._backwards) == 1 and self._backwards[0].backward == here.backward:
+            self._backwards[0] = here
+            return here
         known = [place.backward for place in self._backwards]
         if here.backward in known:
             del self._backwards[known.index(here.backward) :]
@@ -208,6 +211,8 @@ class Gatherer:
         """End a `pin`; the last one reshards."""
         self._pinned[bucket.index] -= 1
         bucket.is_pinned = self._pinned[bucket.index] > 0
+        if not bucket.is_pinned:
+            del self._pinned[bucket.index]
         if not self._is_in_use(bucket) and bucket.state is ParamState.AVAILABLE:
             self._reshard(bucket)
         elif bucket.index not in self._depth and not bucket.is_pinned:
@@ -222,7 +227,7 @@ class Gatherer:
 
         Read while it is pinned, a bucket shows up nowhere, so a pinned one is left out.
         """
-        return self.first_uses.take_after(number, but=+self._pinned)
+        return self.first_uses.take_after(number, but=self._pinned)
 
     def take_digest(self) -> int:
         """The digest of the gathers since this was last asked."""

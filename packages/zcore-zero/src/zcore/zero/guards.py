@@ -27,40 +27,52 @@ RETIRED = "_zcore_retired"  # attribute of a parameter that was replaced: its fu
 def refuse_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Before any optimizer's step: it needs reduced gradients, and fragments, and not more of a parameter than that."""
     name = type(optimizer).__name__
+    seen: set[Bucket] = set()
     for group in optimizer.param_groups:
         for param in group["params"]:
-            if not isinstance(param, ShardedParameter) or param.owner is None:
+            if not isinstance(param, ShardedParameter) or not isinstance(bucket := param.owner, Bucket):
                 continue
-            refuse_matrix_wise(optimizer)
             if isinstance(param.grad, UnreducedGradient):
                 raise StateError(
                     f"{name} steps {param.fqn}, whose gradient is not reduced yet: the last backward ran inside "
                     "no_sync(), or is not the last one of its step. Step after a backward outside no_sync()."
                 )
-            if isinstance(param.owner, Bucket) and param.owner.needs_rounding:
-                raise StateError(
-                    f"{name} steps {param.fqn}, which is bf16 without a master: in its 8 bits small steps would be "
-                    "lost. Call `zero.rounded_step(model, optimizer, step=...)` in place of `optimizer.step()`."
-                )
-            if param.owner.stands_for_whole():
-                raise StateError(
-                    f"{name} steps {param.fqn} inside GatheredParameters, where it is whole, and the optimizer's "
-                    "states are of this rank's part. Step outside the block."
-                )
+            if bucket not in seen:
+                seen.add(bucket)
+                _refuse_step_of(bucket, param, name)
+    if seen:
+        refuse_matrix_wise(optimizer)
+
+
+def _refuse_step_of(bucket: Bucket, param: ShardedParameter, name: str) -> None:
+    if bucket.needs_rounding:
+        raise StateError(
+            f"{name} steps {param.fqn}, which is bf16 without a master: in its 8 bits small steps would be lost. Call "
+            "`zero.rounded_step(model, optimizer, step=...)` in place of `optimizer.step()`."
+        )
+    if bucket.stands_for_whole():
+        raise StateError(
+            f"{name} steps {param.fqn} inside GatheredParameters, where it is whole, and the optimizer's states are of "
+            "this rank's part. Step outside the block."
+        )
 
 
 def note_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """After any optimizer's step: what it stepped is out of date where it is gathered. The same on every rank."""
+    stepped: set[Bucket] = set()
     for group in optimizer.param_groups:
         for param in group["params"]:
-            if isinstance(param, ShardedParameter) and isinstance(param.owner, Bucket):
-                param.owner.mark_stale()
+            if isinstance(param, ShardedParameter) and isinstance(bucket := param.owner, Bucket):
+                stepped.add(bucket)
             elif fqn := getattr(param, RETIRED, None):
                 raise StateError(
-                    f"This {type(optimizer).__name__} holds {fqn} as it was before it was sharded, which the model no "
-                    "longer uses, and trains nothing. Build the optimizer after `zero.shard`, or pass it to "
-                    "`zero.initialize`; to one that there is add what `zero.shard_added` returns."
+                    f"This {type(optimizer).__name__} was built before the model was sharded, or before {fqn} was: it "
+                    "holds that as it was, which the model no longer uses, and trains nothing. Build the optimizer "
+                    "after `zero.shard`, or pass it to `zero.initialize`; to one that there is add what "
+                    "`zero.shard_added` returns."
                 )
+    for bucket in stepped:
+        bucket.mark_stale()
 
 
 def retire(param: nn.Parameter, fqn: str) -> None:

@@ -7,7 +7,7 @@ where a fragment would give a wrong result or a puzzling shape error, it refuses
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ METADATA = frozenset(
 OF_THE_WHOLE = frozenset({"size", "dim", "ndimension", "numel", "nelement", "__len__", "register_hook"})
 SHAPE_PROPERTIES = frozenset({"shape", "ndim"})
 DATA_SET = Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor at run time
+GRAD: Any = Tensor.grad  # a descriptor at run time
 STEPS = ("_foreach_", "_fused_")  # what optimizers call
 VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
@@ -118,6 +119,23 @@ class ShardedParameter(nn.Parameter):
         """The bucket, or None once the sharded model is gone."""
         return self._owner()
 
+    @property
+    def grad(self) -> Tensor | None:
+        """The fragment's gradient. Read of every parameter in every step, so not by way of `__torch_function__`."""
+        with torch._C.DisableTorchFunctionSubclass():
+            found: Tensor | None = GRAD.__get__(self)
+            return found
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            GRAD.__set__(self, value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            GRAD.__delete__(self)
+
     def __repr__(self) -> str:  # type: ignore[override]  # torch types it with a keyword of its own
         held = f"[{self.full_start}:{self.full_stop}]"
         return f"ShardedParameter({self.fqn}, shape {self.full_shape}, this rank holds elements {held})"
@@ -150,8 +168,6 @@ class ShardedParameter(nn.Parameter):
                     "assignment do. Cast and move the model before sharding; copy values into place with "
                     "`zero.GatheredParameters`."
                 )
-            if _property_name(func) == "grad":
-                return func(*args, **kwargs)  # gradients are handed to fragments
             if func.__name__ in OF_THE_WHOLE or _property_name(func) in SHAPE_PROPERTIES:
                 return _call_on_whole(func, args, kwargs, with_data=False)
             if first.owner.may_gather() or first.owner.stands_for_whole():

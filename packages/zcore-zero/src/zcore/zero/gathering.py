@@ -46,6 +46,7 @@ class Gatherer:
 
     def __init__(self, buckets: Sequence[Bucket], limits: GatherLimits) -> None:
         self._buckets = buckets
+        self._numel_of = tuple(bucket.plan.layout.numel for bucket in buckets).__getitem__
         self._limits = limits
         self._training, self._inference = Trace(self._numel_of), Trace(self._numel_of)
         self._trace = self._training
@@ -404,6 +405,3 @@ class Gatherer:
         if bucket.plan.layout.numel > limits.max_live_numel - self._live_numel:
             return "not ahead: stage3_max_live_parameters left no room"
         return "not ahead: stage3_prefetch_bucket_size left no room"
-
-    def _numel_of(self, index: int) -> int:
-        return self._buckets[index].plan.layout.numel

@@ -119,6 +119,7 @@ class Newcomers:
     """
 
     def __init__(self) -> None:
+        self.sharded: set[str] = set()  # names of parameters that are; one in their place is refused where it is used
         _registrations.watch()
         self._seen = _registrations.count
 
@@ -126,7 +127,7 @@ class Newcomers:
         """Raise StateError for parameters that are not sharded."""
         if self._seen == _registrations.count:
             return
-        if names := self.names(model):
+        if names := [name for name in self.names(model) if name not in self.sharded]:
             raise StateError(
                 f"{len(names)} parameters were added after the model was sharded, the first is {names[0]}: ranks would "
                 "not train them together. Call `zero.shard_added(model)` on every rank, or `engine.shard_added()`, "

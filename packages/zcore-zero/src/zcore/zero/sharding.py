@@ -78,13 +78,14 @@ class Sharding:
         self._options = options
         self._accumulation = Accumulation()
         self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose parameters and buffers were seen to
+        self._newcomers = Newcomers()
         self._state_dict_hooks: list[RemovableHandle] = []
         parameters = find_shardable(model)
         self._take_in(model, parameters, self._plan(model, parameters), model.modules())
         self._hooks = (
             register_optimizer_step_pre_hook(refuse_step),
             register_optimizer_step_post_hook(note_step),
-            model.register_forward_pre_hook(torch.compiler.disable(Newcomers()), prepend=True),
+            model.register_forward_pre_hook(torch.compiler.disable(self._newcomers), prepend=True),
         )
         for hook in self._hooks:
             weakref.finalize(self, hook.remove)
@@ -146,6 +147,7 @@ class Sharding:
             )
         ]
         self._modules.update(new)
+        self._newcomers.sharded |= by_name.keys()
 
     def add(self) -> list[ShardedParameter]:
         """See `shard_added`."""

@@ -380,6 +380,6 @@ class _Call:
 def _check_device(what: str, served: Served, device: torch.device, *, name: str = "device") -> None:
     if device.type not in served.device_types:
         raise ConfigError(
-            f"{what}: {name if name == 'device' else f'{name} is on'} {device}; the group moves tensors on "
+            f"{what}: {name} is {'' if name == 'device' else 'on '}{device}; the group moves tensors on "
             f"{' and '.join(served.device_types)}. Move it, or make a group with a backend for it."
         )

@@ -288,7 +288,7 @@ REFUSED = {
     "device of a buffer": (
         lambda: comm.empty(1, torch.float32, device="meta"),
         ConfigError,
-        "empty: device is on meta; the group moves tensors on cpu",
+        "empty: device is meta; the group moves tensors on cpu",
     ),
 }
 

@@ -1,5 +1,6 @@
 """Calls beyond the limit wait their turn: by priority between groups, in the order of the calls within one."""
 
+import re
 import threading
 
 import pytest
@@ -31,12 +32,13 @@ def test_starts_keep_the_order_of_each_group_and_nothing_urgent_stands_behind_an
         assert indices == sorted(indices)
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_below_one_is_refused(limit):
-    with pytest.raises(ConfigError, match=f"limit on bytes in flight is {limit}; expected 1 or more. None lifts it"):
-        Flow(limit)
-    with pytest.raises(ConfigError, match="expected 1 or more"):
-        zcore.comm.limit_in_flight(limit)
+@pytest.mark.parametrize("limit", [0, -1, "64MB", 1e6])
+def test_a_limit_that_is_no_number_of_bytes_is_refused(limit):
+    expected = f"limit on bytes in flight is {limit!r}; expected a number of bytes, 1 or more. None lifts it"
+    for act in (Flow, zcore.comm.limit_in_flight):
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            act(limit)
+    assert FLOW.limit_bytes is None
 
 
 def noted(group, starts):

@@ -353,7 +353,7 @@ class _Call:
         ranks = dist.get_process_group_ranks(self.served.group)
         if src is not None and src in ranks:
             return ranks.index(src)
-        if group_src is not None and 0 <= group_src < len(ranks):
+        if isinstance(group_src, int) and 0 <= group_src < len(ranks):
             return group_src
         named = f"src is {src!r}" if src is not None else f"group_src is {group_src!r}"
         raise ConfigError(

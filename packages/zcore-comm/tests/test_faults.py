@@ -15,6 +15,7 @@ from hosts import HOSTS, message_of, move_to_hosts_of
 
 import zcore.comm
 from zcore.comm.choice import serve
+from zcore.comm.pairs.moves import Pairs
 from zcore.comm.ranks.cards import cards_of_run
 from zcore.core import compat
 from zcore.core.collectives import tell_contents
@@ -24,6 +25,7 @@ from zcore.core.torch_collectives import choose_collectives
 DEADLINE_S = 2.0  # for a rank that does not come
 AMPLE_S = 60.0  # for what is told by itself, however long a busy machine takes for the calls before it
 SOON_S = 5.0  # after the deadline
+NUM_CLOSED = 10  # groups; in some of them one rank's closing ends the other's wait
 SMALL, LARGE = 100, 200_000  # in one step, ended by who waits; in several, by the worker
 WORLDS = [  # kind, ranks, culprit, numel
     ("shared memory", 2, 0, SMALL),
@@ -324,8 +326,33 @@ def wait_where_another_service_has_closed_the_connections():
 
 
 def test_who_loses_connections_for_an_error_in_another_service_of_the_process_group_is_told_of_it(ranks):
-    for message in ranks(3, wait_where_another_service_has_closed_the_connections):
+    for message in ranks(3, wait_where_another_service_has_closed_the_connections, deadline_s=30):
         assert message.startswith("MismatchError: "), message
         for rank in range(2):
             made = rf"all_reduce metrics \(#1 of default_pg: {SMALL + rank} x [^)]*\) on rank {rank}"
             assert re.search(made, message), message
+
+
+def close_at_the_same_time():
+    """Ranks 0 and 1 close their connections; of each group rank 2 waits for both, who live."""
+    rank, store, lost = dist.get_rank(), compat.default_store(), []
+    for number in range(NUM_CLOSED):
+        group = dist.new_group(timeout=timedelta(seconds=5))
+        pairs = Pairs(group, (0, 1, 2), rank)
+        dist.barrier(group)
+        if rank < 2:
+            pairs.abort()
+            store.wait([f"lost {number}"], timedelta(seconds=AMPLE_S))
+            continue
+        try:
+            for source in (1, 0):
+                with pytest.raises(RuntimeError) as caught:
+                    pairs.receive(torch.ones(1), source=source, tag=1).wait()
+                lost.append("Timed out" not in str(caught.value))
+        finally:
+            store.set(f"lost {number}", "1")
+    return lost
+
+
+def test_ranks_that_give_up_at_the_same_time_close_every_connection(ranks):
+    assert ranks(3, close_at_the_same_time)[2] == [True, True] * NUM_CLOSED

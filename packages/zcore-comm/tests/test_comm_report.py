@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -166,8 +167,10 @@ def test_one_rank_alone_has_nothing_to_compare():
     report = build_report([a_rank(0, group_of(2), [0.001])])
     assert (report.num_compared, report.straggler) == (0, None)
     text = str(report)
-    assert "on every rank `recording.report(dist.group.WORLD)` compares them." in text
+    assert "Of this rank only, and its waits for the others count in B/s;" in text
+    assert "`recording.report(dist.group.WORLD)` on every rank compares them." in text
     assert "Nothing to compare" not in text
+    assert re.search(r"^ *0 +host0 +2 s +0.1% +0.5% +- +-$", text, re.MULTILINE), text  # others waited, came last
 
 
 def test_calls_that_nobody_waited_for_of_all_ranks_are_not_compared():

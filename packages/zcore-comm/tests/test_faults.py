@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import signal
 import time
 from datetime import timedelta
@@ -14,13 +15,17 @@ from hosts import HOSTS, message_of, move_to_hosts_of
 
 import zcore.comm
 from zcore.comm.choice import serve
+from zcore.comm.pairs.moves import Pairs
+from zcore.comm.ranks.cards import cards_of_run
 from zcore.core import compat
 from zcore.core.collectives import tell_contents
 from zcore.core.testing import RankFailed
+from zcore.core.torch_collectives import choose_collectives
 
 DEADLINE_S = 2.0  # for a rank that does not come
 AMPLE_S = 60.0  # for what is told by itself, however long a busy machine takes for the calls before it
 SOON_S = 5.0  # after the deadline
+NUM_CLOSED = 10  # groups; in some of them one rank's closing ends the other's wait
 SMALL, LARGE = 100, 200_000  # in one step, ended by who waits; in several, by the worker
 WORLDS = [  # kind, ranks, culprit, numel
     ("shared memory", 2, 0, SMALL),
@@ -251,3 +256,103 @@ def test_what_lies_in_the_data_is_told_whatever_has_become_of_their_label(ranks,
         assert "CollectiveError" in message
         for bucket in buckets:
             assert f" Bucket {bucket}." in message, message
+
+
+def is_killed_in_a_call_for_which_others_wait(has_third):
+    """Each rank is alone on its host; the last one is killed in a call that the first makes then, and perhaps all."""
+    move_to_hosts_of("pairwise")
+    rank, store, x = dist.get_rank(), compat.default_store(), torch.ones(LARGE)
+    zcore.comm.barrier()
+    if rank == 2:
+        zcore.comm.all_reduce(x, label="grads", async_op=True)
+        cards_of_run().write()  # with this call on it; else it comes by itself, half a second later
+        store.set("process", str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    select.select([os.pidfd_open(int(store.get("process")))], [], [], AMPLE_S)
+    if rank == 1 and not has_third:
+        store.wait(["told"], timedelta(seconds=AMPLE_S))
+        return "", 0.0
+    began_s = time.monotonic()
+    message = message_of(lambda: zcore.comm.all_reduce(x, label="grads"))
+    took_s = time.monotonic() - began_s
+    store.set("told", "1")
+    return message, took_s
+
+
+@pytest.mark.parametrize("has_third", [True, False])
+def test_a_rank_that_is_killed_in_a_call_where_nobody_sees_it_is_missing_and_gives_no_sign_of_life(ranks, has_third):
+    with pytest.raises(RankFailed) as caught:
+        ranks(3, is_killed_in_a_call_for_which_others_wait, has_third)
+    told = {rank: each for rank, each in caught.value.results.items() if rank == 0 or has_third}
+    assert len(told) == 1 + has_third, caught.value
+    for message, took_s in told.values():
+        assert took_s < SOON_S
+        missing, _, rest = message.partition("Missing: ")[2].partition(" Arrived: ")
+        assert re.search(r"rank 2 \(process \d+ on \S+ gives no sign of life\), its last call was all_reduce", missing)
+        assert "2" not in rest.partition(".")[0], message
+        assert message.startswith("CollectiveError") and message.count("gives no sign of life") == 1, message
+        assert ("rank 1 (" in missing) == (not has_third), message
+
+
+def is_killed_after_an_error_it_handled():
+    zcore.comm.barrier()
+    rank = dist.get_rank()
+    handled = message_of(lambda: zcore.comm.all_reduce(torch.ones(SMALL + rank), label="metrics"))
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return handled, message_of(lambda: zcore.comm.all_reduce(torch.ones(SMALL), label="grads"))
+
+
+def test_an_error_of_an_earlier_call_is_not_the_cause_of_a_later_death(ranks):
+    with pytest.raises(RankFailed) as caught:
+        ranks(2, is_killed_after_an_error_it_handled)
+    handled, message = caught.value.results[0]
+    assert handled.startswith("MismatchError")
+    assert re.match(
+        r"CollectiveError: all_reduce grads \(.*\) did not complete: rank 1 has raised, was killed", message
+    )
+    assert "or left (before, or in another group, it had given up: MismatchError: Call 1 of this group" in message
+    assert re.search(r"Missing: rank 1 \(process \d+ on \S+ has ended\)", message), message
+
+
+def wait_where_another_service_has_closed_the_connections():
+    """All ranks by `zcore.comm`, and by what engines choose for themselves, over one process group."""
+    move_to_hosts_of("pairwise")
+    zcore.comm.barrier()
+    group, rank = choose_collectives(dist.group.WORLD, name="dp"), dist.get_rank()
+    if rank == 2:
+        return message_of(lambda: group.all_reduce(torch.ones(LARGE), label="grads").wait())
+    return message_of(lambda: zcore.comm.all_reduce(torch.ones(SMALL + rank), label="metrics"))
+
+
+def test_who_loses_connections_for_an_error_in_another_service_of_the_process_group_is_told_of_it(ranks):
+    for message in ranks(3, wait_where_another_service_has_closed_the_connections, deadline_s=30):
+        assert message.startswith("MismatchError: "), message
+        for rank in range(2):
+            made = rf"all_reduce metrics \(#1 of default_pg: {SMALL + rank} x [^)]*\) on rank {rank}"
+            assert re.search(made, message), message
+
+
+def close_at_the_same_time():
+    """Ranks 0 and 1 close their connections; of each group rank 2 waits for both, who live."""
+    rank, store, lost = dist.get_rank(), compat.default_store(), []
+    for number in range(NUM_CLOSED):
+        group = dist.new_group(timeout=timedelta(seconds=5))
+        pairs = Pairs(group, (0, 1, 2), rank)
+        dist.barrier(group)
+        if rank < 2:
+            pairs.abort()
+            store.wait([f"lost {number}"], timedelta(seconds=AMPLE_S))
+            continue
+        try:
+            for source in (1, 0):
+                with pytest.raises(RuntimeError) as caught:
+                    pairs.receive(torch.ones(1), source=source, tag=1).wait()
+                lost.append("Timed out" not in str(caught.value))
+        finally:
+            store.set(f"lost {number}", "1")
+    return lost
+
+
+def test_ranks_that_give_up_at_the_same_time_close_every_connection(ranks):
+    assert ranks(3, close_at_the_same_time)[2] == [True, True] * NUM_CLOSED

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from hosts import message_of
+from hosts import message_of, move_to_hosts_of
 
 import zcore.comm
 from zcore.comm.calls.flat import Work
@@ -225,6 +225,31 @@ REFUSED = {
         ConfigError,
         "expected ReduceOp.SUM or ReduceOp.AVG",
     ),
+    "a name as op": (
+        lambda: comm.all_reduce(ones(2), op="sum"),
+        ConfigError,
+        "op is 'sum'; expected ReduceOp.SUM or ReduceOp.AVG",
+    ),
+    "a number as label": (
+        lambda: comm.broadcast(ones(2), 0, label=7),
+        ConfigError,
+        "broadcast of default_pg: label is 7; expected a string, the same on every rank",
+    ),
+    "no label for a barrier": (
+        lambda: comm.barrier(label=None),
+        ConfigError,
+        "label is None; expected a string",
+    ),
+    "a word as priority": (
+        lambda: comm.all_gather(ones(4), ones(2), priority="high"),
+        ConfigError,
+        "priority is 'high'; expected an integer, lower ones first, or None",
+    ),
+    "a fraction as priority": (
+        lambda: comm.all_to_all(ones(4), ones(4), priority=0.5),
+        ConfigError,
+        "priority is 0.5; expected an integer",
+    ),
     "bool": (
         lambda: comm.all_reduce(ones(2).bool()),
         ConfigError,
@@ -265,6 +290,16 @@ REFUSED = {
         ConfigError,
         "src is 2; expected one of the group's global ranks [0, 1], or as group_src 0 to 1",
     ),
+    "a string as source": (
+        lambda: comm.broadcast(ones(2), src="0"),
+        ConfigError,
+        "src is '0'; expected one of the group's global ranks [0, 1], or as group_src 0 to 1",
+    ),
+    "a string as source in the group": (
+        lambda: comm.broadcast(ones(2), group_src="0"),
+        ConfigError,
+        "group_src is '0'; expected one of the group's global ranks [0, 1], or as group_src 0 to 1",
+    ),
     "negative size": (
         lambda: comm.empty(-1, torch.float32),
         ConfigError,
@@ -288,7 +323,7 @@ REFUSED = {
     "device of a buffer": (
         lambda: comm.empty(1, torch.float32, device="meta"),
         ConfigError,
-        "empty: device is on meta; the group moves tensors on cpu",
+        "empty: device is meta; the group moves tensors on cpu",
     ),
 }
 
@@ -443,6 +478,27 @@ def test_parameters_own_slots_and_buffers_of_the_group_serve(ranks):
             True,
             [((0,), torch.bool, "cpu"), ((3,), torch.bfloat16, "cpu")],
         )
+
+
+def move_under_another_default_device(kind):
+    move_to_hosts_of(kind)
+    with torch.device("meta"):
+        buffer = comm.empty(4, torch.float32)
+        one, all_ranks, nothing = (torch.ones(numel, device="cpu") for numel in (2, 4, 0))
+        comm.all_gather(buffer, one)
+        comm.all_gather(nothing, nothing.clone())
+        comm.all_reduce(comm.empty(0, torch.float32))
+        comm.all_reduce(all_ranks)
+        comm.barrier()
+        at_end = comm.empty(3, torch.float32).fill_(dist.get_rank())
+        comm.broadcast(at_end, 1)
+    return buffer.tolist(), all_ranks.tolist(), nothing.device.type, at_end.tolist()
+
+
+@pytest.mark.parametrize("kind", ["shared memory", "pairwise"])
+def test_whatever_the_default_device_is_what_the_group_moves_serves(ranks, kind):
+    expected = [1.0] * 4, [2.0] * 4, "cpu", [1.0] * 3
+    assert ranks(2, move_under_another_default_device, kind) == [expected] * 2
 
 
 def forget_groups():

@@ -1,5 +1,6 @@
 """Calls beyond the limit wait their turn: by priority between groups, in the order of the calls within one."""
 
+import re
 import threading
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 import zcore.comm
 from zcore.comm.calls.flow import FLOW, Flow, choose_next
 from zcore.comm.calls.requests import DeferrableCollectives
-from zcore.core.errors import ConfigError, StateError
+from zcore.core.errors import CollectiveError, ConfigError, StateError
 from zcore.core.torch_collectives import TorchCollectives
 
 held_calls = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), min_size=1, max_size=30)
@@ -31,12 +32,13 @@ def test_starts_keep_the_order_of_each_group_and_nothing_urgent_stands_behind_an
         assert indices == sorted(indices)
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_below_one_is_refused(limit):
-    with pytest.raises(ConfigError, match=f"limit on bytes in flight is {limit}; expected 1 or more. None lifts it"):
-        Flow(limit)
-    with pytest.raises(ConfigError, match="expected 1 or more"):
-        zcore.comm.limit_in_flight(limit)
+@pytest.mark.parametrize("limit", [0, -1, "64MB", 1e6])
+def test_a_limit_that_is_no_number_of_bytes_is_refused(limit):
+    expected = f"limit on bytes in flight is {limit!r}; expected a number of bytes, 1 or more. None lifts it"
+    for act in (Flow, zcore.comm.limit_in_flight):
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            act(limit)
+    assert FLOW.limit_bytes is None
 
 
 def noted(group, starts):
@@ -141,6 +143,56 @@ def test_a_start_that_waits_for_other_ranks_keeps_no_call_of_another_group_from_
     quick.all_reduce(torch.ones(1), label="quick").wait()
     thread.join()
     assert (gate.starts, flow.in_flight_bytes, flow.held_bytes) == (["slow"], 0, 0)
+
+
+@pytest.mark.parametrize("starts_the_rest", ["wait", "lift"])
+def test_a_thread_does_not_wait_in_the_start_of_another_ones_call(starts_the_rest):
+    flow, gate, mailbox = Flow(4), Gate(), Mailbox()
+    theirs, own = flow.around(gate.collectives), flow.around(mailbox.collectives)
+    has_begun, may_wait, pending = threading.Event(), threading.Event(), []
+
+    def use_the_other_group():
+        pending.extend(theirs.all_reduce(torch.ones(1), label=label) for label in ("first", "slow"))
+        has_begun.set()
+        assert may_wait.wait(10)
+        for each in pending:
+            each.wait()
+
+    thread = threading.Thread(target=use_the_other_group)
+    thread.start()
+    assert has_begun.wait(10)
+    call = own.all_reduce(torch.ones(1), label="own")
+    assert (gate.starts, mailbox.starts, flow.held_bytes) == (["first"], [], 8)
+    if starts_the_rest == "lift":
+        flow.limit_bytes = None
+    call.wait()  # starts "slow" as well, which waits for what comes after this
+    assert (gate.starts, mailbox.starts) == (["first"], ["own"])
+    gate.open.set()
+    may_wait.set()
+    thread.join()
+    assert (gate.starts, flow.in_flight_bytes, flow.held_bytes) == (["first", "slow"], 0, 0)
+
+
+def test_a_call_whose_start_was_interrupted_in_the_wait_for_another_one_says_so():
+    flow, started = Flow(4), []
+
+    def start(request):
+        if request.label == "held":
+            raise KeyboardInterrupt
+        started.append(request.label)
+        return Done()
+
+    group = flow.around(DeferrableCollectives(None, start=start, flush=None))
+    first, held, last = (group.all_reduce(torch.ones(1), label=label) for label in ("first", "held", "last"))
+    with pytest.raises(KeyboardInterrupt):
+        first.wait()
+    assert (flow.in_flight_bytes, flow.held_bytes) == (8, 0)  # of the first and the last
+    for _ in range(2):
+        with pytest.raises(CollectiveError, match="all_reduce held was interrupted when it was to start"):
+            held.wait()
+    for each in (first, last):
+        each.wait()
+    assert (started, flow.in_flight_bytes) == (["first", "last"], 0)
 
 
 def test_calls_of_a_group_start_in_their_order_whichever_threads_start_them():

@@ -26,7 +26,7 @@ class Two:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.mine, self.theirs = (Cards(compat.another_client_of(self.store), world_size=world_size) for _ in range(2))
         homes = [own_home(cards.life) for cards in (self.mine, self.theirs)]
-        self.journal = Journal(self.mine, "dp", homes, rank=0, deadline_s=60, family="dp")
+        self.journal = Journal(self.mine, "dp", homes, rank=0, deadline_s=60, family=("dp", "dp"), connected="dp")
         self.theirs.write()
 
     def count(self):

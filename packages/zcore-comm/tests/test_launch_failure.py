@@ -23,9 +23,11 @@ launcher = Failure(None, "a", 1, ("No module named zcore",), seen_s=0.1)
     [
         ([raised, raised_later, lost, ended], raised),
         ([killed, lost, ended], killed),
-        ([lost, ended], lost),
+        ([lost, ended], ended),  # by whoever else sent SIGTERM: ranks that a launcher ends are not told of
+        ([lost, ended, killed], killed),
         ([launcher, raised], raised),
-        ([launcher, ended], launcher),
+        ([launcher, lost], lost),
+        ([launcher, ended], ended),
     ],
 )
 def test_the_first_is_by_time_among_those_that_do_not_follow_from_another(failures, first):
@@ -85,7 +87,8 @@ def test_the_block_names_rank_and_host_and_ends_with_the_error():
     assert set(lines[-1]) == {"-"}
     assert "launcher on a failed: exit code 1" in draw(launcher)
     assert "It wrote nothing to stderr." in draw(ended)
-    assert "killed by SIGKILL; the kernel does that when memory runs out" in draw(killed)
+    assert draw(killed).splitlines()[0].startswith("--- rank 3 on b failed first: killed by SIGKILL ---")
+    assert "\nThe kernel kills so when memory runs out; dmesg then tells of it.\n" in draw(killed)
 
 
 def frame(path, *source):

@@ -16,11 +16,13 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 from zcore.comm.launch.lines import Ended, LineReader, Restarted, Said
 from zcore.comm.launch.rank_ends import EndingAgent
+from zcore.comm.launch.rank_streams import RankStreams
 
 # Each rank reads what to do from a FIFO of its own: an exit code, or the end of another rank to wait for.
 PROGRAM = """
 case "$1" in deaf*) trap '' TERM;; sorry*) trap 'exit 7' TERM;; esac
 read -r act number < "$0/$RANK"
+if [ "$act" = mutter ]; then printf 'cannot open data' >&2; exit "$number"; fi
 if [ "$act" = after ]; then while kill -0 "$number" 2>/dev/null; do sleep 0.01; done; exit 4; fi
 exit "$act"
 """
@@ -41,7 +43,7 @@ class Rendezvous:
 class Host:
     """Ranks of this host under an agent that looks at them when it is told to."""
 
-    def __init__(self, folder, num_ranks, *, max_restarts=0, temper="obedient"):
+    def __init__(self, folder, num_ranks, *, max_restarts=0, temper="obedient", logs=None):
         self.folder, self.orders = folder, []
         spec = WorkerSpec(
             role="default",
@@ -51,7 +53,7 @@ class Host:
             args=("-c", PROGRAM, str(folder), temper),
             max_restarts=max_restarts,
         )
-        self.agent = EndingAgent(spec, DefaultLogsSpecs(log_dir=str(folder / "logs")))
+        self.agent = EndingAgent(spec, logs or DefaultLogsSpecs(log_dir=str(folder / "logs")))
         self.group = self.agent.get_worker_group()
         self.group.store, self.group.group_rank = HashStore(), 0
         self.group.master_addr, self.group.master_port = "127.0.0.1", 1
@@ -118,8 +120,8 @@ def told(capfd):
                 found.append((rank, exitcode))
             case Restarted(rank):
                 found.append(("again", rank))
-            case Said(None, text):
-                found.append(text)
+            case Said(rank, text):
+                found.append(text if rank is None else f"[{rank}] {text}")
 
 
 def test_each_look_tells_the_ends_that_are_new(host, capfd):
@@ -200,6 +202,18 @@ def test_with_restarts_left_a_failure_is_a_note_and_the_last_one_is_told_with_it
     with told(capfd) as found:
         assert ranks.look() is WorkerState.FAILED
     assert found == [(1, 5), "rank 1 failed: exit code 5; ending the others, up to 5 s"]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # torch's ends of the pipes, which are let go of
+def test_what_is_left_of_a_line_when_a_rank_ends_comes_before_the_mark_of_its_next_life(host, capfd):
+    ranks = host(2, max_restarts=1, logs=RankStreams())
+    ranks.end(0, 0)
+    ranks.end(1, "mutter 3")
+    with told(capfd) as found:
+        assert ranks.look() is WorkerState.FAILED
+        ranks.agent._remaining_restarts -= 1  # as torch does then
+        ranks.start()
+    assert found[-3:] == ["[1] cannot open data", ("again", 0), ("again", 1)], found
 
 
 def test_a_rank_that_had_ended_before_another_host_asked_for_a_restart_is_told_of_again(host, capfd):

@@ -244,10 +244,9 @@ def test_over_ssh_a_killed_rank_is_named_with_its_host_and_the_other_host_ends(p
     options = ("--hostfile", "hosts", *place.ssh, *place.meeting, "--env", "SEED=a 'b'")
     done = place.run(*options, what="train.py alive kill")
     assert done.exitcode == 128 + signal.SIGKILL
-    assert done.stderr[-3].startswith(
-        "--- rank 1 on b failed first: killed by SIGKILL; the kernel does that when memory"
-    )
-    assert done.stderr[-2] == f"WARN a 'b' None {place.path}"
+    assert done.stderr[-4].startswith("--- rank 1 on b failed first: killed by SIGKILL ---")
+    assert done.stderr[-3] == f"WARN a 'b' None {place.path}"
+    assert done.stderr[-2].startswith("The kernel kills so when memory runs out")
 
 
 def test_a_host_that_is_not_reached_ends_the_run(place):

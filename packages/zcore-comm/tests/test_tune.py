@@ -1,12 +1,13 @@
 """`zcore comm tune`: a table that all ranks agree on, that is read again, and that does not follow noise."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from zcore.comm.bench.tune import Choice, Found, TunePlan, choose_algorithm, merge_rules, tune, write_table
+from zcore.comm.bench.tune import Choice, Found, TunePlan, choose_algorithm, merge_rules, table_of, tune, write_table
 from zcore.comm.pairs.algorithms import ALGORITHMS, ANY_BYTES, DEFAULT_TABLE, Rule, Table, read_table
 
 SIZES = (256, 65_536)
@@ -57,6 +58,25 @@ def test_what_is_known_of_other_world_sizes_is_kept():
 )
 def test_the_algorithm_in_use_stays_unless_another_wins_by_more_than_chance(ring, chosen):
     assert choose_algorithm({"exchange": [1.0] * 4, "ring": ring}, current="exchange") == chosen
+
+
+def test_the_table_says_why_what_looked_faster_is_not_taken_and_that_the_machine_was_busy():
+    choices = (
+        Choice("all_gather", 256, "exchange", "ring", {"exchange": 2e-6, "ring": 1e-6}),
+        Choice("all_gather", 512, "exchange", "exchange", {"exchange": 2e-6, "ring": 1.9e-6}),
+        Choice("all_gather", 1024, "exchange", "exchange", {"exchange": 2e-6, "ring": 3e-6}),
+    )
+    found = Found(2, "table.json", choices, DEFAULT_TABLE, load=7.3)
+    table = table_of(found)
+    assert [row[-2:] for row in table.rows] == [
+        ("ring", "was exchange"),
+        ("exchange", "ring too unsteady, or too close"),
+        ("exchange", ""),
+    ]
+    assert table.title == "2 ranks: 1 of 3 choices change"
+    assert table.notes == ("The machine was busy before (load 7.3): quiet ones are faster, and say more.",)
+    assert table_of(replace(found, load=0.5)).notes == ()
+    assert Found.from_json(found.to_json()) == found
 
 
 def test_a_written_table_is_the_one_that_is_read(tmp_path, monkeypatch):

@@ -353,7 +353,7 @@ class _Call:
         ranks = dist.get_process_group_ranks(self.served.group)
         if src is not None and src in ranks:
             return ranks.index(src)
-        if group_src is not None and 0 <= group_src < len(ranks):
+        if isinstance(group_src, int) and 0 <= group_src < len(ranks):
             return group_src
         named = f"src is {src!r}" if src is not None else f"group_src is {group_src!r}"
         raise ConfigError(
@@ -380,6 +380,6 @@ class _Call:
 def _check_device(what: str, served: Served, device: torch.device, *, name: str = "device") -> None:
     if device.type not in served.device_types:
         raise ConfigError(
-            f"{what}: {name if name == 'device' else f'{name} is on'} {device}; the group moves tensors on "
+            f"{what}: {name} is {'' if name == 'device' else 'on '}{device}; the group moves tensors on "
             f"{' and '.join(served.device_types)}. Move it, or make a group with a backend for it."
         )

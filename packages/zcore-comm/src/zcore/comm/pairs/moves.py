@@ -82,12 +82,12 @@ class Pairs(Peers):
     def abort(self) -> None:
         """Close the connections of the process group: whatever its ranks wait for fails, here and there.
 
-        gloo does that when a wait gives up, and offers no other way.
+        gloo does that when a wait gives up, and offers no other way. A wait that ends sooner, as that rank closes its
+        own connections meanwhile, leaves those to the others open.
         """
-        with contextlib.suppress(RuntimeError):  # of the wait that gives up, or because they are closed already
-            never = dist.irecv(torch.empty(1, device="cpu"), group=self.group, group_src=self._another(), tag=NEVER)
-            assert never is not None
-            never.wait(timedelta(milliseconds=1))
-
-    def _another(self) -> int:
-        return self.members[self.others[0]]
+        for other in self.others:
+            with contextlib.suppress(RuntimeError):  # of the wait that gives up, or because this one is closed already
+                source = self.members[other]
+                never = dist.irecv(torch.empty(1, device="cpu"), group=self.group, group_src=source, tag=NEVER)
+                assert never is not None
+                never.wait(timedelta(milliseconds=1))

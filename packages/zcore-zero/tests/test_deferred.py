@@ -273,6 +273,14 @@ def by_its_own_mean() -> Tensor:
     return weight - weight[weight > 0].mean() + float(weight.numpy().max())
 
 
+def a_small_constant_given_drawn_numbers() -> Tensor:
+    weight = torch.zeros(6, 4)
+    weight[1:3] = torch.rand(2, 4)
+    weight.add_(torch.rand(6, 4))
+    torch.mul(torch.rand(4), 2, out=weight[0])
+    return weight
+
+
 def after_a_thousand_steps() -> Tensor:
     weight = torch.randn(4)
     for _ in range(1000):
@@ -295,6 +303,7 @@ WEIGHTS: dict[str, Callable[[], Tensor]] = {
     "from a list of numbers": from_a_list_of_numbers,
     "load_state_dict": loaded,
     "by values picked with a mask": by_its_own_mean,
+    "a small constant given drawn numbers": a_small_constant_given_drawn_numbers,
     "a thousand steps": after_a_thousand_steps,
     "rows in random order": lambda: torch.randn(20, 3)[torch.randperm(20)],
     "a factor of a decomposition": lambda: torch.linalg.svd(torch.randn(6, 6))[0],

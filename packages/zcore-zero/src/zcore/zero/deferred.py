@@ -95,9 +95,7 @@ class Recording(TorchDispatchMode):
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether `tensor` has no values yet and can be materialised here."""
-        with torch._C.DisableTorchFunction():
-            is_meta = tensor.is_meta
-        return is_meta and tensor.untyped_storage()._cdata in self._storages
+        return _is_meta(tensor) and tensor.untyped_storage()._cdata in self._storages
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """Where `tensor` will be once it has values."""
@@ -121,7 +119,7 @@ class Recording(TorchDispatchMode):
         deferred = [each for each in tensors if self.owns(each)]
         name = func._schema.name.partition("::")[2]
         is_random = torch.Tag.nondeterministic_seeded in func.tags
-        if deferred and _reads_values(func, args):
+        if deferred and (_reads_values(func, args) or _edits_real(func, args, kwargs)):
             args, kwargs = tree_map_only(Tensor, self.real, (args, kwargs))
             return func(*args, **kwargs)
         if func is torch.ops.aten.scalar_tensor.default:  # torch makes it of the number in `weight[2:4] = 1.0`
@@ -290,6 +288,16 @@ def _reads_values(func: torch._ops.OpOverload, args: tuple[object, ...]) -> bool
 
 def _generator_of(kwargs: Mapping[str, object]) -> torch.Generator:
     return cast(torch.Generator | None, kwargs.get("generator")) or torch.default_generator
+
+
+def _is_meta(tensor: Tensor) -> bool:
+    with torch._C.DisableTorchFunction():  # recorded tensors deny it
+        return tensor.is_meta
+
+
+def _edits_real(func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+    """Whether `func` writes to a tensor that has values, such as a small constant."""
+    return any(not _is_meta(each) for each in _written(func, args, kwargs))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from zcore.zero.optimizers.lion import Lion
 from zcore.zero.optimizers.muon import Muon
 from zcore.zero.placement import TABLE, Placement, Row
 from zcore.zero.precision import Precision
+from zcore.zero.pretrained import LoadedKeys, load_pretrained
 from zcore.zero.recompute import checkpoint
 from zcore.zero.schedules.cycles import LRRangeTest, OneCycle
 from zcore.zero.schedules.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
@@ -25,6 +26,7 @@ __all__ = [
     "LRRangeTest",
     "Lamb",
     "Lion",
+    "LoadedKeys",
     "MemoryReport",
     "Muon",
     "OneCycle",
@@ -42,6 +44,7 @@ __all__ = [
     "consolidated_state_dict",
     "init_distributed",
     "initialize",
+    "load_pretrained",
     "no_sync",
     "set_leaf_modules",
     "shard",

@@ -273,6 +273,24 @@ def by_its_own_mean() -> Tensor:
     return weight - weight[weight > 0].mean() + float(weight.numpy().max())
 
 
+def a_small_constant_given_drawn_numbers() -> Tensor:
+    weight = torch.zeros(6, 4)
+    weight[1:3] = torch.rand(2, 4)
+    weight.add_(torch.rand(6, 4))
+    torch.mul(torch.rand(4), 2, out=weight[0])
+    return weight
+
+
+def built_on_meta_and_given_memory() -> Tensor:
+    with torch.device("meta"):
+        linear = nn.Linear(5, 5)
+    return init.normal_(torch.empty_like(linear.weight, device="cpu"))
+
+
+def drawn_around_drawn_numbers() -> Tensor:
+    return torch.normal(torch.rand(5), torch.rand(5)) + torch.bernoulli(torch.rand(5))
+
+
 def after_a_thousand_steps() -> Tensor:
     weight = torch.randn(4)
     for _ in range(1000):
@@ -295,6 +313,9 @@ WEIGHTS: dict[str, Callable[[], Tensor]] = {
     "from a list of numbers": from_a_list_of_numbers,
     "load_state_dict": loaded,
     "by values picked with a mask": by_its_own_mean,
+    "a small constant given drawn numbers": a_small_constant_given_drawn_numbers,
+    "built on meta and given memory": built_on_meta_and_given_memory,
+    "drawn around drawn numbers": drawn_around_drawn_numbers,
     "a thousand steps": after_a_thousand_steps,
     "rows in random order": lambda: torch.randn(20, 3)[torch.randperm(20)],
     "a factor of a decomposition": lambda: torch.linalg.svd(torch.randn(6, 6))[0],
@@ -317,6 +338,14 @@ def test_a_weight_has_its_value_whatever_the_constructor_does(name: str) -> None
         found = recording.materialize(deferred) if deferred.is_meta else deferred
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+def test_what_is_read_later_may_lie_anywhere_in_its_memory() -> None:
+    with deferred_init() as recording, torch.no_grad():
+        read = recording.later(lambda: torch.arange(10.0)[4:8], shape=(4,), dtype=torch.float32)
+        joined = torch.cat([read.view(2, 2)[1], read * 2])
+    assert recording.materialize(joined).tolist() == [6, 7, 8, 10, 12, 14]
+    assert recording.materialize(read[1:3]).tolist() == [5, 6]
 
 
 def test_a_model_on_meta_from_elsewhere_is_refused_with_what_to_do() -> None:

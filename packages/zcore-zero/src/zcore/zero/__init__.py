@@ -14,6 +14,7 @@ from zcore.zero.optimizers.rounding import rounded_step
 from zcore.zero.own_loop import clip_grad_norm_, no_sync, shard, shard_added
 from zcore.zero.placement import TABLE, Placement, Row
 from zcore.zero.precision import Precision
+from zcore.zero.pretrained import LoadedKeys, load_pretrained
 from zcore.zero.recompute import checkpoint
 from zcore.zero.schedules.cycles import LRRangeTest, OneCycle
 from zcore.zero.schedules.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
@@ -28,6 +29,7 @@ __all__ = [
     "LRRangeTest",
     "Lamb",
     "Lion",
+    "LoadedKeys",
     "MemoryReport",
     "Muon",
     "OneCycle",
@@ -45,6 +47,7 @@ __all__ = [
     "consolidated_state_dict",
     "init_distributed",
     "initialize",
+    "load_pretrained",
     "no_sync",
     "register_external_parameter",
     "rounded_step",

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from zcore.core.errors import StateError
 
-__all__ = ["Recording", "deferred_init", "recording_of"]
+__all__ = ["Recording", "deferred_init", "find_recording", "recording_of"]
 
 SMALL_NUMEL = 2**16
 OVERWRITES = frozenset(
@@ -77,6 +77,12 @@ class _Operation:
     reads: tuple[int, ...]
     overwrites: int | None  # the storage of which nothing from before is left
 
+    @property
+    def storages(self) -> set[int]:
+        """All that the call reads, edits or makes."""
+        overwritten = () if self.overwrites is None else (self.overwrites,)
+        return {*self.reads, *overwritten, *(ref.storage for ref in self.outputs)}
+
 
 class Recording(TorchDispatchMode):
     """The operations of one construction. Entered as a mode it records; afterwards it materialises."""
@@ -87,21 +93,40 @@ class Recording(TorchDispatchMode):
         self._writers: list[list[int]] = []  # per storage: the operations that make or edit it
         self._devices: list[torch.device] = []  # per storage: where it will be
         self._storages: dict[int, tuple[int, torch.UntypedStorage]] = {}  # by address; held, so no address is reused
+        self._scratch: torch.UntypedStorage | None = None  # in which numbers are drawn
 
         self.is_open = True  # inside the block, where operations are recorded
+
+    def close(self) -> None:
+        """The construction is over: what is recorded from now on is asked for by `resumed`."""
+        self.is_open = False
+        self._scratch = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Recording":
         return self  # a copied module refers to the same construction
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether `tensor` has no values yet and can be materialised here."""
-        with torch._C.DisableTorchFunction():
-            is_meta = tensor.is_meta
-        return is_meta and tensor.untyped_storage()._cdata in self._storages
+        return _is_meta(tensor) and tensor.untyped_storage()._cdata in self._storages
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """Where `tensor` will be once it has values."""
         return self._devices[self._ref(tensor).storage]
+
+    def later(self, read: Callable[[], Tensor], *, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor without memory whose values on the CPU `read` gives, contiguous, whenever they are wanted."""
+        made = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        self._append(read, (), {}, random_state=None, made=[made], writes=[])
+        return made
+
+    @contextmanager
+    def resumed(self) -> Generator[None]:
+        """Operations inside are recorded, whether the construction is over or not."""
+        if self.is_open:
+            yield
+            return
+        with self:
+            yield
 
     def materialize(self, tensor: Tensor) -> Tensor:
         """The values of `tensor`, computed now; nothing is kept."""
@@ -119,18 +144,21 @@ class Recording(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
         deferred = [each for each in tensors if self.owns(each)]
-        name = func._schema.name.partition("::")[2]
         is_random = torch.Tag.nondeterministic_seeded in func.tags
-        if deferred and _reads_values(func, args):
+        if deferred and (_reads_values(func, args) or _edits_real(func, args, kwargs)):
             args, kwargs = tree_map_only(Tensor, self.real, (args, kwargs))
             return func(*args, **kwargs)
+        if func is torch.ops.aten.empty_like.default and not deferred and _is_meta(tensors[0]):
+            # Models are built on meta in order to be loaded, and this is how they are given memory.
+            func, args, kwargs = _without_tensor(tensors[0], kwargs)
+            tensors = []
         if func is torch.ops.aten.scalar_tensor.default:  # torch makes it of the number in `weight[2:4] = 1.0`
             kwargs["device"] = torch.device("cpu")
         elif not deferred:
             is_factory = not tensors and any(each.name == "device" for each in func._schema.arguments)
             if not is_factory or torch.device(cast(str, kwargs.get("device") or "cpu")).type == "meta":
                 return func(*args, **kwargs)
-            if not is_random and not name.startswith("empty") and _is_small(func, args, kwargs):
+            if not is_random and _is_kept(func, args, kwargs):
                 return func(*args, **kwargs)
         return self._record(func, args, kwargs, is_random=is_random)
 
@@ -148,18 +176,20 @@ class Recording(TorchDispatchMode):
         if not made and not any(self.owns(each) for each in writes):
             return result  # a view
         random_state = self._draw(func, args, kwargs) if is_random else None
-        self._append(func, args, kwargs, random_state=random_state, made=made, writes=writes)
+        overwrites = func._schema.name.partition("::")[2] in OVERWRITES
+        self._append(func, args, kwargs, random_state=random_state, made=made, writes=writes, overwrites=overwrites)
         return writes[0] if writes and len(outputs) == 1 and not made else result
 
     def _append(
         self,
-        func: torch._ops.OpOverload,
+        func: Callable[..., object],
         args: tuple[object, ...],
         kwargs: dict[str, object],
         *,
         random_state: Tensor | None,
         made: Sequence[Tensor],
         writes: Sequence[Tensor],
+        overwrites: bool = False,
     ) -> None:
         frozen_args, frozen_kwargs = tree_map_only(Tensor, self._freeze, (args, kwargs))
         reads = [each for each in tree_flatten((frozen_args, frozen_kwargs))[0] if isinstance(each, _Ref)]
@@ -172,7 +202,7 @@ class Recording(TorchDispatchMode):
                 self._devices.append(target)
         written = {self._ref(each).storage for each in (*made, *writes) if self.owns(each)}
         overwritten = None
-        if len(writes) == 1 and func._schema.name.partition("::")[2] in OVERWRITES and self.owns(writes[0]):
+        if len(writes) == 1 and overwrites and self.owns(writes[0]):
             edited = writes[0]
             if edited.numel() * edited.element_size() == edited.untyped_storage().nbytes():
                 overwritten = self._ref(edited).storage
@@ -196,11 +226,23 @@ class Recording(TorchDispatchMode):
         state = _generator_of(kwargs).get_state()
 
         def scratch(tensor: Tensor) -> Tensor:
-            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype) if tensor.is_meta else tensor
+            if not tensor.is_meta:
+                return tensor
+            if is_filled:
+                return self._scratch_for(tensor)
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
 
+        is_filled = func._schema.name.partition("::")[2] in OVERWRITES  # and not read, whatever it holds
         args, kwargs = tree_map_only(Tensor, scratch, (args, kwargs))
         func(*args, **kwargs)
         return state
+
+    def _scratch_for(self, tensor: Tensor) -> Tensor:
+        """Memory like `tensor`. The same for all: glibc would keep what each of them lets go."""
+        if self._scratch is None or self._scratch.nbytes() < tensor.untyped_storage().nbytes():
+            self._scratch = None
+            self._scratch = torch.UntypedStorage(tensor.untyped_storage().nbytes())
+        return torch.empty(0, dtype=tensor.dtype).set_(self._scratch, 0, tensor.size(), tensor.stride())
 
     def _ref(self, tensor: Tensor) -> _Ref:
         index, _ = self._storages[tensor.untyped_storage()._cdata]
@@ -243,10 +285,14 @@ class Recording(TorchDispatchMode):
 
         def real(ref: _Ref) -> Tensor:
             base = storages[ref.storage]
+            start = cast(int, base.storage_offset()) * base.element_size() // ref.dtype.itemsize  # in a file's memory
             typed = torch.empty(0, dtype=ref.dtype, device=base.device)
-            return typed.set_(base.untyped_storage(), ref.offset, ref.size, ref.stride)
+            return typed.set_(base.untyped_storage(), start + ref.offset, ref.size, ref.stride)
 
-        for position in self._needed(wanted.storage, before=before):
+        needed = self._needed(wanted.storage, before=before)
+        last_use = {storage: position for position in needed for storage in self._operations[position].storages}
+        last_use[wanted.storage] = before
+        for position in needed:
             operation = self._operations[position]
             args, kwargs = tree_map_only(_Ref, real, (operation.args, operation.kwargs))
             with _as_it_was(operation):
@@ -254,6 +300,10 @@ class Recording(TorchDispatchMode):
             made = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)][-len(operation.outputs) :]
             for ref, tensor in zip(operation.outputs, made, strict=False):
                 storages[ref.storage] = tensor
+            del args, kwargs, result, made
+            for storage in operation.storages:
+                if last_use[storage] == position:
+                    storages.pop(storage, None)
         return real(wanted)
 
 
@@ -292,6 +342,26 @@ def _generator_of(kwargs: Mapping[str, object]) -> torch.Generator:
     return cast(torch.Generator | None, kwargs.get("generator")) or torch.default_generator
 
 
+def _is_meta(tensor: Tensor) -> bool:
+    with torch._C.DisableTorchFunction():  # recorded tensors deny it
+        return tensor.is_meta
+
+
+def _edits_real(func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+    """Whether `func` writes to a tensor that has values, such as a small constant."""
+    return any(not _is_meta(each) for each in _written(func, args, kwargs))
+
+
+def _without_tensor(
+    tensor: Tensor, kwargs: Mapping[str, object]
+) -> tuple[torch._ops.OpOverload, tuple[object, ...], dict[str, object]]:
+    """`empty_like(tensor, **kwargs)` as a call that needs no tensor."""
+    like = torch.ops.aten.empty_like.default(tensor, **{**kwargs, "device": torch.device("meta")})
+    sizes = (list(like.size()), list(like.stride()))
+    device = kwargs.get("device") or torch.device("meta")
+    return torch.ops.aten.empty_strided.default, sizes, {"dtype": like.dtype, "device": device}
+
+
 @contextmanager
 def _as_it_was(operation: _Operation) -> Generator[None]:
     """What a call depends on besides its arguments, for the length of the block."""
@@ -312,9 +382,11 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_meta else tensor.to("meta")
 
 
-def _is_small(func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+def _is_kept(func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+    """Whether the call makes a small constant; or nothing, which programs then give the memory of a file."""
     result = func(*args, **{**kwargs, "device": torch.device("meta")})
-    return isinstance(result, Tensor) and result.numel() <= SMALL_NUMEL
+    has_values = not func._schema.name.startswith("aten::empty")
+    return isinstance(result, Tensor) and result.numel() <= (SMALL_NUMEL if has_values else 0)
 
 
 def _written(func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> list[Tensor]:
@@ -342,7 +414,7 @@ def deferred_init() -> Generator[Recording]:
         with recording, _Poised(recording):
             yield recording
     finally:
-        recording.is_open = False
+        recording.close()
         for handle in handles:
             handle.remove()
 
@@ -352,19 +424,24 @@ def _refuse_load_after(module: nn.Module, *rest: object) -> None:
     if isinstance(recording, Recording) and not recording.is_open:
         raise StateError(
             "load_state_dict() was called on a model of `zero.Init` after the block, where its parameters have no "
-            "memory to load into. Call it inside the block."
+            "memory to load into. Call it inside the block, or `zero.load_pretrained(model, path)`, which needs none."
         )
 
 
-def recording_of(module: nn.Module, tensor: Tensor, name: str) -> Recording:
-    """The recording that can materialise `tensor`, found on any module of the tree it belongs to.
-
-    Raises StateError for a tensor on meta that was not constructed inside `deferred_init`.
-    """
+def find_recording(module: nn.Module, tensor: Tensor) -> Recording | None:
+    """The recording that can materialise `tensor`, found on any module of the tree it belongs to."""
     for each in module.modules():
         recording = each.__dict__.get(TAG)
         if isinstance(recording, Recording) and recording.owns(tensor):
             return recording
+    return None
+
+
+def recording_of(module: nn.Module, tensor: Tensor, name: str) -> Recording:
+    """The same. Raises StateError for a tensor on meta that was not constructed inside `deferred_init`."""
+    recording = find_recording(module, tensor)
+    if recording is not None:
+        return recording
     raise StateError(
         f"{name} is on the meta device, but was not constructed inside `zero.Init`, so its values are "
         "unknown. Construct the model inside `with zero.Init():` instead of `with torch.device('meta'):`, or "

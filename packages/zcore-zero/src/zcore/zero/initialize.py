@@ -41,6 +41,7 @@ from zcore.zero.recompute import check_recompute, checkpoint
 from zcore.zero.schedules.building import build_scheduler
 from zcore.zero.sharded_parameter import ShardedParameter
 from zcore.zero.sharding import Sharding, ShardingOptions, find_shardable
+from zcore.zero.streaming import streamed_files
 from zcore.zero.units import set_leaf_modules
 
 __all__ = ["ConfigSource", "Init", "init_distributed", "initialize"]
@@ -81,7 +82,7 @@ def Init(config: ConfigSource | None = None, *, enabled: bool = True) -> Generat
     if not enabled:
         yield
         return
-    with deferred_init():
+    with deferred_init() as recording, streamed_files(recording):
         yield
 
 

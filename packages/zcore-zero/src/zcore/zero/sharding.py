@@ -215,8 +215,11 @@ class Sharding:
         modules: Sequence[nn.Module],
     ) -> None:
         """Write every fragment with the values of data rank 0, then let the originals go, bucket after bucket."""
+        # One piece of memory for all of them: glibc would keep what each of them lets go.
+        largest = max((bucket.plan.layout.numel * bucket.plan.dtype.itemsize for bucket in buckets), default=0)
+        memory = torch.empty(largest, dtype=torch.uint8, device=self.device)
         for bucket in buckets:
-            whole = torch.zeros(bucket.plan.layout.numel, dtype=bucket.plan.dtype, device=self.device)
+            whole = memory.view(bucket.plan.dtype)[: bucket.plan.layout.numel].zero_()
             parts = [
                 whole[offset : offset + spec.numel]
                 for offset, spec in zip(bucket.plan.layout.offsets, bucket.plan.params, strict=True)

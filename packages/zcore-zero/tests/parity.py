@@ -283,9 +283,10 @@ def train_plain(
         gradients = [param for param, _ in pairs if param.grad is not None]
         norm = nn.utils.get_total_norm([param.grad for param in gradients if param.grad is not None])
         norms.append(float(norm))
-        if clip_norms is not None:
-            norm = torch.tensor(clip_norms[step], dtype=torch.float64)
-        nn.utils.clip_grads_with_norm_(gradients, recipe.clip or float("inf"), norm)
+        if clip_norms is None:
+            nn.utils.clip_grads_with_norm_(gradients, recipe.clip or float("inf"), norm)
+        elif recipe.clip:
+            _scale(gradients, min(1.0, recipe.clip / (clip_norms[step] + 1e-6)))
         optimizer.step()
         with torch.no_grad():
             for param, computing in pairs:
@@ -294,6 +295,13 @@ def train_plain(
     whole = {**compute.state_dict(), **dict(master.named_parameters(remove_duplicate=False))}
     state = {name: value.detach().to(built_dtypes[name]) for name, value in whole.items()}
     return Run(by_micro_batch.flatten().tolist(), norms, state)
+
+
+def _scale(params: Iterable[nn.Parameter], factor: float) -> None:
+    """As `clip_grads_with_norm_` does, but by no tensor: its dtype would count where a gradient has no dimension."""
+    for param in params:
+        if param.grad is not None:
+            param.grad.mul_(factor)
 
 
 def _gradients_of_part(

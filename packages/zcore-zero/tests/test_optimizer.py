@@ -11,6 +11,7 @@ from torch import nn
 from zcore import zero
 from zcore.core.errors import ConfigError
 from zcore.core.mesh import build_mesh
+from zcore.core.testing import RankFailed
 from zcore.zero.optimizers.building import refuse_matrix_wise
 
 HYPER = {"lr": 0.02, "weight_decay": 0.1}
@@ -301,3 +302,50 @@ def train_tied_and_frozen():
 
 def test_an_instance_over_all_parameters_steps_tied_ones_once_and_frozen_ones_never(ranks):
     ranks(2, train_tied_and_frozen)
+
+
+class LaterUsed(nn.Module):
+    """The second layer gets its first gradient in the second step."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, step):
+        x = self.first(x)
+        return (self.second(x) if step else x).square().mean()
+
+
+def train_what_is_used_later(params):
+    engine = zero.initialize(LaterUsed(), settings(1, optimizer={"type": "SGD", "params": params}))
+    plain = LaterUsed()
+    optimizer = torch.optim.SGD(plain.parameters(), **params)
+    for step in range(3):
+        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(step))
+        engine.backward(engine(x, step))
+        engine.step()
+        optimizer.zero_grad()
+        plain(x, step).backward()
+        optimizer.step()
+    torch.testing.assert_close(engine.consolidated_state_dict(rank=None), dict(plain.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"lr": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "foreach": True},
+        pytest.param(
+            {"lr": 0.1, "momentum": 0.9},
+            marks=pytest.mark.xfail(
+                raises=RankFailed,
+                reason="torch's fused SGD raises TypeError where one parameter has momentum and another has none yet, "
+                "and building.py takes the fused step for every SGD of a config",
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_a_parameter_may_get_its_first_gradient_later_than_others(ranks, params):
+    ranks(2, train_what_is_used_later, params)

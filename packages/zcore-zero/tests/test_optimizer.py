@@ -11,7 +11,6 @@ from torch import nn
 from zcore import zero
 from zcore.core.errors import ConfigError
 from zcore.core.mesh import build_mesh
-from zcore.core.testing import RankFailed
 from zcore.zero.optimizers.building import refuse_matrix_wise
 
 HYPER = {"lr": 0.02, "weight_decay": 0.1}
@@ -336,14 +335,7 @@ def train_what_is_used_later(params):
     [
         {"lr": 0.1},
         {"lr": 0.1, "momentum": 0.9, "foreach": True},
-        pytest.param(
-            {"lr": 0.1, "momentum": 0.9},
-            marks=pytest.mark.xfail(
-                raises=RankFailed,
-                reason="torch's fused SGD raises TypeError where one parameter has momentum and another has none yet, "
-                "and building.py takes the fused step for every SGD of a config",
-            ),
-        ),
+        {"lr": 0.1, "momentum": 0.9},
     ],
     ids=str,
 )

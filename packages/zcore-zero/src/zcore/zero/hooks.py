@@ -22,6 +22,7 @@ from zcore.core import compat
 from zcore.core.errors import MismatchError, StateError
 from zcore.zero.bucket import Bucket
 from zcore.zero.gathering import Gatherer
+from zcore.zero.passed import own_results
 from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer
 from zcore.zero.saved import SavedTensors, bucket_of, others_decide
@@ -96,7 +97,8 @@ class Conductor:
         """Have the buckets of `site` gathered whenever `module` runs."""
         untraced: Callable[[Any], Any] = torch.compiler.disable
         self._handles.append(module.register_forward_pre_hook(untraced(self._site_pre(site)), with_kwargs=True))
-        self._handles.append(module.register_forward_hook(untraced(self._site_post(site)), always_call=True))
+        leave = untraced(self._site_post(site))
+        self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
 
     def __reduce__(self) -> str:
         raise StateError(
@@ -174,18 +176,22 @@ class Conductor:
 
         return enter
 
-    def _site_post(self, site: Site) -> Callable[[nn.Module, object, object], None]:
+    def _site_post(self, site: Site) -> Callable[[nn.Module, object, object, object], object]:
         transient = tuple(bucket for bucket, _ in site.buckets if bucket.is_transient)
 
-        def leave(module: nn.Module, args: object, result: object) -> None:
+        def leave(module: nn.Module, args: object, kwargs: object, result: object) -> object:
             self._end_saving(module)
             for bucket, _ in site.buckets:
                 self.gatherer.leave(bucket, self._pass)
             began = site.began.pop() if site.began else compat.sequence_number()  # else a hook before ours has raised
+            if transient and torch.is_grad_enabled():
+                is_trained = any(bucket.gradients is not None for bucket in transient)
+                result = own_results((args, kwargs), result, is_trained=is_trained)
             if transient:
                 self._watch(transient, result, since=began)
             if self._phase is Phase.REST and not self.gatherer.open_buckets:  # a submodule was called by itself
                 self._come_to_rest(result)
+            return result
 
         return leave
 

@@ -175,7 +175,9 @@ def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: tor
         near = nearest(unknown[0], accepted)
         advice = f"Did you mean {near}?" if near else f"It takes {', '.join(list(accepted)[1:])}."
         raise ConfigError(f"optimizer.params.{unknown[0]} is not an argument of {where}.{name}. {advice}")
-    if "fused" in accepted and "foreach" not in params and device.type in ("cpu", "cuda"):
+    # torch's fused SGD cannot begin a parameter's momentum later than another's.
+    has_fused = "fused" in accepted and not (name == "SGD" and params.get("momentum"))
+    if has_fused and "foreach" not in params and device.type in ("cpu", "cuda"):
         params.setdefault("fused", True)
     try:
         built: torch.optim.Optimizer = known[name](groups, **params)

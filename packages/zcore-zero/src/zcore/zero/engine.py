@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zcore.core.collectives import Traffic
-from zcore.core.errors import CollectiveError, NonFiniteError, StateError
+from zcore.core.errors import CollectiveError, MismatchError, NonFiniteError, StateError
 from zcore.core.events import Events, log_visibly
 from zcore.core.recording import Recording, Report
 from zcore.zero import checkpoints
@@ -132,7 +132,8 @@ class Engine:
         except CollectiveError:
             raise  # the ranks have lost each other: there is no step to begin anew
         except Exception:
-            self.sharding.abandon()
+            with suppress(CollectiveError, MismatchError):  # of sums under way, which follow from what is raised
+                self.sharding.abandon()
             raise
         finally:
             if not finished:

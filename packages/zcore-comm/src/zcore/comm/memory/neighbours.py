@@ -66,13 +66,13 @@ class Neighbours:
         needs: Callable[[Board], bool],
         *,
         what: str,
-        index: int,
+        since: Callable[[], int],
         label: str = "",
         lacks: Callable[[Board], bool] | None = None,
     ) -> None:
         """Return once `is_reached()`. `needs(board)` tells whose part that takes, `lacks(board)` whom to call missing.
 
-        index: of the call that it is for.
+        since: the call that it is for, or an earlier one whose error nobody has met.
 
         Raises CollectiveError, with what is known of them, if a rank that is needed ends, or the deadline passes.
         """
@@ -86,7 +86,7 @@ class Neighbours:
                 advance_all()
                 ended = [each for each in ended if needs(each[1])]
             if ended and not is_reached():
-                raise self._error_of_left(ended, missing, what=what, index=index, label=label)
+                raise self._error_of_left(ended, missing, what=what, since=since, label=label)
             if patience.is_over:
                 raise self._failure(what, label, missing, has_passed(self._deadline_s))
             if patience.tells_now():
@@ -113,13 +113,20 @@ class Neighbours:
                 )
 
     def _error_of_left(
-        self, ended: list[tuple[int, Board]], missing: list[tuple[int, Board]], *, what: str, index: int, label: str
+        self,
+        ended: list[tuple[int, Board]],
+        missing: list[tuple[int, Board]],
+        *,
+        what: str,
+        since: Callable[[], int],
+        label: str,
     ) -> ZcoreError:
         """Who left without a word is the cause; if nobody did, what the first of them gave up for."""
-        told = [self._journal.told_by(rank, has_come=board.started > index) for rank, board in ended]
+        first = min(since(), self.board.finished)  # of this rank's open calls: those before are over for it
+        told = [self._journal.told_by(rank, has_come=board.started > first) for rank, board in ended]
         for each, words in zip(ended, told, strict=True):
             if words is None:
-                reason = self._journal.reason_left(each[0], has_come=each[1].started > index)
+                reason = self._journal.reason_left(each[0], has_come=each[1].started > first)
                 missing = [other for other in self.others if other in missing or other is each]
                 return self._failure(what, label, missing, reason)
         return self._journal.give_up(next(words for words in told if words is not None))

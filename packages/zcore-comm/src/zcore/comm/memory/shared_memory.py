@@ -70,6 +70,7 @@ class SharedMemoryCollectives:
         self._name = name
         self._next = 0
         self._open: dict[int, _Open] = {}  # in the order of starting
+        self._untold: set[int] = set()  # calls that have failed, and whose error nobody has met yet
         self._beginning: _Open  # what is not announced yet, and leaves nothing behind if it never is
 
     @property
@@ -326,7 +327,7 @@ class SharedMemoryCollectives:
                     needs,
                     lacks=lacks,
                     what=str(this.call),
-                    index=index,
+                    since=lambda: min([index, *self._untold]),
                     label=this.call.label,
                 )
             if this.shows_own and this.error is None:
@@ -334,7 +335,7 @@ class SharedMemoryCollectives:
                     lambda: all(_has_come(board, index, READ) for _, board in others),
                     lambda board: not _has_come(board, index, READ),
                     what=str(this.call),
-                    index=index,
+                    since=lambda: index,
                     label=this.call.label,
                 )
                 this.shows_own = False
@@ -342,6 +343,7 @@ class SharedMemoryCollectives:
             with LOCK:
                 self._fail(this, error)
         if this.error is not None:
+            self._untold.discard(index)
             raise this.error
 
     def is_done(self, this: _Open) -> bool:
@@ -392,6 +394,7 @@ class SharedMemoryCollectives:
             self._neighbours.board.set_stage(this.index, FAILED)
         this.error = error
         this.read = this.read_halves = None
+        self._untold.add(this.index)
         self._close(this)
 
     def _close(self, this: _Open) -> None:
@@ -415,7 +418,7 @@ class SharedMemoryCollectives:
                 lambda: all(board.finished > oldest for _, board in self._neighbours.others),
                 lambda board: board.finished <= oldest,
                 what=f"Call {self._next} of {self._name}, {RING_CALLS} ahead of the slowest rank,",
-                index=oldest,
+                since=lambda: oldest,
             )
 
 

@@ -265,8 +265,8 @@ class Journal:
     def told_by(self, rank: int, *, has_come: bool) -> ZcoreError | None:
         """The error for which a rank that has ended gave up, as this one tells it; None if it left without a word.
 
-        has_come: whether it has made the call at hand. If not, what it said of this group was of an earlier one, after
-        which the group went on.
+        has_come: whether it has made a call that is open here. If not, what it said of this group was of an earlier
+        one, after which the group went on.
         """
         told = self._read()
         said, _ = self._said_by(told.get(self.homes[rank].life), past="" if has_come else self.key)

@@ -20,7 +20,7 @@ def failed(what: str, reason: str, missing: str, *, label: str) -> CollectiveErr
     """`what` ended for `reason`; `missing` is what `about_missing` says, `label` names its data."""
     advice = f"Look for the first error in the output of the ranks named, {AFTER_FAILURE}"
     if LEFT in reason:
-        advice += " Where one ended without an error, it has made fewer calls than the others."
+        advice += " One that has none made fewer calls."
     if reason.startswith(TIMEOUT):  # whoever is alive may have none
         advice += " One that lives hangs, or is slow, where it was seen last; `kill -CONT` wakes a stopped process."
     return CollectiveError(f"{what} did not complete: {reason}. {missing}{contents_of(label)} {advice}")

@@ -1,5 +1,6 @@
 """Weights of safetensors files that are loaded inside `zero.Init` are those of plain loading, and nobody holds them."""
 
+import ctypes
 import os
 import sys
 import threading
@@ -24,6 +25,7 @@ from zcore.zero.sharding import sharding_of
 
 Ranks = Callable[..., Any]
 MIB = 2**20
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -172,6 +174,8 @@ def test_every_stage_starts_from_the_weights_of_plain_loading_on_every_rank(rank
 @contextmanager
 def peak_anonymous_bytes() -> Iterator[list[int]]:
     """By how much the private memory of this process grows inside, at most; a sample each millisecond."""
+    # Else glibc keeps freed pieces below 32 MiB, now more of them and now fewer.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
     page = os.sysconf("SC_PAGE_SIZE")
     over = threading.Event()
     peak = [0]
@@ -194,12 +198,6 @@ def peak_anonymous_bytes() -> Iterator[list[int]]:
         peak[0] = max(peak[0], now() - start)
         over.set()
         thread.join()
-
-
-@pytest.fixture
-def what_is_freed_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In ranks that a test starts; else glibc keeps freed pieces below 32 MiB, now more of them and now fewer."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
 
 
 class Layer(nn.Module):
@@ -236,7 +234,6 @@ def load_layers(path: Path, how: str) -> tuple[int, int, int]:
     return peak[0], shards, max(bucket.plan.layout.numel * 4 for bucket in sharding.buckets)
 
 
-@pytest.mark.usefixtures("what_is_freed_is_given_back")
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize("how", ["load_state_dict", "before sharding", "after sharding"])
 def test_each_rank_needs_its_shard_and_a_bucket_however_weights_are_loaded(
@@ -269,7 +266,6 @@ def load_large(folder: Path) -> tuple[int, int, int]:
     return peak[0], shards, max(bucket.plan.layout.numel * 4 for bucket in sharding.buckets)
 
 
-@pytest.mark.usefixtures("what_is_freed_is_given_back")
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_each_rank_needs_its_shard_and_a_bucket_for_a_model_of_transformers(ranks: Ranks, tmp_path: Path) -> None:
     hf = pytest.importorskip("transformers")

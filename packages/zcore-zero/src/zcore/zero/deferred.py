@@ -225,20 +225,18 @@ class Recording(TorchDispatchMode):
         """Move the call's generator on as if `func` had run, and return the state it had before."""
         state = _generator_of(kwargs).get_state()
 
-        def scratch(tensor: Tensor) -> Tensor:
-            if not tensor.is_meta:
-                return tensor
-            if is_filled:
-                return self._scratch_for(tensor)
-            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-
-        is_filled = func._schema.name.partition("::")[2] in OVERWRITES  # and not read, whatever it holds
-        args, kwargs = tree_map_only(Tensor, scratch, (args, kwargs))
+        name = func._schema.name.partition("::")[2]
+        reads_nothing = name in OVERWRITES or name.endswith("_like")
+        # Means and probabilities are refused out of range, and decide how many numbers some operations draw.
+        stand_in = self._scratch_for if reads_nothing else self.real
+        args, kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
         func(*args, **kwargs)
         return state
 
     def _scratch_for(self, tensor: Tensor) -> Tensor:
-        """Memory like `tensor`. The same for all: glibc would keep what each of them lets go."""
+        """Memory like `tensor`, if that has none. The same for all: glibc would keep what each of them lets go."""
+        if not self.owns(tensor):
+            return tensor
         if self._scratch is None or self._scratch.nbytes() < tensor.untyped_storage().nbytes():
             self._scratch = None
             self._scratch = torch.UntypedStorage(tensor.untyped_storage().nbytes())

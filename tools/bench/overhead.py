@@ -27,7 +27,6 @@ All but `growth` and counts are medians and quartiles. A target that is not reac
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -39,6 +38,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "docs" / "examples"), str(ROOT / "tools")]  # what gpu.worlds imports, and itself
 
+from command_line import told_command  # noqa: E402
 from gpu.worlds import SIMULATED_RANKS  # noqa: E402
 from overheads.measure import SWEEPS, measure_row, profile_step  # noqa: E402
 
@@ -87,9 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = {
         "schema": 1,
         "is_benchmark": not options.quick,
-        "command": shlex.join(
-            ["python", "tools/bench/overhead.py", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        "command": told_command("tools/bench/overhead.py", sys.argv[1:] if arguments is None else arguments),
         "started": started,
         "machine": find_machine(torch.device("cpu")),
         "versions": find_versions(),

@@ -31,7 +31,6 @@ The file:
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -45,6 +44,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "examples"))  # the model; ranks get this path
 
+from command_line import told_command  # noqa: E402
 from gpt import GPTConfig  # noqa: E402
 from steps.contenders import load as load_contender  # noqa: E402
 from steps.lineups import plan_lineups  # noqa: E402
@@ -87,9 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: Figures = {
         "schema": 2,
         "is_benchmark": not options.quick,
-        "command": shlex.join(
-            ["python", "tools/bench/zero_step.py", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        "command": told_command("tools/bench/zero_step.py", sys.argv[1:] if arguments is None else arguments),
         "started": started,
         "machine": find_machine(torch.device("cpu")),
         "versions": {**find_versions(), **({"deepspeed": version("deepspeed")} if find_spec("deepspeed") else {})},

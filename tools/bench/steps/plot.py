@@ -77,7 +77,7 @@ def _draw_sent(panel: Any, contenders: Mapping[str, Any]) -> None:
     panel.barh(list(contenders), values, color=_colours(contenders))
     over_sockets = [f"{each['loopback_bytes'] / MEBIBYTE:,.0f} MiB" for each in sent]
     _label(panel, over_sockets, values, [0.0] * len(values))
-    panel.set_xlabel("bytes given to collectives / of all parameters; right: over sockets", fontsize=8)
+    panel.set_xlabel("bytes in collectives / of parameters; right: over sockets", fontsize=8)
 
 
 def _label(panel: Any, texts: Sequence[str], values: Sequence[float], beyond: Sequence[float]) -> None:

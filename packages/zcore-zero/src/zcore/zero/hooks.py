@@ -179,13 +179,15 @@ class Conductor:
     def _site_post(self, site: Site) -> Callable[[nn.Module, object, object, object], object]:
         transient = tuple(bucket for bucket, _ in site.buckets if bucket.is_transient)
 
+        def is_trained() -> bool:
+            return any(param.is_trainable for bucket in transient for param in bucket.params)
+
         def leave(module: nn.Module, args: object, kwargs: object, result: object) -> object:
             self._end_saving(module)
             for bucket, _ in site.buckets:
                 self.gatherer.leave(bucket, self._pass)
             began = site.began.pop() if site.began else compat.sequence_number()  # else a hook before ours has raised
-            if transient and torch.is_grad_enabled():
-                is_trained = any(bucket.gradients is not None for bucket in transient)
+            if transient and torch.is_grad_enabled() and not any(_is_made(each, began) for each in _tensors_in(result)):
                 result = own_results((args, kwargs), result, is_trained=is_trained)
             if transient:
                 self._watch(transient, result, since=began)
@@ -233,7 +235,7 @@ class Conductor:
             self.gatherer.release_all_but(still_open)
 
         for tensor in _tensors_in(result):
-            if torch.is_grad_enabled() and tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= since:
+            if torch.is_grad_enabled() and _is_made(tensor, since):
                 tensor.register_hook(before_backward)
             escaped = bucket_of(tensor)
             if escaped is not None and escaped in buckets:  # a module that returns its weight, or a view of it
@@ -326,6 +328,11 @@ class Conductor:
             "The last backward did not finish, so all gradients of this step are incomplete and were dropped. Run the "
             "micro-batches of this step again."
         )
+
+
+def _is_made(tensor: Tensor, since: int) -> bool:
+    """Whether an operation after `since` made it, as autograd counts."""
+    return tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= since
 
 
 def _tensors_in(value: object) -> Iterator[Tensor]:

@@ -26,19 +26,19 @@ class _Passed(torch.autograd.Function):
         return grad, None
 
 
-def own_results(inputs: object, result: object, *, is_trained: bool) -> object:
+def own_results(inputs: object, result: object, *, is_trained: Callable[[], bool]) -> object:
     """`result` of a module, with copies in a graph if it holds nothing but `inputs`: no mask that goes along.
 
     is_trained: whether the module has parameters to train, so that its results have a graph on other ranks.
     """
     given = {id(each) for each in tree_leaves(inputs)}
     numbers = [each for each in tree_leaves(result) if isinstance(each, Tensor) and each.is_floating_point()]
-    if any(id(each) not in given for each in numbers):
+    if not numbers or any(id(each) not in given for each in numbers):
         return result
-    token = torch.empty(0, requires_grad=True)
+    token, has_graph = torch.empty(0, requires_grad=True), is_trained()
 
     def own(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or not (is_trained or tensor.requires_grad):
+        if not tensor.is_floating_point() or not (has_graph or tensor.requires_grad):
             return tensor
         passed: Callable[..., Tensor] = _Passed.apply
         return passed(tensor, token)

@@ -35,7 +35,7 @@ LOOKS = 20
 YIELDS = 2000
 # A yield that takes so long was somebody's turn. Whoever sleeps is woken soon, whoever yields again comes last again:
 # with eight processes a core 4 KiB took 6.0 ms, and 2.0 by naps, as long as gloo.
-TURN_S = 0.1e-3
+TURN_S = 1e-3
 NAP_S = 50e-6
 STEP_S = 0.5e-3  # between looks at what other groups need, in a wait that is not for them
 

@@ -18,7 +18,7 @@ SERVED = {
     "gradient_accumulation_steps": 4,
     "optimizer": {"type": "AdamW", "params": {"lr": 3e-5, "betas": [0.8, 0.999], "eps": 1e-8, "weight_decay": 3e-7}},
     "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 3e-5, "warmup_num_steps": 500}},
-    "bf16": {"enabled": True},
+    "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
     "gradient_clipping": 1.0,
     "steps_per_print": 10,
     "comms_logger": {

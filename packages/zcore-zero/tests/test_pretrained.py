@@ -1,7 +1,7 @@
 """`zero.load_pretrained`: weights of files go into a model of any kind, or nothing is changed and names are told."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +171,20 @@ def test_names_of_the_files_can_be_translated(tmp_path: Path) -> None:
         zero.load_pretrained(model, tmp_path, rename=lambda name: "same")
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """This process is the only rank, and none at all afterwards."""
+    zero.init_distributed()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
 def test_values_are_cast_to_the_dtypes_of_the_model(tmp_path: Path) -> None:
     save_file({name: value.double() / 3 for name, value in weights().items()}, tmp_path / "model.safetensors")
     with zero.Init():
         model = TinyModel().to(torch.bfloat16)
     zero.load_pretrained(model, tmp_path)
-    zero.init_distributed()
     zero.shard(model, build_mesh(dp=-1))
     found = zero.consolidated_state_dict(model)
     for name, value in weights().items():
@@ -184,6 +192,7 @@ def test_values_are_cast_to_the_dtypes_of_the_model(tmp_path: Path) -> None:
         assert torch.equal(found[name], (value.double() / 3).to(torch.bfloat16)), name
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("stored", [["embed.weight"], ["head.weight"], ["embed.weight", "head.weight"]])
 @pytest.mark.parametrize("is_deferred", [False, True])
 def test_a_tied_parameter_is_found_under_any_of_its_names(tmp_path: Path, stored: list[str], is_deferred: bool) -> None:
@@ -192,7 +201,6 @@ def test_a_tied_parameter_is_found_under_any_of_its_names(tmp_path: Path, stored
     with zero.Init(enabled=is_deferred):
         model = Tied()
     zero.load_pretrained(model, tmp_path)
-    zero.init_distributed()
     zero.shard(model, build_mesh(dp=-1))
     found = zero.consolidated_state_dict(model)
     assert torch.equal(found["embed.weight"], value)

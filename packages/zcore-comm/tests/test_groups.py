@@ -119,6 +119,31 @@ def test_who_waits_again_after_an_interrupt_is_refused_and_does_not_come_to_the_
     assert other in ("CollectiveError", "nothing was refused")  # as its part came before the end, or behind it
 
 
+def interrupt_a_read(numel):
+    """Rank 0 is interrupted between reading the others' data and telling that it has; and waits again."""
+    group = serve(dist.group.WORLD, name="dp")
+    pending = group.all_reduce(torch.ones(numel), label="grads")
+    board, tell = group._neighbours.board, group._neighbours.board.set_stage
+
+    def interrupted(index, stage):
+        board.set_stage = tell
+        raise KeyboardInterrupt
+
+    if group.rank == 1:
+        return [message_of(pending.wait)]
+    board.set_stage = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        pending.wait()
+    return [message_of(pending.wait) for _ in range(2)]
+
+
+@pytest.mark.parametrize("numel", [4, 100_000])
+def test_a_sum_that_was_interrupted_is_refused_on_every_rank(ranks, numel):
+    refused, (other,) = ranks(2, interrupt_a_read, numel, deadline_s=40)
+    assert all("all_reduce grads" in each and "was interrupted" in each for each in refused), refused
+    assert other.startswith("CollectiveError") and "rank 0 has given it up" in other, other
+
+
 def gather_more_than_there_is():
     group = serve(dist.group.WORLD, name="dp")
     told = []

@@ -35,7 +35,7 @@ from zcore.comm.progress import LOCK, Polled, is_reached_napping, note_closed, n
 from zcore.comm.ranks.journal import Journal
 from zcore.comm.sizes import check_exchange, check_process
 from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, derived_label
-from zcore.core.errors import StateError, ZcoreError
+from zcore.core.errors import CollectiveError, StateError, ZcoreError
 
 __all__ = ["HierarchicalCollectives", "plan_levels"]
 
@@ -242,6 +242,9 @@ class HierarchicalCollectives:
             self._advance()
         except Exception as error:  # noqa: BLE001 - raised by `wait_for`
             self._break(error)
+        except BaseException:  # a step may have begun in part
+            self._break(CollectiveError("The calls of this group were interrupted. Restart."))
+            raise
         finally:
             self._is_advancing = False
             LOCK.release()

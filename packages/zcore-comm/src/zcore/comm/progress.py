@@ -88,14 +88,13 @@ def is_reached_within(is_reached: Callable[[], bool], time_s: float) -> bool:
         if is_reached():
             return True
         advance_all()
-    now = time.monotonic()
-    end = now + time_s
+    end = time.monotonic() + time_s
     for _ in range(YIELDS):
-        before = now
+        before = time.monotonic()
         os.sched_yield()
+        now = time.monotonic()
         if is_reached():
             return True
-        now = time.monotonic()
         if now > end:
             return False
         advance_all()

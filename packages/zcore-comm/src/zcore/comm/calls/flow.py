@@ -70,12 +70,25 @@ class _Line:
 class _Call:
     """A call under a limit: held back (with `_request`), then in flight until somebody has waited for it."""
 
-    __slots__ = ("_flow", "_pending", "_request", "error", "in_flight_bytes", "line", "num_bytes", "priority", "thread")
+    __slots__ = (
+        "_flow",
+        "_pending",
+        "_request",
+        "error",
+        "in_flight_bytes",
+        "is_on_cpu",
+        "line",
+        "num_bytes",
+        "priority",
+        "thread",
+    )
 
     def __init__(self, flow: "Flow", line: _Line, request: Request | Together) -> None:
         self._flow = flow
         self.line = line
         self.thread = threading.get_ident()  # that made it
+        part = request.parts[0] if isinstance(request, Together) else request
+        self.is_on_cpu = part.output.device.type == "cpu"
         self.num_bytes = request.payload_bytes
         self.priority = request.priority
         self.in_flight_bytes = 0
@@ -107,7 +120,7 @@ class _Call:
 
     def wait(self) -> None:
         """See `Pending.wait`; starts everything that the limit holds back."""
-        self._flow.start_all()
+        self._flow.start_all(aside=True)
         self.begin()  # another thread may have chosen it, and be about to start it
         self._flow.count_out(self)
         if self._pending is not None and self.error is None:
@@ -165,15 +178,18 @@ class Flow:
         line = _Line(starter_of(group))
         return DeferrableCollectives(group, start=partial(self._take, line), flush=partial(self._flush, line))
 
-    def start_all(self) -> None:
-        """Start everything that is held back. To be called before ranks wait for each other by other means."""
+    def start_all(self, *, aside: bool = False) -> None:
+        """Start everything that is held back. To be called before ranks wait for each other by other means.
+
+        aside: other threads' calls are started by a thread of their own, and perhaps later than this returns.
+        """
         with self._lock:
             chosen = self._choose(None)
-        _begin(chosen)
+        _begin(chosen, aside=aside)
 
     def _flush(self, line: _Line) -> None:
         """Start what is held back, and what another thread has chosen of this group and is about to start."""
-        self.start_all()
+        self.start_all(aside=True)
         line.begin_all()
 
     def count_out(self, call: _Call) -> None:
@@ -187,7 +203,11 @@ class Flow:
         with self._lock:
             self._held.append(call)
             chosen = self._choose(self._limit_bytes)
-        _begin(chosen)
+        try:
+            _begin(chosen, aside=True)
+        except BaseException:  # of an interrupt: nobody gets the call, so nobody would count it out
+            self.count_out(call)
+            raise
         if call.error is not None:
             raise call.error
         return call
@@ -208,16 +228,19 @@ class Flow:
         return chosen
 
 
-def _begin(chosen: Sequence[_Call]) -> None:
-    """Start this thread's own calls, and have a thread of their own start those of others.
+def _begin(chosen: Sequence[_Call], *, aside: bool = False) -> None:
+    """Start this thread's own calls, and then those of others, or at the same time and `aside`.
 
-    Starting one may wait for other ranks, whose threads may wait for a call of this one's.
+    Starting one may wait for other ranks, whose threads may wait for a call of this one's. Not aside on accelerators:
+    a call is ordered behind the current stream of the thread that starts it.
     """
-    own = [call for call in chosen if call.thread == threading.get_ident()]
-    others = [call for call in chosen if call.thread != threading.get_ident()]
-    if others:
+    here = threading.get_ident()
+    own = [call for call in chosen if call.thread == here]
+    others = [call for call in chosen if call.thread != here]
+    if others and aside and all(call.is_on_cpu for call in others):
         threading.Thread(target=_begin_each, args=(others,), name="zcore starts", daemon=True).start()
-    _begin_each(own)
+        others = []
+    _begin_each([*own, *others])
 
 
 def _begin_each(calls: Sequence[_Call]) -> None:

@@ -29,7 +29,7 @@ from zcore.comm.progress import LOCK, Polled, Stepping, note_closed, note_open
 from zcore.comm.sizes import check_exchange, check_process
 from zcore.core import compat
 from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, tree_sum
-from zcore.core.errors import ZcoreError
+from zcore.core.errors import CollectiveError, ZcoreError
 from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["SharedMemoryCollectives"]
@@ -343,7 +343,7 @@ class SharedMemoryCollectives:
             with LOCK:
                 self._fail(this, error)
         if this.error is not None:
-            self._untold.discard(index)
+            self._untold = {each for each in self._untold if each > index}
             raise this.error
 
     def is_done(self, this: _Open) -> bool:
@@ -378,6 +378,9 @@ class SharedMemoryCollectives:
                 self._neighbours.check_nobody(lambda board: board.stage_of(index) == FAILED, what=str(this.call))
         except Exception as error:  # noqa: BLE001 - raised by `wait_for`
             self._fail(this, error)
+        except BaseException:  # read in part, which nobody may take for the whole
+            self._fail(this, CollectiveError(f"{this.call} was interrupted, and its result is undefined. Restart."))
+            raise
         if this.read_halves is None:
             self._close(this)
         return True

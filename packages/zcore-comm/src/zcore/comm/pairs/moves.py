@@ -85,9 +85,9 @@ class Pairs(Peers):
         gloo does that when a wait gives up, and offers no other way. A wait that ends sooner, as that rank closes its
         own connections meanwhile, leaves those to the others open.
         """
-        for other in self.others:
+        own = self.members[self.rank]
+        for source in (each for each in range(dist.get_world_size(self.group)) if each != own):
             with contextlib.suppress(RuntimeError):  # of the wait that gives up, or because this one is closed already
-                source = self.members[other]
                 never = dist.irecv(torch.empty(1, device="cpu"), group=self.group, group_src=source, tag=NEVER)
                 assert never is not None
                 never.wait(timedelta(milliseconds=1))

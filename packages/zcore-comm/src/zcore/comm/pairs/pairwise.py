@@ -9,7 +9,8 @@ call which ranks made differently none completes: they wait, and it is found.
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -228,8 +229,8 @@ class PairwiseCollectives:
         if has_steps():
             self.hand_over(task)
         if self._take_direct(task):
-            with self._journal.looking_after(call, self._worker.abort) as wait:
-                self._run(task, call)
+            with self._ending_if_interrupted(call), self._journal.looking_after(call, self._worker.abort) as wait:
+                task.run()
             if wait.trouble is not None:
                 self._break(self._journal.give_up(wait.trouble))
                 raise wait.trouble
@@ -242,10 +243,11 @@ class PairwiseCollectives:
         if task.error is not None:
             raise self._broken_by(call, task.error) from task.error
 
-    def _run(self, task: Task, call: Call) -> None:
-        """Do it here. An interrupt ends the group: what was received by then is not received again."""
+    @contextmanager
+    def _ending_if_interrupted(self, call: Call) -> Iterator[None]:
+        """An interrupt inside ends the group: what was received by then is not received again."""
         try:
-            task.run()
+            yield
         except BaseException:  # of an error the task itself takes note
             words = f"{call} was interrupted while it was waited for, and its result is undefined. Restart."
             self._break(self._journal.give_up(CollectiveError(words)))
@@ -264,11 +266,12 @@ class PairwiseCollectives:
         """A connection broke: whoever ended it says why, or is seen to have ended, a moment later."""
         if "Timed out" in str(error):  # gloo's words for its own wait
             return self._journal.failure(call, has_passed(self._journal.deadline_s))
-        began_s, counts = time.monotonic(), self._journal.counts_elsewhere()
+        began_s, counts = time.monotonic(), None
         while True:
             trouble = self._journal.find_trouble(call, is_lost=True)
             if trouble is not None:
                 return trouble
+            counts = counts or self._journal.counts_elsewhere()
             silent, waited_s = self._journal.silent_since(counts), time.monotonic() - began_s
             if waited_s > (self._journal.silence_s if silent else CLOSING_S):
                 return self._journal.failure(call, "a connection was lost", silent=silent)

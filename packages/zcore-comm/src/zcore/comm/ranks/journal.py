@@ -250,12 +250,15 @@ class Journal:
 
     def counts_elsewhere(self) -> dict[int, int]:
         """The number of the newest card of each rank whose process cannot be seen from here."""
-        return {rank: self._count_of(rank) for rank, home in enumerate(self.homes) if not home.is_here}
+        told = self._read()
+        return {rank: _count_in(told, home) for rank, home in enumerate(self.homes) if not home.is_here}
 
     def silent_since(self, counts: Mapping[int, int]) -> Set[int]:
         """Ranks that have no newer card than in `counts`; none where nobody can know."""
-        silent = {rank for rank, count in counts.items() if self._count_of(rank) == count}
-        return silent if self._cards.answers else frozenset()
+        told = self._read()
+        if not self._cards.answers:
+            return frozenset()
+        return {rank for rank, count in counts.items() if _count_in(told, self.homes[rank]) == count}
 
     def line_of(self, rank: int) -> str:
         """In which line of its program a rank was when it last left word."""
@@ -337,8 +340,7 @@ class Journal:
             time.sleep(LOOK_S)
 
     def _count_of(self, rank: int) -> int:
-        told = self._read().get(self.homes[rank].life)
-        return -1 if told is None else told.count
+        return _count_in(self._read(), self.homes[rank])
 
     def _here(self) -> str:
         return f"rank {self.homes[self.rank].global_rank}, {program_line() or 'in no line of the program'}"
@@ -403,3 +405,9 @@ class Journal:
         return RELAYED.get(kind, CollectiveError)(
             " ".join([words, *([f"Seen from rank {self.homes[self.rank].global_rank}:", *seen] if seen else [])])
         )
+
+
+def _count_in(told: Mapping[int, Told], home: Home) -> int:
+    """The number of the newest card of the process at `home`; -1 before the first."""
+    card = told.get(home.life)
+    return -1 if card is None else card.count

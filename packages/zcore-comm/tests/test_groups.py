@@ -138,10 +138,11 @@ def interrupt_a_read(numel):
 
 
 @pytest.mark.parametrize("numel", [4, 100_000])
-def test_a_sum_that_was_interrupted_is_refused_on_every_rank(ranks, numel):
+def test_a_sum_that_was_interrupted_is_refused_wherever_it_may_be_wrong(ranks, numel):
     refused, (other,) = ranks(2, interrupt_a_read, numel, deadline_s=40)
     assert all("all_reduce grads" in each and "was interrupted" in each for each in refused), refused
-    assert other.startswith("CollectiveError") and "rank 0 has given it up" in other, other
+    is_given_up = other.startswith("CollectiveError") and "rank 0 has given it up" in other
+    assert is_given_up or (numel == 4 and other == "nothing was refused"), other  # of few each rank adds all itself
 
 
 def gather_more_than_there_is():

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from parity import relative
-from tiny_models import refusal
+from tiny_models import Product, refusal
 from torch import Tensor, nn
 
 from zcore import zero
@@ -14,18 +14,6 @@ from zcore.core.mesh import build_mesh
 
 Ranks = Callable[..., Any]
 OPTIONS = zero.ShardingOptions(small_numel=0)
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.t() @ x
 
 
 class User(nn.Module):

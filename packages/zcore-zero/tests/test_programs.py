@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parity import relative
+from tiny_models import Product
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -66,18 +67,6 @@ class Parametrized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(self.normed(x))
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.t() @ x
 
 
 class Borrowing(nn.Module):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tiny_models import Product
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -72,18 +73,6 @@ class PrefixThroughFrozen(Layer):
 class OwnWeightReturned(Layer):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x), self.scale[:2]
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.t() @ x
 
 
 class Borrowing(Layer):

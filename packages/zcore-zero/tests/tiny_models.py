@@ -46,6 +46,20 @@ class TinyModel(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten())
 
 
+class Product(torch.autograd.Function):
+    """A product whose weight autograd is given by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ x
+
+
 def settings(zero_stage: int = 3, **changes: Any) -> dict[str, Any]:
     """A config under which the blocks of a TinyModel are really gathered; a change of None leaves the key out."""
     config = {

@@ -154,7 +154,7 @@ class _Registrations:
         self._handles: tuple[RemovableHandle, ...] = ()
 
     def watch(self) -> None:
-        """Count from now on. The hooks stay: they cost a tenth of a microsecond for each registration."""
+        """Count from now on; the hooks stay."""
         if not self._handles:
             self._handles = (
                 register_module_module_registration_hook(self._note),

@@ -43,6 +43,7 @@ class RecordedSteps:
     def forget(self) -> None:
         """The step under way is none."""
         self._recorder = None
+        self._sharding.explain_to(None)
 
     def last(self) -> Timeline:
         """Of the last step that was recorded. Raises StateError if none was."""

@@ -6,6 +6,7 @@ bf16 has 8 bits: rounded to the nearest, a step smaller than 1/512 of a weight i
 as it lies near, it is kept on average (arXiv 1502.02551, section 3; for bf16 weights arXiv 2010.06192).
 """
 
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def noise_for(bucket: Bucket, *, step: int, column: int) -> Tensor:
     noise = torch.empty(master.numel(), dtype=torch.int32, device=master.device)
     generator = torch.Generator(master.device)
     for index, part in zip(bucket.owned, noise.split(max(size, 1)), strict=False):
-        generator.manual_seed(_seed(step, bucket.index, column, index))
+        generator.manual_seed(zlib.crc32(repr((step, bucket.index, column, index)).encode()))
         part.random_(0, 1 << DROPPED_BITS, generator=generator)
     return noise
 
@@ -144,14 +145,3 @@ def _set(param: ShardedParameter, data: Tensor, grad: Tensor | None) -> None:
         param.grad = None  # first: a gradient has its parameter's dtype
         param.data = data
         param.grad = grad
-
-
-def _seed(*numbers: int) -> int:
-    """A seed of their own for different numbers (the mixing step of SplitMix64 after each)."""
-    seed = 0
-    for number in numbers:
-        seed = (seed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        seed = ((seed ^ seed >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        seed = ((seed ^ seed >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        seed ^= seed >> 31
-    return seed & 0x7FFFFFFFFFFFFFFF

@@ -155,6 +155,6 @@ def refusal(act: Callable[[], object]) -> str:
 
 
 def is_paragraph(message: str) -> bool:
-    """One block of text of at most a dozen lines that ends as a sentence does."""
+    """One block of text of at most a dozen lines of 100 letters that ends as a sentence does."""
     text = message.strip()
-    return "\n" not in text and 40 <= len(text) <= 900 and text[-1] in ".)?"
+    return "\n" not in text and 40 <= len(text) <= 1200 and text[-1] in ".)?"

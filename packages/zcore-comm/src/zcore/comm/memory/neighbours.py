@@ -15,7 +15,7 @@ from zcore.comm.progress import advance_all, is_reached_within
 from zcore.comm.ranks.journal import Journal
 from zcore.comm.ranks.meeting import Introduction
 from zcore.comm.ranks.patience import Patience
-from zcore.comm.ranks.words import AFTER_FAILURE, about_missing, failed, has_passed
+from zcore.comm.ranks.words import AFTER_FAILURE, Missing, about_missing, failed, has_passed
 from zcore.core.errors import CollectiveError, ZcoreError
 
 __all__ = ["Neighbours", "open_neighbours"]
@@ -135,16 +135,17 @@ class Neighbours:
         return self._journal.give_up(failed(what, reason, self._describe(missing), label=label))
 
     def _describe(self, missing: list[tuple[int, Board]]) -> str:
-        lines = []
+        absent: list[Missing] = []
         for rank, board in missing:
             home = self._homes[rank]
             last = "it made no call"
             if board.started:
                 last = f"its last call was {board.entry(board.started - 1)} (call {board.started - 1})"
-            lines.append(f"rank {home.global_rank} ({home.state()}), {last}; last seen {self._journal.line_of(rank)}")
+            did = f"{last}; last seen {self._journal.line_of(rank)}"
+            absent.append(Missing(home.global_rank, home.state(), did))
         waiting = {rank for rank, _ in missing} | {self.rank}
         arrived = [home.global_rank for rank, home in enumerate(self._homes) if rank not in waiting]
-        return about_missing(lines, arrived)
+        return about_missing(absent, arrived)
 
 
 def open_neighbours(shown: Sequence[Introduction], *, rank: int, board: int, journal: Journal) -> Neighbours | None:

@@ -19,6 +19,7 @@ from zcore.comm.ranks.home import Home
 from zcore.comm.ranks.patience import Patience
 from zcore.comm.ranks.words import (
     AFTER_FAILURE,
+    Missing,
     about_missing,
     differed_before,
     differs,
@@ -366,7 +367,7 @@ class Journal:
 
     def _whom_it_lacks(self, call: Call, told: Mapping[int, Told], *, silent: Set[int] = frozenset()) -> str:
         """In words: which ranks have not arrived, what they did last, and which have."""
-        missing: list[str] = []
+        missing: list[Missing] = []
         arrived: list[int] = []
         for rank, home in enumerate(self.homes):
             if rank == self.rank:
@@ -376,12 +377,12 @@ class Journal:
             has_moved = False if rank in silent else card.has_moved if card is not None else None
             state = home.state(has_moved=has_moved)
             if card is None or there is None:
-                missing.append(f"rank {home.global_rank} ({state}), it has told nothing of this group")
+                missing.append(Missing(home.global_rank, state, "it has told nothing of this group"))
             elif there.started > call.index and not (has_moved is False or home.has_ended() or home.is_stopped()):
                 arrived.append(home.global_rank)
             else:
                 last = f"its last call was {there.calls[-1].words}" if there.calls else "it had told of no call"
-                missing.append(f"rank {home.global_rank} ({state}), {last}; last seen {card.line}")
+                missing.append(Missing(home.global_rank, state, f"{last}; last seen {card.line}"))
         words = about_missing(missing, arrived)
         if not self._cards.answers:
             words += " The store in which ranks leave word does not answer; rank 0, or the launcher, holds it."

@@ -1,11 +1,23 @@
 """What a user reads of calls that do not complete, whoever has found out: one form for all groups."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 from zcore.core.collectives import contents_of
 from zcore.core.errors import CollectiveError, MismatchError
 
-__all__ = ["AFTER_FAILURE", "ALIKE", "about_missing", "differed_before", "differs", "failed", "has_left", "has_passed"]
+__all__ = [
+    "AFTER_FAILURE",
+    "ALIKE",
+    "Missing",
+    "about_missing",
+    "differed_before",
+    "differs",
+    "failed",
+    "has_left",
+    "has_passed",
+]
 
 ALIKE = (
     "Every rank makes the same calls, of the same sizes and labels, in the same order: look for a branch that ranks "
@@ -14,6 +26,15 @@ ALIKE = (
 TIMEOUT = "the timeout of"
 LEFT = "has raised, was killed, or left"
 AFTER_FAILURE = "mend it, and restart all ranks from the last checkpoint."
+MOST_SHOWN = 8  # of ranks that did the same, by process; of the others the numbers are enough
+
+
+class Missing(NamedTuple):
+    """A rank that keeps another waiting."""
+
+    global_rank: int
+    state: str  # of its process
+    did: str  # what it did last
 
 
 def failed(what: str, reason: str, missing: str, *, label: str) -> CollectiveError:
@@ -26,9 +47,28 @@ def failed(what: str, reason: str, missing: str, *, label: str) -> CollectiveErr
     return CollectiveError(f"{what} did not complete: {reason}. {missing}{contents_of(label)} {advice}")
 
 
-def about_missing(missing: Sequence[str], arrived: Sequence[int]) -> str:
-    """Who keeps this rank waiting, a phrase for each, and the global ranks that do not."""
-    return f"Missing: {'; '.join(missing) or 'none'}. Arrived: {', '.join([*map(str, arrived), 'this one'])}."
+def about_missing(missing: Sequence[Missing], arrived: Sequence[int]) -> str:
+    """Who keeps this rank waiting and what they did last, said once for all that did the same, and who does not."""
+    alike: dict[str, list[Missing]] = {}
+    for each in missing:
+        alike.setdefault(each.did, []).append(each)
+    phrases = [_about_alike(did, ranks) for did, ranks in alike.items()]
+    here = f"{_numbers(arrived)}, this one" if arrived else "this one"
+    return f"Missing: {'; '.join(phrases) or 'none'}. Arrived: {here}."
+
+
+def _about_alike(did: str, ranks: Sequence[Missing]) -> str:
+    shown = [f"rank {each.global_rank} ({each.state})" for each in ranks[:MOST_SHOWN]]
+    if len(ranks) > MOST_SHOWN:
+        shown.append(f"ranks {_numbers(each.global_rank for each in ranks[MOST_SHOWN:])}")
+    first, *others = shown
+    return f"{first}, {did}{', and so did ' if others else ''}{', '.join(others)}"
+
+
+def _numbers(ranks: Iterable[int]) -> str:
+    """Such as "0, 1, 4 to 60, 62"."""
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(sorted(ranks)), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def differs(index: int, *, mine: str, here: str, theirs: str, there: str) -> MismatchError:

@@ -2,7 +2,6 @@
 
 import gc
 import re
-import threading
 import weakref
 from functools import partial
 
@@ -12,12 +11,11 @@ import torch.distributed as dist
 from hosts import message_of, move_to_hosts_of
 
 import zcore.comm
-from zcore.comm.calls.flat import Work
 from zcore.comm.calls.served import current_device
 from zcore.comm.memory.pages import own_pages
 from zcore.core import compat
 from zcore.core.collectives import tree_sum
-from zcore.core.errors import CollectiveError, ConfigError, LayoutError, StateError
+from zcore.core.errors import ConfigError, LayoutError, StateError
 from zcore.core.torch_collectives import TorchCollectives
 
 NUMELS = [0, 1, 7, 123, 20_001]
@@ -349,68 +347,6 @@ def test_a_size_may_be_of_any_type_that_counts(ranks):
 def test_a_device_without_a_number_is_the_current_one_of_its_type(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert [current_device("cuda"), current_device("cpu")] == [torch.device("cuda", 3), torch.device("cpu")]
-
-
-class Sum:
-    def wait(self):
-        """It is there."""
-
-
-def test_threads_that_wait_for_one_mean_all_return_when_it_is_divided():
-    is_at_it, may_end, found = threading.Event(), threading.Event(), []
-    divided = []
-
-    def divide():
-        is_at_it.set()
-        assert may_end.wait(10)
-        divided.append(True)
-
-    work = Work(Sum(), divide)
-    threads = [threading.Thread(target=lambda: found.append(work.wait() and list(divided))) for _ in range(2)]
-    threads[0].start()
-    assert is_at_it.wait(10)
-    threads[1].start()
-    threads[1].join(0.1)  # it is not to return
-    may_end.set()
-    for thread in threads:
-        thread.join()
-    assert found == [[True]] * 2
-
-
-@pytest.mark.parametrize("failure", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_threads_that_wait_for_one_mean_all_meet_what_ended_its_division_which_is_not_tried_again(failure):
-    is_at_it, may_end, found, divided = threading.Event(), threading.Event(), [], []
-
-    def divide():
-        divided.append(True)
-        is_at_it.set()
-        assert may_end.wait(10)
-        raise failure
-
-    def wait():
-        try:
-            found.append(work.wait())
-        except (RuntimeError, KeyboardInterrupt) as error:
-            found.append(error)
-
-    work = Work(Sum(), divide)
-    threads = [threading.Thread(target=wait) for _ in range(3)]
-    threads[0].start()
-    assert is_at_it.wait(10)
-    for thread in threads[1:]:
-        thread.start()
-    may_end.set()
-    for thread in threads:
-        thread.join()
-    wait()  # afterwards, too
-    assert divided == [True]  # a second division would make another number of what the first one has divided
-    first, *others = found
-    assert first is failure
-    if isinstance(failure, RuntimeError):
-        assert all(each is failure for each in others), found
-    else:
-        assert all(isinstance(each, CollectiveError) and each.__cause__ is failure for each in others), found
-        assert "was interrupted" in str(others[0])
 
 
 def refuse():

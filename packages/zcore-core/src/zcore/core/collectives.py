@@ -142,8 +142,8 @@ class Traffic:
 class Pending(Protocol):
     """A collective on its way."""
 
-    def wait(self) -> None:
-        """Return when the result is there (on CUDA: when the current stream is ordered behind it).
+    def wait(self) -> object:
+        """Return when the result is there (on CUDA: when the current stream is ordered behind it); nothing of meaning.
 
         Raises CollectiveError if a rank died or left. Waiting twice is allowed.
         """

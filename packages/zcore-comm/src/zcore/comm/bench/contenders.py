@@ -67,7 +67,7 @@ class _Calls(Protocol):
 class Case:
     """One op of one contender on buffers of one size."""
 
-    run: Callable[[], None]
+    run: Callable[[], object]
     is_right: Callable[[], bool]  # of one run on known values: whether this rank's result is; every rank calls it
 
 
@@ -153,7 +153,7 @@ def _set_apart(host: str | None) -> Iterator[None]:
             os.environ["ZCORE_COMM_HOST"] = before
 
 
-def _barrier_by_sum(group: Collectives, device: torch.device) -> Callable[[], None]:
+def _barrier_by_sum(group: Collectives, device: torch.device) -> Callable[[], object]:
     """A barrier as `zcore.comm.barrier` makes one."""
     token = torch.zeros(1, device=device)
     return lambda: group.all_reduce(token, label="barrier").wait()
@@ -329,7 +329,7 @@ class _Copies:
         return Case(lambda: _discard(target.copy_(source)), lambda: True)
 
 
-def _checked(run: Callable[[], None], fill: Callable[[], object], holds: Callable[[], bool]) -> Case:
+def _checked(run: Callable[[], object], fill: Callable[[], object], holds: Callable[[], bool]) -> Case:
     """A case whose check fills the tensors anew: others may have used them."""
 
     def is_right() -> bool:

@@ -44,7 +44,7 @@ class Spread:
 
 
 def time_in_turns(
-    runs: Mapping[str, Callable[[], None]],
+    runs: Mapping[str, Callable[[], object]],
     *,
     group: dist.ProcessGroup,
     device: torch.device,
@@ -75,7 +75,7 @@ def time_in_turns(
     return {name: times_s[at].tolist() for at, name in enumerate(names)}
 
 
-def _choose_repeats(run: Callable[[], None], slice_s: float, group: dist.ProcessGroup, device: torch.device) -> int:
+def _choose_repeats(run: Callable[[], object], slice_s: float, group: dist.ProcessGroup, device: torch.device) -> int:
     """How often `run` fits into a slice, the same on every rank. Tells what the ranks' meeting takes from the call."""
     run()
     repeats = 1
@@ -86,7 +86,7 @@ def _choose_repeats(run: Callable[[], None], slice_s: float, group: dist.Process
         repeats *= 8
 
 
-def _timed_s(run: Callable[[], None], repeats: int, group: dist.ProcessGroup, device: torch.device) -> float:
+def _timed_s(run: Callable[[], object], repeats: int, group: dist.ProcessGroup, device: torch.device) -> float:
     dist.barrier(group)
     _finish(device)
     began_s = time.perf_counter()

@@ -27,7 +27,7 @@ class Wire:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setblocking(False)
 
-    def prepare(self, num_bytes: int, *, is_one_way: bool) -> Callable[[], None]:
+    def prepare(self, num_bytes: int, *, is_one_way: bool) -> Callable[[], object]:
         """What carries `num_bytes` in each direction, or from rank 0 only."""
         sent = bytearray(b"\1" * (0 if is_one_way and self._rank else num_bytes))  # not zeros: those have no pages
         received = bytearray(b"\1" * (0 if is_one_way and not self._rank else num_bytes))

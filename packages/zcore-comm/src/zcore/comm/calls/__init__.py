@@ -6,5 +6,6 @@ ddp        a communication hook for DistributedDataParallel
 requests   calls that have not started yet
 blocks     coalescing: calls that wait for the end of a block
 joins      which of these make one call, and in which order           pure
+work       a call on its way, and what is done once with what it brings
 flow       a limit on bytes in flight, over all groups
 """

@@ -12,11 +12,11 @@ as one, as NCCL does, each stays where it lies. Nothing starts before the end of
 nobody may wait inside it, and no call of a block may need what another one brings. joins.py decides who joins whom.
 """
 
-import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum, auto
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,9 @@ from zcore.comm.calls.requests import (
     starter_of,
 )
 from zcore.comm.calls.served import collectives_of
+from zcore.comm.calls.work import Work
 from zcore.core.collectives import Collectives, Pending
-from zcore.core.errors import LayoutError, StateError, ZcoreError
+from zcore.core.errors import LayoutError, StateError
 
 __all__ = ["BUDGET_BYTES", "Block", "coalescing", "open_block"]
 
@@ -112,7 +113,8 @@ class Block:
         if isinstance(self._group, StartsTogether) and self._group.starts_together(requests[0].op):
             return self._start(Together(tuple(requests)))
         joined = _pack(requests, self._group)
-        return _Joined(self._start(joined), requests, joined, self._group.size)
+        unpack = partial(_unpack, joined, requests, self._group.size)
+        return Work(self._start(joined), unpack, on_stream=joined.output.is_cuda)
 
 
 class _Member:
@@ -150,34 +152,6 @@ class _All:
         """See `Pending.wait`."""
         for each in self._pending:
             each.wait()
-
-
-class _Joined:
-    """Several calls that went out as one. Whoever waits first puts everybody's results in place."""
-
-    __slots__ = ("_failure", "_joined", "_lock", "_pending", "_requests", "_size")
-
-    def __init__(self, pending: Pending, requests: Sequence[Request], joined: Request, size: int) -> None:
-        self._pending = pending
-        self._requests = requests
-        self._joined: Request | None = joined
-        self._size = size
-        self._failure: ZcoreError | None = None
-        self._lock = threading.RLock()  # calls of one block may be waited for by several threads
-
-    def wait(self) -> None:
-        """See `Pending.wait`. What the first to wait was refused, the others are, too."""
-        with self._lock:
-            if self._failure is not None:
-                raise self._failure
-            try:
-                self._pending.wait()
-            except ZcoreError as error:
-                self._failure = error
-                raise
-            if self._joined is not None:
-                _unpack(self._joined, self._requests, self._size)
-                self._joined, self._requests = None, ()  # only now: whoever waits after a failure is to meet it, too
 
 
 _open: ContextVar[Mapping[Collectives, Block]] = ContextVar("zcore.comm.calls.blocks", default={})  # noqa: B039 - not mutated
@@ -256,6 +230,8 @@ def _unpack(joined: Request, requests: Sequence[Request], size: int) -> None:
     slots = size if output_by_rank else 1
     parts, widths = _columns([each.output for each in requests], slots)
     torch.split_with_sizes_copy(_bytes(joined.output).view(slots, -1), widths, dim=1, out=parts)
+    if joined.output.is_cuda:  # it goes back to the stream on which it was born, which may be another one
+        joined.output.record_stream(torch.cuda.current_stream())
 
 
 def _columns(tensors: Sequence[torch.Tensor], slots: int) -> tuple[list[torch.Tensor], list[int]]:

@@ -13,7 +13,6 @@ anything is sent. What moves the data is chosen for each group at its first use 
 """
 
 import operator
-import threading
 from collections.abc import Callable, Sequence
 from typing import SupportsIndex
 
@@ -24,55 +23,13 @@ from torch import Tensor
 from zcore.comm.calls.blocks import Block, open_block
 from zcore.comm.calls.requests import DeferrableCollectives
 from zcore.comm.calls.served import Served, current_device, served_of
+from zcore.comm.calls.work import Work
 from zcore.core.collectives import Pending, derived_label
-from zcore.core.errors import CollectiveError, ConfigError, LayoutError, StateError
+from zcore.core.errors import ConfigError, LayoutError, StateError
 
-__all__ = ["Work", "all_gather", "all_reduce", "all_to_all", "barrier", "broadcast", "empty", "reduce_scatter"]
+__all__ = ["all_gather", "all_reduce", "all_to_all", "barrier", "broadcast", "empty", "reduce_scatter"]
 
 UNNAMED = "unnamed"
-
-
-class Work:
-    """A collective on its way, as `torch.distributed.Work` to whoever waits for it."""
-
-    __slots__ = ("_failure", "_finish", "_lock", "_pending")
-
-    def __init__(self, pending: Pending, finish: Callable[[], object] | None) -> None:
-        self._pending = pending
-        self._finish = finish
-        self._failure: Exception | None = None  # that ended `finish`, to be raised by every wait
-        self._lock = threading.RLock()  # of several threads that wait none returns before the result is there
-
-    def wait(self) -> bool:
-        """Return True when the result is there (on CUDA: when the current stream is ordered behind it).
-
-        Until then nobody reads or writes the tensors. Every rank waits for every call. Waiting twice is allowed. Raises
-        CollectiveError if a rank died, left, or did not come before the group's timeout; MismatchError where ranks
-        made different calls and that can be seen; StateError inside the block of `coalescing` that collects the call.
-        """
-        with self._lock:
-            if self._failure is not None:
-                raise self._failure
-            self._pending.wait()
-            if self._finish is not None:
-                self._finish_once(self._finish)
-        return True
-
-    def _finish_once(self, finish: Callable[[], object]) -> None:
-        """A mean that is divided in place is not divided again, however far the first division came."""
-        try:
-            finish()
-            self._finish = None
-        except Exception as error:
-            self._failure = error
-            raise
-        except BaseException as error:  # an interrupt, perhaps of a division that is done
-            self._failure = CollectiveError(
-                "This wait was interrupted when what was received was turned into the result, which is undefined. "
-                "Restart."
-            )
-            self._failure.__cause__ = error
-            raise
 
 
 def empty(
@@ -162,7 +119,8 @@ def reduce_scatter(
     flat_output, flat_input = call.flat("output", output), call.flat("input", input)
     call.check_pair(flat_output, flat_input, whole=flat_input, part=flat_output)
     divide, label = call.reduction(op, flat_output, label)
-    return call.finish(call.group.reduce_scatter(flat_output, flat_input, label=label, priority=priority), divide)
+    pending = call.group.reduce_scatter(flat_output, flat_input, label=label, priority=priority)
+    return call.finish(pending, divide, on_stream=flat_output.is_cuda)
 
 
 def all_reduce(
@@ -181,7 +139,8 @@ def all_reduce(
     call = _Call("all_reduce", group, async_op, label, priority)
     flat = call.flat("tensor", tensor)
     divide, label = call.reduction(op, flat, label)
-    return call.finish(call.group.all_reduce(flat, label=label, priority=priority), divide)
+    pending = call.group.all_reduce(flat, label=label, priority=priority)
+    return call.finish(pending, divide, on_stream=flat.is_cuda)
 
 
 def all_to_all(  # noqa: PLR0917 - torch's order
@@ -269,9 +228,11 @@ class _Call:
     def __str__(self) -> str:
         return f"{self._op} of {self.served.name}"
 
-    def finish(self, pending: Pending, act: Callable[[], object] | None = None) -> Work | None:
-        """What the function returns; `act` follows the call once somebody waits for it."""
-        work = Work(pending, act)
+    def finish(
+        self, pending: Pending, act: Callable[[], object] | None = None, *, on_stream: bool = False
+    ) -> Work | None:
+        """What the function returns; `act` follows the call once somebody waits for it, perhaps on a stream of CUDA."""
+        work = Work(pending, act, on_stream=on_stream)
         if self._async_op:
             return work
         if self.block is None:

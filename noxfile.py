@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent
 WHEELS = ("zcore-core", "zcore-comm", "zcore-zero", "zcore-pipe", "zcore-offload", "zcore-infer", "zcore-kernels")
 # The extras that a wheel's own tests use, and those that docs/examples use.
 TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[bench,cli]"}
-TESTED_WITH = {"zcore-comm": ("torchx[kubernetes]",)}  # what docs name and no extra holds
+TESTED_WITH = {"zcore-comm": ("torchx[kubernetes]",), "zcore-zero": ("torchao",)}  # what docs name, no extra holds
+LEFT_TO_TESTS = {"zcore-zero": ("-m", "not thorough")}  # what `tests` runs, and need not be run again without the rest
 COMMAND_EXTRAS = {"zcore-core": "[cli]", "zcore-comm": "[cli]"}  # what the commands of `zcore` need
 EXAMPLE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[examples]"}
 FINETUNE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[finetune]"}
@@ -108,7 +109,7 @@ def wheels(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run every test of the tree in one environment; arguments after -- go to pytest."""
-    install_editable(session, "pytest", "hypothesis", "transformers", "peft")
+    install_editable(session, "pytest", "hypothesis", "transformers", "peft", "bitsandbytes")
     session.run("pytest", *session.posargs)
 
 
@@ -135,7 +136,7 @@ def add_alone_session(wheel: str) -> None:
         needed = dict.fromkeys(("zcore-core", wheel))
         beside = ("pytest", "hypothesis", *TESTED_WITH.get(wheel, ()))
         install_built(session, *needed, extras={wheel: TEST_EXTRAS.get(wheel, "")}, beside=beside)
-        session.run("pytest", f"packages/{wheel}/tests", *session.posargs)
+        session.run("pytest", f"packages/{wheel}/tests", *LEFT_TO_TESTS.get(wheel, ()), *session.posargs)
 
     alone.__doc__ = f"Install the built {wheel} and what it declares, nothing else, and run its own tests there."
     nox.session(name=f"alone-{wheel}", tags=["alone"])(alone)

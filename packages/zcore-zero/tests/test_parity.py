@@ -43,7 +43,8 @@ HPZ = {"stage": 3, "zero_hpz_partition_size": 2}
 HYBRIDS = tuple({"stage": stage, "shard_size": 2} for stage in (1, 2, 3))  # two replicas of two shards
 WHOLE = Recipe(accumulation=2, clip=0.5, num_groups=2)  # clips in every step of every model
 MIXED = [(torch.bfloat16, 1.0), (torch.float16, 1024.0)]  # what is computed in, and the loss scale
-PRECISIONS = [(None, 1.0), *MIXED]
+PRECISIONS = [(None, 1.0), *(pytest.param(*each, marks=pytest.mark.thorough) for each in MIXED)]
+on_both = pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.thorough)])
 FP64 = (("lr", 1e-2), ("weight_decay", 0.1))  # and torch's eps
 
 
@@ -142,7 +143,7 @@ def test_two_ranks_have_the_losses_of_ddp_to_the_bit(ranks: Ranks) -> None:
         assert run.losses == mean_of_ddp, label
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@on_both
 def test_all_rows_are_equal_to_the_bit_when_no_sync_leaves_one_reduction_per_step(
     ranks: Ranks, world_size: int
 ) -> None:
@@ -153,7 +154,7 @@ def test_all_rows_are_equal_to_the_bit_when_no_sync_leaves_one_reduction_per_ste
         assert bits_that_differ(run, first) == [], label
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@on_both
 @pytest.mark.parametrize(("compute", "loss_scale"), MIXED)
 def test_mixed_precision_equals_torch_with_fp32_masters_to_the_bit(
     ranks: Ranks, compute: torch.dtype, loss_scale: float, world_size: int
@@ -168,6 +169,7 @@ def test_mixed_precision_equals_torch_with_fp32_masters_to_the_bit(
             assert bits_that_differ(replace(run, norms=in_parts.norms), in_parts) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("compute", "loss_scale"), MIXED)
 @pytest.mark.parametrize("model", ["mlp", "attention", "encoder"])
 def test_models_without_blocks_or_with_borrowed_weights_do_so_in_16_bits(
@@ -180,6 +182,7 @@ def test_models_without_blocks_or_with_borrowed_weights_do_so_in_16_bits(
         assert bits_that_differ(replace(run, norms=in_parts.norms), in_parts) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("compute", "loss_scale"), MIXED)
 def test_mixed_precision_trains_as_fp32_does_to_its_own_precision(
     ranks: Ranks, compute: torch.dtype, loss_scale: float
@@ -205,7 +208,7 @@ LOW: dict[str, Recipe] = {
 }
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@on_both
 @pytest.mark.parametrize("way", LOW)
 def test_gradients_accumulate_and_travel_in_the_dtypes_that_are_asked_for(
     ranks: Ranks, way: str, world_size: int
@@ -217,7 +220,7 @@ def test_gradients_accumulate_and_travel_in_the_dtypes_that_are_asked_for(
         assert bits_that_differ(replace(run, norms=in_parts.norms), in_parts) == []
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@on_both
 @pytest.mark.parametrize(("dtype", "loss_scale"), [("bfloat16", 1.0), ("float16", 512.0)])
 def test_autocast_equals_torchs_to_the_bit(ranks: Ranks, dtype: str, loss_scale: float, world_size: int) -> None:
     recipe = Recipe(autocast=dtype, loss_scale=loss_scale, accumulation=2, num_groups=2, steps=3)
@@ -253,7 +256,11 @@ def hand_written_loops(recipe: Recipe) -> list[Run]:
     return [train_by_hand(recipe, stage=stage) for stage in range(4)]
 
 
-@pytest.mark.parametrize("compute", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "compute",
+    [None, *(pytest.param(each, marks=pytest.mark.thorough) for each in (torch.bfloat16, torch.float16))],
+    ids=str,
+)
 def test_a_hand_written_loop_equals_the_engine(ranks: Ranks, compute: torch.dtype | None) -> None:
     """Without the engine nobody says which micro-batch is the last one, so every backward reduces in every stage.
 
@@ -284,7 +291,11 @@ WAYS: dict[str, tuple[Recipe, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=PRECISIONS, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[(None, 1.0), *(pytest.param(each, marks=pytest.mark.thorough) for each in MIXED)],
+    ids=str,
+)
 def ways(request: pytest.FixtureRequest, ranks: Ranks) -> dict[str, Run]:
     compute, loss_scale = request.param
     precision = {"compute": compute, "loss_scale": loss_scale}

@@ -80,7 +80,7 @@ def draw_and_compare(num_examples: int, seed: int) -> list[str]:
     return failures[-1:]
 
 
-@pytest.mark.parametrize(("world_size", "num_examples"), [(2, 60), (4, 15)])
+@pytest.mark.parametrize(("world_size", "num_examples"), [(2, 60), pytest.param(4, 15, marks=pytest.mark.thorough)])
 def test_a_drawn_training_is_plain_torch_adding_the_same_parts_to_the_bit(
     ranks: Ranks, world_size: int, num_examples: int
 ) -> None:

@@ -79,7 +79,7 @@ def test_a_step_is_that_of_fp32_rounded(ranks: Ranks, optimizer: str) -> None:
     assert ranks(2, steps_by_hand, optimizer) == [[], []]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_every_row_comes_to_the_same_bits(ranks: Ranks, world_size: int) -> None:
     recipes = [
         Recipe(model, steps=4, compute=torch.bfloat16, masters=False, states=states, optimizer=optimizer, clip=0.5)

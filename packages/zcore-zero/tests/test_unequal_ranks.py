@@ -23,6 +23,8 @@ from zcore.zero.sharding import sharding_of
 
 Ranks = Callable[..., Any]
 NUM_BLOCKS, STEPS, TIMEOUT_S = 3, 4, 5.0
+FOUR = pytest.param(4, marks=pytest.mark.thorough)
+ON_FOUR = [pytest.param(4, stage, marks=pytest.mark.thorough) for stage in (1, 3)]
 
 
 class Layer(nn.Module):
@@ -126,7 +128,7 @@ PROMISED: dict[int, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("world_size", PROMISED)
+@pytest.mark.parametrize("world_size", [2, FOUR])
 def test_ranks_may_use_modules_in_orders_of_their_own(ranks: Ranks, world_size: int) -> None:
     """Below stage 3, and inside of a leaf."""
     expected = {name: train_plainly(name, world_size=world_size) for name in ORDERS}
@@ -153,7 +155,9 @@ def test_a_rank_may_pass_its_input_through_a_leaf_that_others_use(ranks: Ranks) 
             torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("world_size", "mesh_sizes"), [(2, {}), (4, HYBRID)], ids=str)
+@pytest.mark.parametrize(
+    ("world_size", "mesh_sizes"), [(2, {}), pytest.param(4, HYBRID, marks=pytest.mark.thorough)], ids=str
+)
 @pytest.mark.parametrize("name", [name for name in ORDERS if name != IN_A_ROW])
 def test_under_stage_3_every_rank_that_gathers_with_another_order_is_told(
     ranks: Ranks, name: str, world_size: int, mesh_sizes: dict[str, int]
@@ -189,7 +193,7 @@ def accumulate_unevenly_in_all(stages: tuple[int, ...]) -> list[dict[str, Tensor
     return [accumulate_unevenly(stage) for stage in stages]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, FOUR])
 def test_below_stage_3_ranks_may_accumulate_over_different_numbers_of_micro_batches(
     ranks: Ranks, world_size: int
 ) -> None:
@@ -228,7 +232,7 @@ def train_engine(case: str, *, stage: int) -> int:
     return engine.global_steps
 
 
-@pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3), (4, 1), (4, 3)])
+@pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3), *ON_FOUR])
 @pytest.mark.parametrize("case", ["one micro-batch less", "a loss of nothing"])
 def test_ranks_that_come_less_often_end_every_rank_by_name(
     ranks: Ranks, case: str, stage: int, world_size: int
@@ -241,7 +245,7 @@ def test_ranks_that_come_less_often_end_every_rank_by_name(
         assert is_told(failure), failure
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, FOUR])
 def test_an_evaluation_on_one_rank_only_ends_every_rank_by_name(ranks: Ranks, world_size: int) -> None:
     with pytest.raises(RankFailed) as caught:
         ranks(world_size, train_engine, "evaluation on one rank", stage=3, group_timeout_s=TIMEOUT_S, deadline_s=30.0)

@@ -29,6 +29,7 @@ from zcore.zero.hooks import Conductor, Site
 from zcore.zero.layout import BucketPlan, plan_buckets
 from zcore.zero.placement import Placement, Row, row_for
 from zcore.zero.precision import Precision
+from zcore.zero.quantised import refuse_quantised
 from zcore.zero.reduction import Reducer
 from zcore.zero.sharded_parameter import ShardedParameter
 from zcore.zero.timeline import Recorder
@@ -94,6 +95,8 @@ class Sharding:
     def _plan(self, model: nn.Module, parameters: tuple[ParamSites, ...]) -> tuple[BucketPlan, ...]:
         """How `parameters` are cut. Raises MismatchError where ranks differ; nothing is changed yet."""
         options = self._options
+        for each in parameters:
+            refuse_quantised(each.param, each.spec.fqn, options.precision)
         plans = plan_buckets(
             find_units(model, parameters),
             num_slices=self.dp.size,

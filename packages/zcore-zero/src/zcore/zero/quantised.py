@@ -1,0 +1,37 @@
+"""Frozen weights that are quantised: which are sharded as they are, and which are refused by name.
+
+bitsandbytes, 4 bits     a plain tensor of packed numbers, sharded like any frozen one. Never cast: a float in which
+                         numbers are packed is no number. The statistics of its blocks stay with the layer, whole.
+bitsandbytes, 8 bits     refused: in a forward its layers give their weight other memory
+torchao, and others      refused: a weight of several tensors under one name. Taken apart first, each is sharded.
+"""
+
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from zcore.core.errors import LayoutError
+from zcore.zero.precision import Precision
+
+__all__ = ["refuse_quantised"]
+
+
+def refuse_quantised(param: nn.Parameter, fqn: str, precision: Precision) -> None:
+    """Raise LayoutError for a weight that cannot be cut as one tensor of numbers, or that `precision` would cast."""
+    if is_traceable_wrapper_subclass(param):
+        raise LayoutError(
+            f"{fqn} is a {type(param).__name__}: several tensors under one name, and shards are cut from one. Weights "
+            "that torchao has quantised are taken apart by torchao.utils.unwrap_tensor_subclass(model), before the "
+            "model is sharded; a DTensor is sharded by somebody else already."
+        )
+    if getattr(param, "has_fp16_weights", True) is False:
+        raise LayoutError(
+            f"{fqn} is quantised to 8 bits by bitsandbytes, whose layers give their weight other memory in a forward. "
+            "Quantise the base to 4 bits (load_in_4bit), or with torchao."
+        )
+    is_packed = getattr(param, "quant_state", None) is not None
+    compute = precision.dtypes_of(param.dtype, trainable=param.requires_grad).compute
+    if is_packed and compute != param.dtype:
+        raise LayoutError(
+            f"{fqn} holds 4-bit numbers packed into {param.dtype}, which casting it to {compute} would destroy. "
+            f"Quantise with bnb_4bit_quant_storage=torch.uint8, or {compute}."
+        )

@@ -192,6 +192,26 @@ def test_a_call_whose_start_was_interrupted_in_the_wait_for_another_one_says_so(
     assert (started, flow.in_flight_bytes) == (["first", "last"], 0)
 
 
+def test_a_call_that_nobody_got_is_not_counted_nor_started_later():
+    flow, started = Flow(4), []
+
+    def start(request):
+        if request.label == "held":
+            raise KeyboardInterrupt
+        started.append(request.label)
+        return Done()
+
+    group = flow.around(DeferrableCollectives(None, start=start, flush=None))
+    first, held = (group.all_reduce(torch.ones(1), label=label) for label in ("first", "held"))
+    flow.count_out(first)  # as a wait in another thread does, which is about to start what is held
+    with pytest.raises(KeyboardInterrupt):
+        group.all_reduce(torch.ones(1), label="last")  # starts what is held
+    with pytest.raises(CollectiveError):
+        held.wait()
+    first.wait()
+    assert (started, flow.in_flight_bytes, flow.held_bytes) == (["first"], 0, 0)
+
+
 def test_calls_of_a_group_start_in_their_order_whichever_threads_start_them():
     flow, gate = Flow(1), Gate()
     group = flow.around(gate.collectives)

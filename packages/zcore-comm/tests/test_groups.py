@@ -1,10 +1,7 @@
 """Groups beside each other: of one name, in several threads, after an error, in a forked child, in a second life."""
 
 import os
-import signal
-import sys
 import threading
-import time
 from datetime import timedelta
 
 import pytest
@@ -15,7 +12,6 @@ from hosts import message_of, move_to_hosts_of
 from zcore import comm
 from zcore.comm.choice import offer, serve
 from zcore.comm.memory.pages import available_bytes
-from zcore.comm.pairs.worker import Task
 from zcore.core import compat
 from zcore.core.testing import RankFailed
 
@@ -81,68 +77,6 @@ def test_an_error_is_that_of_its_own_call_and_comes_with_each_wait(ranks):
     for (good, *bad), total in ranks(2, wait_twice_for_what_failed):
         assert (good, total) == ("nothing was refused", 2.0)
         assert [each.split(":")[0] for each in bad] == ["MismatchError"] * 2
-
-
-def codes_of(thread):
-    frame = sys._current_frames().get(thread.ident)
-    while frame is not None:
-        yield frame.f_code
-        frame = frame.f_back
-
-
-def interrupt_a_wait():
-    """Rank 0 gets SIGINT while it waits for rank 1, which comes only then; and waits again."""
-    move_to_hosts_of("pairwise")
-    group, store = serve(dist.new_group(), name="dp"), compat.default_store()
-    if group.rank == 1:
-        store.wait(["interrupted"])
-        return message_of(group.all_reduce(torch.ones(4), label="grads").wait).partition(":")[0]
-    waiting = threading.current_thread()
-
-    def interrupt():
-        while Task.run.__code__ not in codes_of(waiting):
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
-        store.set("interrupted", "1")
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    pending = group.all_reduce(torch.ones(4), label="grads")
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        pending.wait()
-    return [message_of(pending.wait) for _ in range(2)]
-
-
-def test_who_waits_again_after_an_interrupt_is_refused_and_does_not_come_to_the_timeout(ranks):
-    refused, other = ranks(2, interrupt_a_wait, deadline_s=40)
-    assert all("all_reduce grads" in each and "was interrupted while" in each for each in refused), refused
-    assert other in ("CollectiveError", "nothing was refused")  # as its part came before the end, or behind it
-
-
-def interrupt_a_read(numel):
-    """Rank 0 is interrupted between reading the others' data and telling that it has; and waits again."""
-    group = serve(dist.group.WORLD, name="dp")
-    pending = group.all_reduce(torch.ones(numel), label="grads")
-    board, tell = group._neighbours.board, group._neighbours.board.set_stage
-
-    def interrupted(index, stage):
-        board.set_stage = tell
-        raise KeyboardInterrupt
-
-    if group.rank == 1:
-        return [message_of(pending.wait)]
-    board.set_stage = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        pending.wait()
-    return [message_of(pending.wait) for _ in range(2)]
-
-
-@pytest.mark.parametrize("numel", [4, 100_000])
-def test_a_sum_that_was_interrupted_is_refused_wherever_it_may_be_wrong(ranks, numel):
-    refused, (other,) = ranks(2, interrupt_a_read, numel, deadline_s=40)
-    assert all("all_reduce grads" in each and "was interrupted" in each for each in refused), refused
-    is_given_up = other.startswith("CollectiveError") and "rank 0 has given it up" in other
-    assert is_given_up or (numel == 4 and other == "nothing was refused"), other  # of few each rank adds all itself
 
 
 def gather_more_than_there_is():

@@ -95,3 +95,13 @@ def test_a_rank_that_writes_no_card_is_waited_for_two_beats(meet):
     message = tell_them_apart(two)
     assert 2 * two.mine.interval_s <= time.monotonic() - began_s < 10
     assert "in tell_them_apart" not in message.partition("last seen")[2]
+
+
+def test_cards_that_were_read_before_the_store_fell_silent_are_no_measure_of_silence(meet):
+    two = meet()
+    two.journal.homes = [two.journal.homes[0], replace(two.journal.homes[1], host=b"elsewhere")]
+    assert two.journal.counts_elsewhere() == {1: two.mine.read([two.theirs.life])[two.theirs.life].count}
+    two.mine.answers = False
+    two.mine.end()  # the thread that asks the store
+    assert two.journal.counts_elsewhere() == {}
+    assert two.journal.silent_since({1: 0}) == frozenset()

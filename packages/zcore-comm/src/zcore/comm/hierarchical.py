@@ -31,7 +31,7 @@ from torch import Tensor
 
 from zcore.comm.memory.shared_memory import SharedMemoryCollectives
 from zcore.comm.pairs.pairwise import PairwiseCollectives
-from zcore.comm.progress import LOCK, Polled, is_reached_napping, note_closed, note_open
+from zcore.comm.progress import LOCK, Polled, in_mode_of_caller, is_reached_napping, note_closed, note_open
 from zcore.comm.ranks.journal import Journal
 from zcore.comm.sizes import check_exchange, check_process
 from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, derived_label
@@ -235,19 +235,20 @@ class HierarchicalCollectives:
 
     def advance(self) -> None:
         """Begin what steps can begin. What goes wrong ends all calls of this group, for those who wait for them."""
-        if self._is_advancing or not LOCK.acquire(blocking=False):
-            return  # beginning a step may wait for room, and waiting advances every group; or another thread is at it
-        self._is_advancing = True
-        try:
-            self._advance()
-        except Exception as error:  # noqa: BLE001 - raised by `wait_for`
-            self._break(error)
-        except BaseException:  # a step may have begun in part
-            self._break(CollectiveError("The calls of this group were interrupted. Restart."))
-            raise
-        finally:
-            self._is_advancing = False
-            LOCK.release()
+        with LOCK:  # no `acquire` and `try`: an interrupt between them would leave it locked
+            if self._is_advancing:
+                return  # beginning a step may wait for room, and waiting advances every group
+            self._is_advancing = True
+            try:
+                self._advance()
+            except Exception as error:  # noqa: BLE001 - raised by `wait_for`
+                self._break(error)
+            except BaseException:  # a step may have begun in part
+                calls = ", ".join(str(each.call) for each in self._open)
+                self._break(CollectiveError(f"{calls} were interrupted, and their results are undefined. Restart."))
+                raise
+            finally:
+                self._is_advancing = False
 
     def _advance(self) -> None:
         begun_by_all = NUM_STEPS
@@ -274,12 +275,17 @@ class HierarchicalCollectives:
         return step != NUM_STEPS - 1 or self._last.has_room(self._column.size)
 
     def _break(self, error: Exception) -> None:
+        """All calls end, and with them what they had begun: nothing is written into anybody's tensors later."""
         with LOCK:
             self._broken = error
             for each in self._open:
                 each.error = error
             self._open.clear()
             note_closed(self)
+            for level in (self._first, self._last):
+                level.fail_all(error)
+            for between in (self._column, self._flat):
+                between.end(error)
         if isinstance(error, ZcoreError):
             self._journal.give_up(error)
 
@@ -309,7 +315,7 @@ class HierarchicalCollectives:
             raise StateError(f"{what}: this group has ended with an error. Restart the ranks.") from self._broken
 
     def _start(self, call: Call, *steps: _Step) -> Pending:
-        this = _Open(call, steps)
+        this = _Open(call, tuple(map(in_mode_of_caller, steps)))
         with LOCK:  # else another thread could close the group between the two
             self._refuse_after_error(f"{call.op} {call.label}")  # again: another thread's step may have failed
             note_open(self)

@@ -12,7 +12,10 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from functools import wraps
+from typing import ParamSpec, Protocol, TypeVar
+
+import torch
 
 from zcore.core.collectives import Pending
 
@@ -23,11 +26,15 @@ __all__ = [
     "Stepping",
     "advance_all",
     "has_steps",
+    "in_mode_of_caller",
     "is_reached_napping",
     "is_reached_within",
     "note_closed",
     "note_open",
 ]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LOOKS = 20
 # Free where nobody else wants the processor; beside a busy process a sum of 4 MiB takes 0.3 ms, not 2.5. But there each
@@ -59,6 +66,19 @@ class Steps(Protocol):
 # Held by whoever takes steps: a program may use groups from several threads, each group from one.
 LOCK = threading.RLock()
 _with_open_calls: dict[Steps, None] = {}  # of this process, in the order in which they came; asked at every look
+
+
+def in_mode_of_caller(act: Callable[P, T]) -> Callable[P, T]:
+    """`act`, for whichever thread comes to it: what was made under `torch.inference_mode` is written only under it."""
+    if not torch.is_inference_mode_enabled():
+        return act
+
+    @wraps(act)
+    def act_in_mode(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode():
+            return act(*args, **kwargs)
+
+    return act_in_mode
 
 
 def note_open(group: Steps) -> None:

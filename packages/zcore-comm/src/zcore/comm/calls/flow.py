@@ -25,6 +25,7 @@ from functools import partial
 import torch
 
 from zcore.comm.calls.requests import DeferrableCollectives, Request, Start, Together, starter_of
+from zcore.comm.progress import in_mode_of_caller
 from zcore.core import compat
 from zcore.core.collectives import Collectives, Pending
 from zcore.core.errors import CollectiveError, ConfigError
@@ -74,6 +75,7 @@ class _Call:
         "_flow",
         "_pending",
         "_request",
+        "_start",
         "error",
         "in_flight_bytes",
         "is_on_cpu",
@@ -92,6 +94,7 @@ class _Call:
         self.num_bytes = request.payload_bytes
         self.priority = request.priority
         self.in_flight_bytes = 0
+        self._start = in_mode_of_caller(line.start)
         self._request: Request | Together | None = request
         self._pending: Pending | None = None
         self.error: Exception | None = None  # that ended it, to be raised by every wait for it
@@ -108,7 +111,7 @@ class _Call:
         assert request is not None
         try:
             with _named(request):
-                self._pending = self.line.start(request)
+                self._pending = self._start(request)
         except Exception as error:  # noqa: BLE001 - raised by `wait`, or by the call itself
             self.error = error
         except BaseException:
@@ -206,6 +209,9 @@ class Flow:
         try:
             _begin(chosen, aside=True)
         except BaseException:  # of an interrupt: nobody gets the call, so nobody would count it out
+            with self._lock:
+                if call in self._held:
+                    self._held.remove(call)
             self.count_out(call)
             raise
         if call.error is not None:

@@ -66,13 +66,14 @@ class Neighbours:
         needs: Callable[[Board], bool],
         *,
         what: str,
-        since: Callable[[], int],
+        index: int,
+        since: Callable[[], int] | None = None,
         label: str = "",
         lacks: Callable[[Board], bool] | None = None,
     ) -> None:
         """Return once `is_reached()`. `needs(board)` tells whose part that takes, `lacks(board)` whom to call missing.
 
-        since: the call that it is for, or an earlier one whose error nobody has met.
+        index: of the call that it is for. since: an earlier one whose error nobody has met; None if there is none.
 
         Raises CollectiveError, with what is known of them, if a rank that is needed ends, or the deadline passes.
         """
@@ -86,9 +87,10 @@ class Neighbours:
                 advance_all()
                 ended = [each for each in ended if needs(each[1])]
             if ended and not is_reached():
-                raise self._error_of_left(ended, missing, what=what, since=since, label=label)
+                first = index if since is None else since()
+                raise self._error_of_left(ended, missing, what=what, index=index, since=first, label=label)
             if patience.is_over:
-                raise self._failure(what, label, missing, has_passed(self._deadline_s))
+                raise self._failure(what, label, missing, has_passed(self._deadline_s), index=index)
             if patience.tells_now():
                 logger.warning("Waiting for %s since %.0f s. %s", what, patience.waited_s, self._describe(missing))
 
@@ -101,7 +103,7 @@ class Neighbours:
         for rank, board in self.others:
             if not board.is_same(index, entry):
                 mismatch = self._journal.mismatch(index, mine=str(entry), theirs=str(board.entry(index)), rank=rank)
-                raise self._journal.give_up(mismatch)
+                raise self._journal.give_up(mismatch, index=index)
 
     def check_nobody(self, has_given_up: Callable[[Board], bool], *, what: str) -> None:
         """Raise CollectiveError if another rank has given the call up."""
@@ -118,21 +120,24 @@ class Neighbours:
         missing: list[tuple[int, Board]],
         *,
         what: str,
-        since: Callable[[], int],
+        index: int,
+        since: int,
         label: str,
     ) -> ZcoreError:
         """Who left without a word is the cause; if nobody did, what the first of them gave up for."""
-        first = min(since(), self.board.finished)  # of this rank's open calls: those before are over for it
-        told = [self._journal.told_by(rank, has_come=board.started > first) for rank, board in ended]
+        first = min(since, self.board.finished)  # of this rank's open calls: those before are over for it
+        told = [self._journal.told_by(rank, since=first) for rank, _ in ended]
         for each, words in zip(ended, told, strict=True):
             if words is None:
-                reason = self._journal.reason_left(each[0], has_come=each[1].started > first)
+                reason = self._journal.reason_left(each[0], since=first)
                 missing = [other for other in self.others if other in missing or other is each]
-                return self._failure(what, label, missing, reason)
-        return self._journal.give_up(next(words for words in told if words is not None))
+                return self._failure(what, label, missing, reason, index=index)
+        return self._journal.give_up(next(words for words in told if words is not None), index=index)
 
-    def _failure(self, what: str, label: str, missing: list[tuple[int, Board]], reason: str) -> ZcoreError:
-        return self._journal.give_up(failed(what, reason, self._describe(missing), label=label))
+    def _failure(
+        self, what: str, label: str, missing: list[tuple[int, Board]], reason: str, *, index: int
+    ) -> ZcoreError:
+        return self._journal.give_up(failed(what, reason, self._describe(missing), label=label), index=index)
 
     def _describe(self, missing: list[tuple[int, Board]]) -> str:
         absent: list[Missing] = []

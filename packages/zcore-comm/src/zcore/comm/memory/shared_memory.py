@@ -25,7 +25,7 @@ from zcore.comm.memory.board import RING_CALLS, Board, Entry
 from zcore.comm.memory.buffers import Buffers, num_bytes_of
 from zcore.comm.memory.neighbours import Neighbours
 from zcore.comm.memory.pages import Region, own_pages
-from zcore.comm.progress import LOCK, Polled, Stepping, note_closed, note_open
+from zcore.comm.progress import LOCK, Polled, Stepping, in_mode_of_caller, note_closed, note_open
 from zcore.comm.sizes import check_exchange, check_process
 from zcore.core import compat
 from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, tree_sum
@@ -38,7 +38,8 @@ SMALL_BYTES = 32 * 1024  # up to here everybody sums everything, and what lies i
 TOGETHER = 1  # variant of an all_gather: into one memory that every rank holds
 LEADER = 0  # the rank in whose file memory lies that ranks hold together
 # Stages of a call: announced; own part of the result is there; no more is to be read; given up, with data as they were.
-STARTED, HALF, READ, FAILED = range(4)
+# Or given up because another rank had.
+STARTED, HALF, READ, FAILED, FOLLOWED = range(5)
 
 
 @dataclass(slots=True)
@@ -159,8 +160,11 @@ class SharedMemoryCollectives:
         this = self._beginning
         pending = self._announce(write, _nothing, place=place, slot=slot)
         with LOCK:
-            if leader.started > index and leader.is_same(index, this.entry):
-                self._read(this)
+            try:
+                if leader.started > index and leader.is_same(index, this.entry):
+                    self._read(this)
+            except BaseException as error:  # noqa: BLE001 - raised by `wait_for`
+                self._end_by(this, error)
         return pending
 
     def barrier(self, *, label: str) -> Polled:
@@ -241,14 +245,10 @@ class SharedMemoryCollectives:
 
     def advance(self) -> None:
         """Do what open calls need, as far as the others have come."""
-        if not LOCK.acquire(blocking=False):
-            return  # another thread is at it
-        try:
+        with LOCK:  # no `acquire` and `try`: an interrupt between them would leave it locked
             for each in list(self._open.values()):
                 if not self._advance(each):
                     break  # not started everywhere, so later ones are not either
-        finally:
-            LOCK.release()
 
     def _own_slot(self, whole: Tensor) -> Tensor:
         numel = whole.numel() // self.size
@@ -297,13 +297,23 @@ class SharedMemoryCollectives:
     ) -> Polled:
         """Tell the others that the call at hand has started, and remember what is to be done for it."""
         this = self._beginning
-        this.read, this.read_halves = read, read_halves
-        with LOCK:
+        this.read = in_mode_of_caller(read)
+        this.read_halves = read_halves and in_mode_of_caller(read_halves)
+
+        def enter() -> None:
             self._neighbours.go_on()
             self._next = this.index + 1
             self._open[this.index] = this
             note_open(self)
             self._neighbours.board.start(this.index, this.entry, place=place, slot=slot)
+
+        with LOCK:
+            try:
+                enter()
+            except BaseException as error:  # half announced it would be taken for another call
+                enter()
+                self._end_by(this, error)
+                raise
         return _Pending(self, this)
 
     def wait_for(self, this: _Open) -> None:
@@ -327,6 +337,7 @@ class SharedMemoryCollectives:
                     needs,
                     lacks=lacks,
                     what=str(this.call),
+                    index=index,
                     since=lambda: min([index, *self._untold]),
                     label=this.call.label,
                 )
@@ -335,7 +346,7 @@ class SharedMemoryCollectives:
                     lambda: all(_has_come(board, index, READ) for _, board in others),
                     lambda board: not _has_come(board, index, READ),
                     what=str(this.call),
-                    since=lambda: index,
+                    index=index,
                     label=this.call.label,
                 )
                 this.shows_own = False
@@ -375,12 +386,10 @@ class SharedMemoryCollectives:
                 read_halves()
                 self._neighbours.board.set_stage(index, READ)
             if index in self._open:  # what a rank shows that has given up may be anything
-                self._neighbours.check_nobody(lambda board: board.stage_of(index) == FAILED, what=str(this.call))
-        except Exception as error:  # noqa: BLE001 - raised by `wait_for`
-            self._fail(this, error)
-        except BaseException:  # read in part, which nobody may take for the whole
-            self._fail(this, CollectiveError(f"{this.call} was interrupted, and its result is undefined. Restart."))
-            raise
+                for stage in (FAILED, FOLLOWED):
+                    self._neighbours.check_nobody(partial(_is_at, index, stage), what=str(this.call))
+        except BaseException as error:  # noqa: BLE001 - raised by `wait_for`
+            self._end_by(this, error)
         if this.read_halves is None:
             self._close(this)
         return True
@@ -391,10 +400,25 @@ class SharedMemoryCollectives:
             read()
             self._neighbours.board.set_stage(this.index, READ if this.read_halves is None else HALF)
 
+    def _end_by(self, this: _Open, error: BaseException) -> None:
+        """The call has met `error`. An interrupt is raised here, too: read in part it is nobody's whole result."""
+        if isinstance(error, Exception):
+            self._fail(this, error)
+            return
+        self._fail(this, CollectiveError(f"{this.call} was interrupted, and its result is undefined. Restart."))
+        raise error
+
+    def fail_all(self, error: Exception) -> None:
+        """Nothing more is done for any open call."""
+        with LOCK:
+            for this in tuple(self._open.values()):
+                self._fail(this, error)
+
     def _fail(self, this: _Open, error: Exception) -> None:
         """Nothing more is done for the call, now or when a late rank comes after all; the others are told."""
         if this.index in self._open:
-            self._neighbours.board.set_stage(this.index, FAILED)
+            others = [board.stage_of(this.index) for _, board in self._neighbours.others if board.started > this.index]
+            self._neighbours.board.set_stage(this.index, FOLLOWED if {FAILED, FOLLOWED} & {*others} else FAILED)
         this.error = error
         this.read = this.read_halves = None
         self._untold.add(this.index)
@@ -421,6 +445,7 @@ class SharedMemoryCollectives:
                 lambda: all(board.finished > oldest for _, board in self._neighbours.others),
                 lambda board: board.finished <= oldest,
                 what=f"Call {self._next} of {self._name}, {RING_CALLS} ahead of the slowest rank,",
+                index=self._next,
                 since=lambda: oldest,
             )
 
@@ -444,6 +469,10 @@ class _Pending:
 
 def _may_be_read(others: Sequence[tuple[int, Board]], index: int) -> bool:
     return any(board.finished <= index for _, board in others)
+
+
+def _is_at(index: int, stage: int, board: Board) -> bool:
+    return board.stage_of(index) == stage
 
 
 def _has_come(board: Board, index: int, stage: int) -> bool:

@@ -90,25 +90,25 @@ class PairwiseCollectives:
         check_slots("all_gather", label, whole=output, slot=input, size=self.size)
         self.alloc_storage(output)
         slots = output.tensor_split(self.size)
-        call, tag = self._begin("all_gather", label, output)
-        own = slots[self.rank]
-        if own.data_ptr() == input.data_ptr():
-            return self._gather(call, slots, tag=tag)
-        if own.dtype != input.dtype or self._choice(call) == "ring":
-            own.copy_(input)
-            return self._gather(call, slots, tag=tag)
+        with self._starting("all_gather", label, output) as (call, tag):
+            own = slots[self.rank]
+            if own.data_ptr() == input.data_ptr():
+                return self._gather(call, slots, tag=tag)
+            if own.dtype != input.dtype or self._choice(call) == "ring":
+                own.copy_(input)
+                return self._gather(call, slots, tag=tag)
 
-        def start() -> Finish:
-            finish = self._peers.exchange(slots, [input] * self.size, tag=tag)
-            own.copy_(input)  # while the others' parts are on their way
-            return finish
+            def start() -> Finish:
+                finish = self._peers.exchange(slots, [input] * self.size, tag=tag)
+                own.copy_(input)  # while the others' parts are on their way
+                return finish
 
-        return self._add(call, start)
+            return self._add(call, start)
 
     def gather_slots(self, slots: Sequence[Tensor], *, label: str, whole: Tensor) -> Polled:
         """An all_gather into slots that may lie apart; the own one is filled. `whole` is what they belong to."""
-        call, tag = self._begin("all_gather", label, whole)
-        return self._gather(call, slots, tag=tag)
+        with self._starting("all_gather", label, whole) as (call, tag):
+            return self._gather(call, slots, tag=tag)
 
     def _gather(self, call: Call, slots: Sequence[Tensor], *, tag: int) -> Polled:
         if self._choice(call) == "ring":
@@ -118,50 +118,51 @@ class PairwiseCollectives:
     def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.reduce_scatter`."""
         check_slots("reduce_scatter", label, whole=input, slot=output, size=self.size)
-        call, tag = self._begin("reduce_scatter", label, input)
-        slots = input.tensor_split(self.size)
-        return self._add(call, lambda: self._peers.sum_slots(output, slots, tag=tag, window=WINDOW_PIECES))
+        with self._starting("reduce_scatter", label, input) as (call, tag):
+            slots = input.tensor_split(self.size)
+            return self._add(call, lambda: self._peers.sum_slots(output, slots, tag=tag, window=WINDOW_PIECES))
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_reduce`."""
-        call, tag = self._begin("all_reduce", label, tensor)
-        if self._choice(call) == "gather":
-            parts = [tensor if each == self.rank else torch.empty_like(tensor) for each in range(self.size)]
+        with self._starting("all_reduce", label, tensor) as (call, tag):
+            if self._choice(call) == "gather":
+                parts = [tensor if each == self.rank else torch.empty_like(tensor) for each in range(self.size)]
 
-            def start() -> Finish:
-                gather = self._peers.gather(parts, tag=tag)
+                def start() -> Finish:
+                    gather = self._peers.gather(parts, tag=tag)
 
-                def finish() -> None:
-                    gather()
-                    tree_sum(parts, out=tensor)
+                    def finish() -> None:
+                        gather()
+                        tree_sum(parts, out=tensor)
 
-                return finish
+                    return finish
 
-            return self._add(call, start)
-        slots = tensor.tensor_split(self.size)
-        return self._add(call, lambda: self._peers.sum_everywhere(slots, tag=tag), has_one_step=False)
+                return self._add(call, start)
+            slots = tensor.tensor_split(self.size)
+            return self._add(call, lambda: self._peers.sum_everywhere(slots, tag=tag), has_one_step=False)
 
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_to_all`."""
         check_exchange(label, output, input, size=self.size)
-        call, tag = self._begin("all_to_all", label, input)
-        receives, sends = output.tensor_split(self.size), input.tensor_split(self.size)
+        with self._starting("all_to_all", label, input) as (call, tag):
+            receives, sends = output.tensor_split(self.size), input.tensor_split(self.size)
 
-        def start() -> Finish:
-            finish = self._peers.exchange(receives, sends, tag=tag)
-            receives[self.rank].copy_(sends[self.rank])  # while the others' parts are on their way
-            return finish
+            def start() -> Finish:
+                finish = self._peers.exchange(receives, sends, tag=tag)
+                receives[self.rank].copy_(sends[self.rank])  # while the others' parts are on their way
+                return finish
 
-        return self._add(call, start)
+            return self._add(call, start)
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Polled:
         """See `Collectives.broadcast`."""
-        call, tag = self._begin("broadcast", derived_label(f"{label} from rank {src}", parts=[label]), tensor)
-        if self._choice(call) == "scatter":
-            return self._add(call, lambda: self._peers.scatter_to_all(tensor, src=src, tag=tag), has_one_step=False)
-        return self._add(
-            call, lambda: self._peers.send_to_all(tensor, src=src, tag=tag), direct_bytes=DIRECT_ONE_WAY_BYTES
-        )
+        words = derived_label(f"{label} from rank {src}", parts=[label])
+        with self._starting("broadcast", words, tensor) as (call, tag):
+            if self._choice(call) == "scatter":
+                return self._add(call, lambda: self._peers.scatter_to_all(tensor, src=src, tag=tag), has_one_step=False)
+            return self._add(
+                call, lambda: self._peers.send_to_all(tensor, src=src, tag=tag), direct_bytes=DIRECT_ONE_WAY_BYTES
+            )
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`."""
@@ -171,15 +172,20 @@ class PairwiseCollectives:
         """See `Collectives.recv`."""
         return Stepping(self._plain.recv(tensor, src=self._peers.members[src], label=label))
 
-    def _begin(self, op: str, label: str, tensor: Tensor) -> tuple[Call, int]:
-        """A new call, and the tag of its messages."""
+    @contextmanager
+    def _starting(self, op: str, label: str, tensor: Tensor) -> Iterator[tuple[Call, int]]:
+        """A new call, and the tag of its messages. Whatever keeps it from being started inside ends the group.
+
+        The others take part in it: made again here, it would be another call.
+        """
         check_process(self._process, f"{op} {label}")
         if self._broken is not None:
             raise StateError(
                 f"{op} {label}: this group has ended with an error, and its connections are closed. Restart the ranks."
             ) from self._broken
         call = self._log.note(op, label, tensor)
-        return call, self._journal.start(call)
+        with self._ending_if_interrupted(call):
+            yield call, self._journal.start(call)
 
     def _choice(self, call: Call) -> str:
         return self._table.choose(call.op, size=self.size, num_bytes=call.payload_bytes)
@@ -226,15 +232,14 @@ class PairwiseCollectives:
         """Return when the call is done. Raises what ended it, each time."""
         if self._broken is not None and not (task.wait(0) and task.error is None):
             raise self._broken
-        if has_steps():
-            self.hand_over(task)
-        if self._take_direct(task):
-            with self._ending_if_interrupted(call), self._journal.looking_after(call, self._worker.abort) as wait:
-                task.run()
-            if wait.trouble is not None:
-                self._break(self._journal.give_up(wait.trouble))
-                raise wait.trouble
-        elif not task.wait(0):
+        with self._ending_if_interrupted(call):
+            if has_steps():
+                self.hand_over(task)
+            trouble = self._run_direct(call, task)
+        if trouble is not None:
+            self._break(trouble)
+            raise trouble
+        if not task.wait(0):
             try:
                 self._journal.wait_for(call, partial(_is_done_within, task))
             except ZcoreError as error:
@@ -243,37 +248,62 @@ class PairwiseCollectives:
         if task.error is not None:
             raise self._broken_by(call, task.error) from task.error
 
+    def _run_direct(self, call: Call, task: Task) -> ZcoreError | None:
+        """Bring the call to its end if that was left to who waits; what was found that cannot complete it."""
+        if not self._take_direct(task):
+            return None
+        with self._journal.looking_after(call, self._worker.abort) as wait:
+            task.run()
+        return wait.trouble
+
     @contextmanager
     def _ending_if_interrupted(self, call: Call) -> Iterator[None]:
         """An interrupt inside ends the group: what was received by then is not received again."""
         try:
             yield
-        except BaseException:  # of an error the task itself takes note
-            words = f"{call} was interrupted while it was waited for, and its result is undefined. Restart."
-            self._break(self._journal.give_up(CollectiveError(words)))
+        except BaseException as error:
+            by = type(error).__name__
+            self.end(CollectiveError(f"{call} was interrupted by {by}, and its result is undefined. Restart."))
             raise
 
+    def end(self, error: Exception) -> None:
+        """Take part in no call any more, because of `error`, unless the group has ended before."""
+        if self._broken is None:
+            self._break(error)
+
     def _broken_by(self, call: Call, error: Exception) -> ZcoreError:
-        lost = self._journal.give_up(self._lost(call, error))
+        lost = self._lost(call, error)
         self._break(lost)
         return lost
 
-    def _break(self, error: ZcoreError) -> None:
+    def _break(self, error: Exception) -> None:
+        """End the group, and tell the others, first things first: an interrupt may come between them."""
         self._broken = error
-        self._worker.abort()  # nothing of it is to be written into anybody's tensors later
+        try:
+            if isinstance(error, ZcoreError):
+                self._journal.give_up(error)
+        finally:
+            self._worker.abort()  # nothing of it is to be written into anybody's tensors later
 
     def _lost(self, call: Call, error: Exception) -> ZcoreError:
         """A connection broke: whoever ended it says why, or is seen to have ended, a moment later."""
+        if "gloo" not in str(error):  # where gloo says what broke it begins with its own file
+            return CollectiveError(
+                f"{call} failed on this rank: {type(error).__name__}: {error}. What was received is lost. Mend it, and "
+                "restart all ranks."
+            )
         if "Timed out" in str(error):  # gloo's words for its own wait
             return self._journal.failure(call, has_passed(self._journal.deadline_s))
-        began_s, counts = time.monotonic(), None
+        began_s = known_s = time.monotonic()  # known: how many cards each rank had written
+        counts: dict[int, int] = {}
         while True:
             trouble = self._journal.find_trouble(call, is_lost=True)
             if trouble is not None:
                 return trouble
-            counts = counts or self._journal.counts_elsewhere()
-            silent, waited_s = self._journal.silent_since(counts), time.monotonic() - began_s
-            if waited_s > (self._journal.silence_s if silent else CLOSING_S):
+            if not counts:
+                counts, known_s = self._journal.counts_elsewhere(), time.monotonic()
+            silent, now_s = self._journal.silent_since(counts), time.monotonic()
+            if now_s - known_s > self._journal.silence_s if silent else now_s - began_s > CLOSING_S:
                 return self._journal.failure(call, "a connection was lost", silent=silent)
             time.sleep(0.05)
 

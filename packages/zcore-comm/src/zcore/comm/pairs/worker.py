@@ -13,6 +13,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
+from zcore.comm.progress import in_mode_of_caller
+
 __all__ = ["Task", "Worker"]
 
 END_S = 1.0  # how long the end of Python waits for a worker
@@ -22,7 +24,7 @@ class Task:
     """Something to be done; `error` is what it raised."""
 
     def __init__(self, act: Callable[[], None]) -> None:
-        self._act: Callable[[], None] | None = act
+        self._act: Callable[[], None] | None = in_mode_of_caller(act)
         self._claim = threading.Lock()
         self._open = threading.Lock()  # held until it is done; quicker to make than an Event, for each call anew
         self._open.acquire()

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from zcore.core import compat
 
-__all__ = ["CallWord", "Cards", "GroupWord", "Told", "cards_of_run", "program_line"]
+__all__ = ["CallWord", "Cards", "GaveUp", "GroupWord", "Told", "cards_of_run", "program_line"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +49,27 @@ class CallWord:
 
 
 @dataclass(frozen=True, slots=True)
+class GaveUp:
+    """The error that ended a rank's part in a group."""
+
+    kind: str
+    words: str
+    index: int  # of the call that it ended; a rank may have gone on with later ones
+
+
+@dataclass(frozen=True, slots=True)
 class GroupWord:
     """What a rank leaves word of in one group."""
 
     started: int  # how many calls
     calls: tuple[CallWord, ...]  # the last ones
-    given_up: tuple[str, str] | None  # kind and words of the error that ended its part
+    given_up: GaveUp | None
 
     @classmethod
     def from_plain(cls, plain: Sequence[Any]) -> "GroupWord":
         """Of what `dataclasses.astuple` gave, in types of JSON."""
         started, calls, given_up = plain
-        return cls(started, tuple(CallWord(*each) for each in calls), given_up and tuple(given_up))
+        return cls(started, tuple(CallWord(*each) for each in calls), given_up and GaveUp(*given_up))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from zcore.comm.ranks.cards import CallWord, Cards, GroupWord, Told, program_line
+from zcore.comm.ranks.cards import CallWord, Cards, GaveUp, GroupWord, Told, program_line
 from zcore.comm.ranks.home import Home
 from zcore.comm.ranks.patience import Patience
 from zcore.comm.ranks.words import (
@@ -100,7 +100,7 @@ class Journal:
         self._started = self._finished = 0
         self._digest = zlib.crc32(key.encode())
         self._calls: deque[_Made] = deque(maxlen=MAX_REMEMBERED_CALLS)
-        self._given_up: tuple[str, str] | None = None  # kind and words of the error that ended this rank's part
+        self._given_up: GaveUp | None = None
         self._followed: deque[_Followed] = deque()
         self._has_told_of_unknown = False
         self._wait: Wait | None = None
@@ -127,9 +127,12 @@ class Journal:
         ]
         return GroupWord(self._started, tuple(calls), self._given_up)
 
-    def give_up(self, error: ZcoreError) -> ZcoreError:
-        """Tell the others at once of an error that ends this rank's part in the group; the same error."""
-        self._given_up = type(error).__name__, str(error)
+    def give_up(self, error: ZcoreError, *, index: int | None = None) -> ZcoreError:
+        """Tell the others at once of an error that ends this rank's part in the group; the same error.
+
+        index: of the call that it ended, where the rank may go on with later ones.
+        """
+        self._given_up = GaveUp(type(error).__name__, str(error), self._started - 1 if index is None else index)
         self._cards.write()
         return error
 
@@ -250,8 +253,10 @@ class Journal:
         return SILENT_BEATS * self._cards.interval_s
 
     def counts_elsewhere(self) -> dict[int, int]:
-        """The number of the newest card of each rank whose process cannot be seen from here."""
+        """The number of the newest card of each rank whose process cannot be seen from here; none if it is unknown."""
         told = self._read()
+        if not self._cards.answers:  # what was known before may be long past
+            return {}
         return {rank: _count_in(told, home) for rank, home in enumerate(self.homes) if not home.is_here}
 
     def silent_since(self, counts: Mapping[int, int]) -> Set[int]:
@@ -266,35 +271,36 @@ class Journal:
         told = self._read().get(self.homes[rank].life)
         return told.line if told is not None else "in a line it has not told"
 
-    def told_by(self, rank: int, *, has_come: bool) -> ZcoreError | None:
+    def told_by(self, rank: int, *, since: int) -> ZcoreError | None:
         """The error for which a rank that has ended gave up, as this one tells it; None if it left without a word.
 
-        has_come: whether it has made a call that is open here. If not, what it said of this group was of an earlier
-        one, after which the group went on.
+        since: the first call whose error may be the cause. After one of an earlier call the group went on.
         """
         told = self._read()
-        said, _ = self._said_by(told.get(self.homes[rank].life), past="" if has_come else self.key)
+        said, _ = self._said_by(told.get(self.homes[rank].life), since=since)
         return self._relayed(said, self.homes[rank].global_rank, told) if said is not None else None
 
-    def reason_left(self, rank: int, *, has_come: bool) -> str:
-        """The reason where a rank has ended that has said nothing of the call at hand."""
-        _, elsewhere = self._said_by(self._read().get(self.homes[rank].life), past="" if has_come else self.key)
+    def reason_left(self, rank: int, *, since: int) -> str:
+        """The reason where a rank has ended that has said nothing of calls from `since` on."""
+        _, elsewhere = self._said_by(self._read().get(self.homes[rank].life), since=since)
         return has_left(self.homes[rank].global_rank, said=elsewhere)
 
     def _said_by(
-        self, card: Told | None, *, is_lost: bool = False, past: str = ""
-    ) -> tuple[tuple[str, str] | None, tuple[str, str] | None]:
+        self, card: Told | None, *, is_lost: bool = False, since: int = 0
+    ) -> tuple[GaveUp | None, GaveUp | None]:
         """Why a rank has given up: first in what serves this process group, then in another, as may be long ago.
 
         is_lost: a connection broke; who gives up between pairs closes those of all that serves the process group.
+        since: of this group itself, the first call that counts.
         """
         groups = card.groups if card is not None else {}
         near = (*self._family, self._connected) if is_lost else self._family
-        here: list[tuple[str, str]] = []
-        elsewhere: list[tuple[str, str]] = []
+        here: list[GaveUp] = []
+        elsewhere: list[GaveUp] = []
         for key, group in groups.items():
             if group.given_up is not None:
-                (here if key.startswith(near) and key != past else elsewhere).append(group.given_up)
+                is_past = key == self.key and group.given_up.index < since
+                (here if key.startswith(near) and not is_past else elsewhere).append(group.given_up)
         return next(iter(here), None), next(iter(elsewhere), None)
 
     def _read(self) -> dict[int, Told]:
@@ -388,12 +394,12 @@ class Journal:
             words += " The store in which ranks leave word does not answer; rank 0, or the launcher, holds it."
         return words
 
-    def _relayed(self, reason: tuple[str, str], global_rank: int, told: Mapping[int, Told]) -> ZcoreError:
+    def _relayed(self, reason: GaveUp, global_rank: int, told: Mapping[int, Told]) -> ZcoreError:
         """The error of another rank, and what it could not see from its host but is seen from this one.
 
         Ranks that gave up here, and ended for that, are no cause of it.
         """
-        kind, words = reason
+        kind, words = reason.kind, reason.words
         if not words.startswith(FIRST_WORDS):
             words = f"{FIRST_WORDS} {global_rank}: {words}"
         seen = [

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+from zcore.comm.ranks.cards import GaveUp
 from zcore.core.collectives import contents_of
 from zcore.core.errors import CollectiveError, MismatchError
 
@@ -81,14 +82,13 @@ def differed_before(call: str, *, here: str, there: str) -> MismatchError:
     return MismatchError(f"Before {call}, the calls of {here} and of {there} were not the same. {ALIKE}")
 
 
-def has_left(global_rank: int, *, said: tuple[str, str] | None = None) -> str:
-    """The reason where a process is gone; `said`: kind and words of an error by which it had left another group."""
+def has_left(global_rank: int, *, said: GaveUp | None = None) -> str:
+    """The reason where a process is gone; `said`: by what it had left another group, or an earlier call."""
     words = f"rank {global_rank} {LEFT}"
     if said is None:
         return words
-    kind, error = said
-    first = error.partition(". ")[0]  # the rest is in its output
-    return f"{words} (before, or in another group, it had given up: {kind}: {first})"
+    first = said.words.partition(". ")[0]  # the rest is in its output
+    return f"{words} (before, or in another group, it had given up: {said.kind}: {first})"
 
 
 def has_passed(deadline_s: float) -> str:

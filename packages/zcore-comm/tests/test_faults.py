@@ -5,6 +5,7 @@ import re
 import select
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,6 +41,7 @@ WORLDS = [  # kind, ranks, culprit, numel
     ("two levels", 4, 1, SMALL),
     ("two levels", 4, 2, LARGE),
 ]
+WORLDS_AT_A_TIME = 4
 each_world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: "-".join(map(str, world)))
 
 
@@ -112,6 +114,20 @@ def words_of_others(ranks, world, how):
     return [(rank, failures[rank].type_name, failures[rank].message) for rank in others]
 
 
+@pytest.fixture(scope="module")
+def told(ranks):
+    """`told(world, how)` is `words_of_others` there. All worlds of a misdeed run at a time: they mostly wait."""
+    futures = {}
+
+    def told_in(world, how):
+        if how not in futures:
+            with ThreadPoolExecutor(WORLDS_AT_A_TIME) as pool:
+                futures[how] = {each: pool.submit(words_of_others, ranks, each, how) for each in WORLDS}
+        return futures[how][world].result()
+
+    return told_in
+
+
 def check_who_is_missing(world, rank, message, *, state):
     """`rank` lacks the culprit; of others it says at most that they have given up and left by now."""
     kind, _, culprit, _ = world
@@ -127,12 +143,12 @@ def check_who_is_missing(world, rank, message, *, state):
 
 
 @each_world
-def test_a_rank_that_is_killed_is_named_by_each_other(ranks, world):
+def test_a_rank_that_is_killed_is_named_by_each_other(told, world):
     kind, _, culprit, _ = world
     names = set(Path("/dev/shm").iterdir())
-    told = words_of_others(ranks, world, "is_killed")
+    words = told(world, "is_killed")
     assert not {name for name in set(Path("/dev/shm").iterdir()) - names if "zcore" in name.name}
-    for rank, type_name, message in told:
+    for rank, type_name, message in words:
         assert type_name == "CollectiveError", message
         assert "all_reduce grads.3" in message
         assert "restart all ranks" in message
@@ -143,9 +159,9 @@ def test_a_rank_that_is_killed_is_named_by_each_other(ranks, world):
 
 @pytest.mark.parametrize(("how", "state"), [("is_stopped", "is stopped"), ("is_slow", "is (alive|not seen from here)")])
 @each_world
-def test_a_rank_that_does_not_come_is_named_by_each_other(ranks, world, how, state):
+def test_a_rank_that_does_not_come_is_named_by_each_other(told, world, how, state):
     culprit = world[2]
-    for rank, type_name, message in words_of_others(ranks, world, how):
+    for rank, type_name, message in told(world, how):
         assert type_name == "CollectiveError", message
         assert re.search(r"all_reduce grads.3 .* did not complete: the timeout of 2 s has passed", message), message
         check_who_is_missing(world, rank, message, state=state)
@@ -162,10 +178,10 @@ def test_a_rank_that_does_not_come_is_named_by_each_other(ranks, world, how, sta
     ],
 )
 @each_world
-def test_a_rank_that_calls_something_else_is_told_with_both_sides(ranks, world, how, words):
+def test_a_rank_that_calls_something_else_is_told_with_both_sides(told, world, how, words):
     *_, culprit, numel = world
     expected = [f"on rank {culprit}", *(each.format(size=numel, less=numel - 1) for each in words)]
-    for rank, type_name, message in words_of_others(ranks, world, how):
+    for rank, type_name, message in told(world, how):
         assert type_name == "MismatchError", message
         plain = re.sub(r"#\d+ of dp[^:]*: ", "", message)  # where a call is told with its number
         line = rf"on rank {culprit}, (last seen )?at test_faults.py:\d+ in {how}"  # not of what it had called before

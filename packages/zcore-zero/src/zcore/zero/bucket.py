@@ -199,6 +199,12 @@ class Bucket:
             )
 
     @property
+    def is_in_place(self) -> bool:
+        """Whether it is whole and shown, and known to be computed with: a module that starts has nothing to ask for."""
+        is_shown = len(self._shown) == len(self.params)
+        return is_shown and self.state is ParamState.AVAILABLE and self._computed_with == self.values
+
+    @property
     def is_transient(self) -> bool:
         """Whether resharding frees memory, so that a later use gathers again."""
         return self.row.parameters is Placement.SHARD

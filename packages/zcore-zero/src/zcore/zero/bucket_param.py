@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from zcore.core.errors import StateError
 from zcore.zero.layout import Fragment
-from zcore.zero.sharded_parameter import FragmentValues, ParameterOwner, ShardedParameter, UnreducedGradient
+from zcore.zero.sharded_parameter import GRAD, FragmentValues, ParameterOwner, ShardedParameter, UnreducedGradient
 from zcore.zero.units import ParamSites
 
-__all__ = ["FRAGMENT", "BucketParam"]
+__all__ = ["FRAGMENT", "BucketParam", "as_plain_tensors"]
 
 FRAGMENT = "_zcore_fragment"  # attribute of a whole parameter
+
+
+as_plain_tensors = torch._C.DisableTorchFunctionSubclass  # what is done to fragments inside is done to tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +46,31 @@ class BucketParam:
         return cls(whole, shard, place, tuple((weakref.ref(module), name) for module, name in member.sites))
 
     def set_gradient(self, grad: Tensor | None) -> Tensor | None:
-        """Set the fragment's `.grad`, whatever the fragment stands for right now; what it is then."""
+        """Set the fragment's `.grad`, whatever the fragment stands for right now; what it is then.
+
+        Inside of `as_plain_tensors`, which costs as much as this.
+        """
         given = grad.as_subclass(FragmentValues) if grad is not None else None
-        with torch._C.DisableTorchFunctionSubclass():
-            self.shard.grad = given
+        GRAD.__set__(self.shard, given)
         return given
 
     def announce_gradient(self) -> None:
-        """Make it seen that there is a gradient, which is not reduced yet: dropping it drops that."""
-        with torch._C.DisableTorchFunctionSubclass():
-            stand_in = self.shard.detach().new_zeros(1).expand(self.fragment.numel)
-            self.shard.grad = stand_in.as_subclass(UnreducedGradient)
+        """Make it seen that there is a gradient, which is not reduced yet: dropping it drops that.
+
+        Inside of `as_plain_tensors`.
+        """
+        stand_in = self.shard.detach().new_zeros(1).expand(self.fragment.numel)
+        GRAD.__set__(self.shard, stand_in.as_subclass(UnreducedGradient))
 
     @property
     def gradient(self) -> Tensor | None:
-        """The fragment's `.grad`."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.shard.grad
+        """The fragment's `.grad`, inside of `as_plain_tensors`."""
+        found: Tensor | None = GRAD.__get__(self.shard)
+        return found
 
     @property
     def has_gradient(self) -> bool:
-        """Whether the fragment has a `.grad`, and not one that was set to zero before it was reduced."""
+        """Whether the fragment has a `.grad`, and not one that was zeroed unreduced; inside of `as_plain_tensors`."""
         grad = self.gradient
         return grad is not None and not (isinstance(grad, UnreducedGradient) and grad.was_zeroed)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zcore.core import compat
 from zcore.core.errors import StateError
-from zcore.zero.bucket_param import BucketParam
+from zcore.zero.bucket_param import BucketParam, as_plain_tensors
 from zcore.zero.buffer import BucketGradients
 from zcore.zero.sharded_parameter import UnreducedGradient
 
@@ -38,19 +38,21 @@ class FragmentGradients:
 
     def deliver(self, used: list[bool]) -> None:
         """Give every fragment its gradient; None to one that no rank used, as plain torch would."""
-        for index, is_used in enumerate(used):
-            self._set(index, self._reduced_part(index) if is_used else None)
-            self._states[index] = GradState.DELIVERED if is_used else GradState.NONE
+        with as_plain_tensors():
+            for index, is_used in enumerate(used):
+                self._set(index, self._reduced_part(index) if is_used else None)
+                self._states[index] = GradState.DELIVERED if is_used else GradState.NONE
 
     def announce(self, used: list[bool]) -> None:
         """Parameters that were used have gradients that a later backward will reduce and deliver.
 
         What was delivered before is part of them by now.
         """
-        for index, (param, is_used) in enumerate(zip(self._params, used, strict=True)):
-            if is_used:
-                param.announce_gradient()
-                self._states[index] = GradState.ANNOUNCED
+        with as_plain_tensors():
+            for index, (param, is_used) in enumerate(zip(self._params, used, strict=True)):
+                if is_used:
+                    param.announce_gradient()
+                    self._states[index] = GradState.ANNOUNCED
 
     @property
     def waits_for_reduction(self) -> bool:
@@ -65,7 +67,8 @@ class FragmentGradients:
     @property
     def dropped(self) -> list[int]:
         """Those of them whose `.grad` is None by now, as `zero_grad` leaves it."""
-        return [index for index in self.with_gradient if not self._params[index].has_gradient]
+        with as_plain_tensors():
+            return [index for index in self.with_gradient if not self._params[index].has_gradient]
 
     def assigned(self) -> list[tuple[int, Tensor]]:
         """The gradients that the user has put in place of what was there, by parameter.
@@ -73,30 +76,32 @@ class FragmentGradients:
         Raises StateError where what was there is not reduced yet; assigned zeros drop it.
         """
         found: list[tuple[int, Tensor]] = []
-        for index, (param, state) in enumerate(zip(self._params, self._states, strict=True)):
-            grad = param.gradient
-            if grad is None or isinstance(grad, UnreducedGradient):
-                continue
-            given, address = self._given[index]
-            if grad is given and grad.data_ptr() == address:
-                continue
-            if state is not GradState.ANNOUNCED:
-                found.append((index, grad))
-            elif grad.any():
-                raise StateError(
-                    f"The gradient of {param.shard.fqn} was assigned before it was reduced: the last backward ran "
-                    "inside no_sync(), or is not the last one of its step. Change gradients after a backward "
-                    "outside no_sync()."
-                )
-            else:
-                self.drop(index)
+        with as_plain_tensors():
+            for index, (param, state) in enumerate(zip(self._params, self._states, strict=True)):
+                grad = param.gradient
+                if grad is None or isinstance(grad, UnreducedGradient):
+                    continue
+                given, address = self._given[index]
+                if grad is given and grad.data_ptr() == address:
+                    continue
+                if state is not GradState.ANNOUNCED:
+                    found.append((index, grad))
+                elif grad.any():
+                    raise StateError(
+                        f"The gradient of {param.shard.fqn} was assigned before it was reduced: the last backward ran "
+                        "inside no_sync(), or is not the last one of its step. Change gradients after a backward "
+                        "outside no_sync()."
+                    )
+                else:
+                    self.drop(index)
         return found
 
     def assign(self, index: int, grad: Tensor) -> None:
         """Make `grad` the reduced gradient of a parameter. It must not lie in memory of gradients."""
         own = self._reduced_part(index)
         own.copy_(grad)
-        self._set(index, own)
+        with as_plain_tensors():
+            self._set(index, own)
         self._states[index] = GradState.DELIVERED
 
     @property
@@ -107,13 +112,15 @@ class FragmentGradients:
     def drop(self, index: int) -> None:
         """The gradient of a parameter is zero again."""
         self._gradients.drop(index)
-        self._set(index, None)
+        with as_plain_tensors():
+            self._set(index, None)
         self._states[index] = GradState.NONE
 
     def clear(self) -> None:
         """Forget the gradients of fragments and buffers."""
-        for param in self._params:
-            param.set_gradient(None)
+        with as_plain_tensors():
+            for param in self._params:
+                param.set_gradient(None)
         self._states = [GradState.NONE] * len(self._params)
         self._given = [(None, 0)] * len(self._params)
         self._gradients.clear()

@@ -43,6 +43,7 @@ class Phase(Enum):
     BACKWARD = auto()
 
 
+IN_PLACE = -2  # began there: a module that found all it needs, and leaves nothing behind
 SHOWN_PHASES = {Phase.REST: "outside the model", Phase.FORWARD: "forward", Phase.BACKWARD: "backward"}
 
 
@@ -52,7 +53,7 @@ class Site:
 
     name: str
     buckets: tuple[tuple[Bucket, tuple[int, ...]], ...]
-    began: list[int] = field(default_factory=list)  # of each call under way: autograd's number at its start
+    began: list[int] = field(default_factory=list)  # of each call under way: autograd's number at its start; IN_PLACE
 
 
 class Conductor:
@@ -65,6 +66,7 @@ class Conductor:
         self.gatherer = gatherer
         self._reducer = reducer
         self._precision = precision
+        self._has_gathers = any(bucket.is_transient for bucket in buckets)
         self._phase = Phase.REST
         self._interrupted = Phase.REST  # what the model was doing when the backward began
         self._backward = -1  # which of autograd's
@@ -163,7 +165,13 @@ class Conductor:
             self.recorder.note(Kind.PHASE, SHOWN_PHASES[phase])
 
     def _site_pre(self, site: Site) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+        buckets = tuple(bucket for bucket, _ in site.buckets)
+        is_kept_whole = not any(bucket.is_transient for bucket in buckets)
+
         def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            if is_kept_whole and self._phase is Phase.FORWARD and all(bucket.is_in_place for bucket in buckets):
+                site.began.append(IN_PLACE)
+                return
             if compat.in_backward():
                 self._begin_backward()
                 self._begin_saving(compat.current_backward())
@@ -183,6 +191,9 @@ class Conductor:
             return any(param.is_trainable for bucket in transient for param in bucket.params)
 
         def leave(module: nn.Module, args: object, kwargs: object, result: object) -> object:
+            if site.began and site.began[-1] == IN_PLACE:
+                site.began.pop()
+                return result
             self._end_saving(module)
             for bucket, _ in site.buckets:
                 self.gatherer.leave(bucket, self._pass)
@@ -265,7 +276,7 @@ class Conductor:
         self._reducer.add(bucket, index, grad.detach(), is_nested=compat.current_backward() != self._backward)
 
     def _refuse_second_backward(self) -> None:
-        if torch.is_grad_enabled() and any(bucket.is_transient for bucket in self._buckets):
+        if self._has_gathers and torch.is_grad_enabled():
             raise StateError(
                 "A backward with create_graph=True ran through sharded parameters, which are freed before the second "
                 "backward would need them. Use stage 2 for gradient penalties."
@@ -273,9 +284,10 @@ class Conductor:
 
     def _begin_backward(self) -> None:
         if self._phase is Phase.BACKWARD:
-            if self._saver != compat.current_backward():
+            if self._saver is not None and self._saver != compat.current_backward():
                 self._end_recomputing()  # what was computed again is being differentiated: it saves no more
-            self._settle()
+            if self._has_gathers:
+                self._settle()
             return
         self._interrupted = self._phase
         self._enter(Phase.BACKWARD)

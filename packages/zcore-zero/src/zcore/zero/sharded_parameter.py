@@ -299,9 +299,10 @@ def _is_in_place(func: Callable[..., object]) -> bool:
 
 def _note_edit(func: Callable[..., object], args: Sequence[object]) -> None:
     """Tell the buckets of parameters that `func` edits."""
-    for param in _all_sharded(args):
-        if param.owner is not None and _is_in_place(func) and _wants_values(func):
-            param.owner.mark_stale()
+    if _is_in_place(func) and _wants_values(func):
+        for owner in {param.owner for param in _all_sharded(args)}:
+            if owner is not None:
+                owner.mark_stale()
 
 
 def _refuse_whole(param: ShardedParameter, args: Sequence[object]) -> None:

@@ -101,6 +101,10 @@ class Gatherer:
         """Those with a module inside which we are."""
         return frozenset(self._depth)
 
+    def is_open(self, bucket: Bucket) -> bool:
+        """Whether we are inside a module that uses it."""
+        return bucket.index in self._depth
+
     def enter(self, bucket: Bucket, during: Pass, *, module: str, shown: Sequence[int] = ()) -> None:
         """Make `bucket` AVAILABLE for a module that starts, show it the parameters `shown`, and start what comes next.
 
@@ -111,8 +115,8 @@ class Gatherer:
             self.use(bucket, during, module=module)
             if torch.is_grad_enabled():
                 bucket.note_computation()
-        if during is Pass.FORWARD and self._trace is self._training:
-            self._note_use(bucket)
+            if during is Pass.FORWARD and self._trace is self._training:
+                self._note_use(bucket)
         bucket.show_whole(shown)
 
     def leave(self, bucket: Bucket, during: Pass) -> None:

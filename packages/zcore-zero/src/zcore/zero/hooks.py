@@ -198,10 +198,13 @@ class Conductor:
             for bucket, _ in site.buckets:
                 self.gatherer.leave(bucket, self._pass)
             began = site.began.pop() if site.began else compat.sequence_number()  # else a hook before ours has raised
-            if transient and torch.is_grad_enabled() and not any(_is_made(each, began) for each in _tensors_in(result)):
+            if not others_decide() and all(map(self.gatherer.is_open, transient)):  # who encloses this will watch
+                self._keep_returned(transient, result)
+                return result
+            if torch.is_grad_enabled() and not any(_is_made(each, began) for each in _tensors_in(result)):
                 result = own_results((args, kwargs), result, is_trained=is_trained)
-            if transient:
-                self._watch(transient, result, since=began)
+            self._watch(transient, result, since=began)
+            self._keep_returned(transient, result)
             if self._phase is Phase.REST and not self.gatherer.open_buckets:  # a submodule was called by itself
                 self._come_to_rest(result)
             return result
@@ -245,12 +248,17 @@ class Conductor:
             # Autograd runs what was made later first: all that reads the buckets of later modules is done.
             self.gatherer.release_all_but(still_open)
 
+        if torch.is_grad_enabled():
+            for tensor in _tensors_in(result):
+                if _is_made(tensor, since):
+                    tensor.register_hook(before_backward)
+
+    def _keep_returned(self, buckets: Sequence[Bucket], result: object) -> None:
+        """Keep those of `buckets` of which a module returns a weight, or a view of one."""
         for tensor in _tensors_in(result):
-            if torch.is_grad_enabled() and _is_made(tensor, since):
-                tensor.register_hook(before_backward)
-            escaped = bucket_of(tensor)
-            if escaped is not None and escaped in buckets:  # a module that returns its weight, or a view of it
-                self.gatherer.keep(escaped)
+            returned = bucket_of(tensor)
+            if returned is not None and returned in buckets:
+                self.gatherer.keep(returned)
 
     def read_in_backward(self, bucket: Bucket) -> None:
         """See BucketHost."""
@@ -266,7 +274,7 @@ class Conductor:
     def on_gradient(self, bucket_index: int, index: int) -> None:
         """The gradient of a whole parameter is final for this backward."""
         self._refuse_second_backward()
-        self._begin_backward()
+        self._begin_backward(settles=False)  # autograd gives the node at hand the greatest number: nothing ran after it
         bucket = self._buckets[bucket_index]
         bucket.check_unchanged()
         full = bucket.params[index].full
@@ -282,11 +290,11 @@ class Conductor:
                 "backward would need them. Use stage 2 for gradient penalties."
             )
 
-    def _begin_backward(self) -> None:
+    def _begin_backward(self, *, settles: bool = True) -> None:
         if self._phase is Phase.BACKWARD:
             if self._saver is not None and self._saver != compat.current_backward():
                 self._end_recomputing()  # what was computed again is being differentiated: it saves no more
-            if self._has_gathers:
+            if settles and self._has_gathers:
                 self._settle()
             return
         self._interrupted = self._phase
@@ -349,6 +357,9 @@ def _is_made(tensor: Tensor, since: int) -> bool:
 
 def _tensors_in(value: object) -> Iterator[Tensor]:
     """The tensors of nested containers, and of objects with attributes such as a dataclass, each one once."""
+    if isinstance(value, Tensor):
+        yield value
+        return
     to_look_at, seen = [value], set[int]()
     while to_look_at:
         for leaf in compat.tree_leaves(to_look_at.pop()):

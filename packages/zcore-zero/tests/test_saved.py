@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import Product
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from zcore import zero
@@ -68,6 +69,42 @@ class PrefixThroughFrozen(Layer):
     def forward(self, x: Tensor) -> Tensor:
         prefix = torch.tanh(self.prefix @ self.up.weight) @ self.down.weight
         return x + torch.tanh(x @ prefix.t()) @ prefix
+
+
+class InnerTakenOut(Layer):
+    """The loss is computed from what a module inside of the block returns, past the block's own result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.up(x))
+        self.losses[:] = [hidden.square().mean()]
+        return x + self.down(hidden.detach())
+
+
+class InnerTakenOutUnderHooks(InnerTakenOut):
+    """The same where the user's hooks keep what autograd saves, views of weights as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return super().forward(x)
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((WIDTH, WIDTH), 0.2))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class InnerWeightTakenOut(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = Scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.losses[:] = [self.own().square().mean()]
+        return super().forward(x)
 
 
 class OwnWeightReturned(Layer):
@@ -153,6 +190,9 @@ PROGRAMS = {
     "frozen inside a product, recomputed": Program(lambda: Stack(FrozenInAProduct, recompute=True), True),
     "a prefix through frozen layers": Program(lambda: Stack(PrefixThroughFrozen), input_has_gradient=True),
     "a prefix through frozen layers, recomputed": Program(lambda: Stack(PrefixThroughFrozen, recompute=True), True),
+    "an inner result taken out": Program(lambda: Stack(InnerTakenOut)),
+    "an inner result taken out, under hooks": Program(lambda: Stack(InnerTakenOutUnderHooks)),
+    "an inner weight taken out": Program(lambda: Stack(InnerWeightTakenOut)),
     "a module that returns its weight": Program(lambda: Stack(OwnWeightReturned)),
     "a borrowed weight in a function of the user's": Program(lambda: Stack(Borrowing)),
 }

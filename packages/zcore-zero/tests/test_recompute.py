@@ -1,9 +1,10 @@
 """Blocks that compute their activations again train the same bits, hold less, and are gathered no more often."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zcore import zero
+from zcore.core.collectives import Collectives
 from zcore.core.errors import ConfigError, StateError
+from zcore.core.mesh import build_mesh
+from zcore.zero.partitioned import partition_inputs
 
 Ranks = Callable[..., Any]
+Trained = tuple[list[float], dict[str, torch.Tensor], int]
 RECIPE = Recipe("gpt", model_options=(("num_blocks", 3),), steps=2, accumulation=2, clip=0.5)
 WAYS: list[dict[str, Any]] = [{"every": 1}, {"every": 2, "save": ["matmul"]}, {"every": 1, "save": ["attention"]}]
 
@@ -186,6 +191,83 @@ def test_layers_of_transformers_are_recomputed_through_their_own_switch(ranks: R
     pytest.importorskip("transformers")
     for straight, recomputed in ranks(2, train_llama):
         assert straight == recomputed
+
+
+def train_beside_twins(stage: int, dp_size: int, *, partitions: bool) -> Trained:
+    """Losses, weights, and how many inputs of blocks live between a forward and its backward; `tp` has 2 ranks."""
+    torch.manual_seed(0)
+    model, mesh = GPT(num_blocks=4), build_mesh(dp=dp_size, tp=2)
+    section = {"every": 1, "partition_activations": partitions}
+    engine = zero.initialize(model, settings(stage, activation_checkpointing=section), mesh=mesh)
+    inputs: list[weakref.ref[torch.UntypedStorage]] = []
+    for block in model.h:
+        block.register_forward_pre_hook(lambda block, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    losses, num_alive = [], 0
+    for step in range(3):
+        inputs.clear()
+        batch = torch.randint(0, 61, (8, 9), generator=torch.Generator().manual_seed(10 * step + engine.dp_rank))
+        loss = engine(batch)
+        num_alive = sum(each() is not None for each in inputs)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses, engine.consolidated_state_dict(rank=None), num_alive
+
+
+def train_with_and_without_parts(stage: int, dp_size: int) -> list[Trained]:
+    return [train_beside_twins(stage, dp_size, partitions=partitions) for partitions in (False, True)]
+
+
+@pytest.mark.parametrize(("stage", "dp_size"), [(0, 1), (3, 1), (3, 2)])
+def test_ranks_with_the_same_inputs_keep_a_part_each_and_train_the_same_bits(
+    ranks: Ranks, stage: int, dp_size: int
+) -> None:
+    for whole, in_parts in ranks(2 * dp_size, train_with_and_without_parts, stage, dp_size):
+        assert in_parts[0] == whole[0]
+        assert all(torch.equal(in_parts[1][name], value) for name, value in whole[1].items())
+        assert (whole[2], in_parts[2]) == (4, 0)
+
+
+class Twin:
+    """Ranks in one thread: what each keeps of the same tensor, one after the other, and then all of it."""
+
+    size = 3
+
+    def __init__(self) -> None:
+        self.rank, self.kept = 0, list[torch.Tensor]()
+
+    def empty(self, numel: int, **options: Any) -> torch.Tensor:
+        return torch.empty(numel, **options)
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, label: str) -> "Twin":
+        output.copy_(torch.cat(self.kept))
+        return self
+
+    def wait(self) -> None:
+        """It is there."""
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (1, 1), (2, 3, 5), (7,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_parts_of_any_shape_are_put_together_again(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    group, held = Twin(), list[tuple[Any, Any]]()
+
+    def note(function: Any, tensor: torch.Tensor) -> None:
+        held.append((torch._C._autograd._top_saved_tensors_default_hooks(True), tensor))
+
+    run = partition_inputs(note, cast("Collectives", group), least_bytes=0)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    run(None, x)
+    ((keep, bring_back), _), *_ = held
+    parts = []
+    for rank in range(Twin.size):
+        group.rank = rank
+        parts.append(keep(x))
+        group.kept.append(parts[-1].part)
+    assert len({part.part.numel() for part in parts}) == 1
+    assert parts[0].part.numel() * group.size < x.numel() + group.size
+    assert all(torch.equal(bring_back(part), x) for part in parts)
+    assert isinstance(keep(x.detach()), torch.Tensor)  # what has no gradient is kept as it is
 
 
 def tell_of_keys() -> str:

@@ -142,8 +142,8 @@ class ActivationCheckpointing(Config):
 
     every: PositiveInt | None = None  # 1: each block, 2: every second one; null: none
     save: tuple[Literal["attention", "matmul"], ...] = ()  # results that are kept all the same
+    partition_activations: bool = False  # inputs of blocks are kept in parts over the ranks of the mesh's `tp`
     # Of DeepSpeed's section, which says how its `checkpoint` saves what a model hands to it.
-    partition_activations: bool = False  # over tensor-parallel ranks
     contiguous_memory_optimization: bool = False
     number_checkpoints: PositiveInt | None = None
     synchronize_checkpoint_boundary: bool = False
@@ -260,7 +260,6 @@ WITHOUT_EFFECT = {
         "stage3_gather_16bit_weights_on_model_save",
     ),
     "activation_checkpointing": (
-        "partition_activations",
         "contiguous_memory_optimization",
         "number_checkpoints",
         "synchronize_checkpoint_boundary",

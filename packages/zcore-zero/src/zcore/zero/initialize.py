@@ -119,7 +119,7 @@ def initialize(
         mesh = _mesh_for(raw.zero_optimization, mesh)
         _check_secondary(raw.zero_optimization, shard_size=data_parallel(mesh).shard_size)
         settings = raw.settle(dp_size=data_parallel(mesh).size)
-        _warn_of_no_effect(raw)
+        _warn_of_no_effect(raw, mesh)
         source = optimizer or settings.optimizer
         if lr_scheduler is not None or settings.scheduler is not None:
             _need_optimizer(source)
@@ -139,7 +139,8 @@ def initialize(
         options = _options(settings, dp_size=data_parallel(mesh).size)
         sharding = Sharding(model, mesh, zero_stage=settings.zero_optimization.stage, options=options)
         if recompute.every is not None:
-            checkpoint(model, every=recompute.every, save=recompute.save)
+            over = choose_collectives(mesh.get_group("tp"), name="tp") if _partitions(settings, mesh) else None
+            checkpoint(model, every=recompute.every, save=recompute.save, partition_over=over)
         built = None
         if source is not None:
             built = build_optimizer(source, groups, sharding.fragments, device=sharding.device)
@@ -295,9 +296,21 @@ def _need_optimizer(source: object) -> None:
         raise ConfigError("A learning-rate schedule needs an optimizer: pass one, or give the config an `optimizer`.")
 
 
-def _warn_of_no_effect(settings: TrainingConfig) -> None:
+def _partitions(settings: TrainingConfig, mesh: DeviceMesh) -> bool:
+    """Whether blocks keep their inputs in parts over tensor-parallel ranks."""
+    recompute = settings.activation_checkpointing
+    has_ranks = "tp" in (mesh.mesh_dim_names or ()) and mesh["tp"].size() > 1
+    return recompute.partition_activations and recompute.every is not None and has_ranks
+
+
+def _warn_of_no_effect(settings: TrainingConfig, mesh: DeviceMesh) -> None:
     if dist.get_rank() != 0:
         return
+    if settings.activation_checkpointing.partition_activations and not _partitions(settings, mesh):
+        logger.warning(
+            "activation_checkpointing.partition_activations has no effect: it needs a mesh with several ranks along "
+            "`tp`, and activation_checkpointing.every."
+        )
     for section, names in WITHOUT_EFFECT.items():
         given = getattr(settings, section)
         for name in names:

@@ -15,7 +15,9 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from zcore.core.collectives import Collectives
 from zcore.core.errors import ConfigError, StateError
+from zcore.zero.partitioned import partition_inputs
 from zcore.zero.units import find_blocks
 
 __all__ = ["SAVEABLE", "check_recompute", "checkpoint"]
@@ -34,17 +36,22 @@ SAVEABLE = {
 MARK, RUN, FORWARD = "_zcore_recomputes", "_zcore_run", "_zcore_forward"  # attributes of a block
 
 
-def checkpoint(model: nn.Module, *, every: int = 1, save: Sequence[str] = ()) -> nn.Module:
+def checkpoint(
+    model: nn.Module, *, every: int = 1, save: Sequence[str] = (), partition_over: Collectives | None = None
+) -> nn.Module:
     """Have each `every`-th block of `model` keep its inputs only, and compute the rest again in the backward.
 
     Blocks are those that stage 3 gathers. save: results that are kept, too, of "matmul" or "attention". Call it before
-    or after sharding; the bits trained stay the same. Returns `model`. Raises ConfigError where no block is
+    or after sharding; the bits trained stay the same. partition_over: ranks that all run the same inputs through the
+    model, as tensor-parallel ones do; each keeps a part of them. Returns `model`. Raises ConfigError where no block is
     recognisable, or the settings cannot be; StateError for a model that computes again already.
     """
     blocks = check_recompute(model, every=every, save=save)
-    run = partial(torch_checkpoint, use_reentrant=False)
+    run: Callable[..., Any] = partial(torch_checkpoint, use_reentrant=False)
     if save:
         run = partial(run, context_fn=partial(create_selective_checkpoint_contexts, _policy(frozenset(save))))
+    if partition_over is not None and partition_over.size > 1:
+        run = partition_inputs(run, partition_over)
     for index, block in enumerate(blocks):
         if index % every == 0:
             _recompute(block, run)

@@ -10,7 +10,7 @@ import time
 import pytest
 from torch.distributed import TCPStore
 
-from zcore.comm.ranks.cards import CallWord, Cards, GroupWord
+from zcore.comm.ranks.cards import CallWord, Cards, GaveUp, GroupWord
 from zcore.core import compat
 
 HOLD_A_STORE = """
@@ -22,7 +22,11 @@ sys.stdin.read()
 """
 
 
-WORD = GroupWord(started=3, calls=(CallWord(2, 17, 18, "all_reduce grads"),), given_up=("CollectiveError", "lost"))
+WORD = GroupWord(
+    started=3,
+    calls=(CallWord(2, 17, 18, "all_reduce grads"),),
+    given_up=GaveUp("CollectiveError", "lost", index=2),
+)
 
 
 class Source:

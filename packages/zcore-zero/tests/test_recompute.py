@@ -4,19 +4,25 @@ import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import permutations
 from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from parity import GPT, Recipe, bits_that_differ, by_row, train_rows
 from tiny_models import TinyModel, refusal, settings, train_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from zcore import zero
+from zcore.core import compat
 from zcore.core.collectives import Collectives
-from zcore.core.errors import ConfigError, StateError
+from zcore.core.errors import ConfigError, MismatchError, StateError
 from zcore.core.mesh import build_mesh
+from zcore.core.torch_collectives import choose_collectives
 from zcore.zero.partitioned import partition_inputs
 
 Ranks = Callable[..., Any]
@@ -228,7 +234,7 @@ def test_ranks_with_the_same_inputs_keep_a_part_each_and_train_the_same_bits(
         assert (whole[2], in_parts[2]) == (4, 0)
 
 
-class Twin:
+class Twins:
     """Ranks in one thread: what each keeps of the same tensor, one after the other, and then all of it."""
 
     size = 3
@@ -239,35 +245,106 @@ class Twin:
     def empty(self, numel: int, **options: Any) -> torch.Tensor:
         return torch.empty(numel, **options)
 
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, label: str) -> "Twin":
-        output.copy_(torch.cat(self.kept))
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, label: str) -> "Twins":
+        output.copy_(torch.cat(self.kept) if label.startswith("inputs") else input.expand(self.size))
         return self
 
     def wait(self) -> None:
         """It is there."""
 
 
-@pytest.mark.parametrize("shape", [(4, 9), (1, 1), (2, 3, 5), (7,)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_parts_of_any_shape_are_put_together_again(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    group, held = Twin(), list[tuple[Any, Any]]()
+def layouts_of(*shape: int) -> list[torch.Tensor]:
+    """Tensors of that shape, in several orders of memory."""
+    found = []
+    for dims in permutations(range(len(shape))):
+        stored = torch.randn([shape[dim] for dim in dims], requires_grad=True)
+        found.append(stored.permute([dims.index(dim) for dim in range(len(dims))]))
+    return found
 
-    def note(function: Any, tensor: torch.Tensor) -> None:
-        held.append((torch._C._autograd._top_saved_tensors_default_hooks(True), tensor))
 
-    run = partition_inputs(note, cast("Collectives", group), least_bytes=0)
-    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+@pytest.mark.parametrize("x", [*layouts_of(4, 9), *layouts_of(1, 1), *layouts_of(2, 3, 5), *layouts_of(7)])
+def test_parts_of_any_shape_and_layout_are_put_together_again(x: torch.Tensor) -> None:
+    group, hooks = Twins(), list[Any]()
+    run = partition_inputs(
+        lambda function, x: hooks.append(compat.saved_tensors_hooks_on_top()), cast("Collectives", group), least_bytes=0
+    )
     run(None, x)
-    ((keep, bring_back), _), *_ = held
+    keep, bring_back = hooks[0]
     parts = []
-    for rank in range(Twin.size):
+    for rank in range(Twins.size):
         group.rank = rank
         parts.append(keep(x))
         group.kept.append(parts[-1].part)
     assert len({part.part.numel() for part in parts}) == 1
     assert parts[0].part.numel() * group.size < x.numel() + group.size
-    assert all(torch.equal(bring_back(part), x) for part in parts)
-    assert isinstance(keep(x.detach()), torch.Tensor)  # what has no gradient is kept as it is
+    for part in parts:
+        again = bring_back(part)
+        assert torch.equal(again, x)
+        assert again.stride() == x.stride()
+    assert bring_back(keep(x.detach())) is not None  # what has no gradient is kept as it is
+    assert not hasattr(keep(x.detach()), "part")
+
+
+class Turned(nn.Module):
+    """Blocks that are handed a view, by name, beside a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TurnedBlock() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(24)
+        for block in self.blocks:
+            x = block(x=torch.tanh(x).transpose(0, 1), mask=mask)
+        return x.square().mean()
+
+
+class TurnedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(0, 1).view(-1, 24) * mask  # refuses what is not in the caller's order
+        return self.down(torch.tanh(self.up(x))).view(16, 8, 24)
+
+
+def train_turned(kind: str) -> list[Any]:
+    """Gradients without and with parts; or what is told where inputs are not alike."""
+    group, found = choose_collectives(dist.group.WORLD, name="tp"), list[Any]()
+    for over in (None, group):
+        torch.manual_seed(0)
+        model = Turned()
+        zero.checkpoint(model, partition_over=over)
+        x = torch.randn(16, 8, 24, requires_grad=True)
+        if kind == "unlike":
+            x = (x * (1 + group.rank)).detach().requires_grad_()
+        try:
+            model(x).backward()
+            found.append([param.grad for param in model.parameters()])
+        except MismatchError as error:
+            found.append(str(error))
+    return found
+
+
+def test_views_that_blocks_are_handed_by_name_are_spread_and_come_back_as_they_were(ranks: Ranks) -> None:
+    for whole, in_parts in ranks(2, train_turned, "alike"):
+        assert all(map(torch.equal, whole, in_parts))
+
+
+def test_inputs_that_are_not_alike_are_refused_at_once(ranks: Ranks) -> None:
+    for _, told in ranks(2, train_turned, "unlike"):
+        assert "have different ones" in told
+
+
+def test_a_mask_that_is_edited_later_is_refused_as_without_parts() -> None:
+    run = partition_inputs(partial(torch_checkpoint, use_reentrant=False), cast("Collectives", Twins()), least_bytes=0)
+    mask = torch.ones(4)
+    weight = torch.ones(4, requires_grad=True)
+    result = run(lambda mask: torch.tanh(weight * mask), mask)
+    mask.zero_()
+    with pytest.raises(StateError, match="was modified in place after the block had run"):
+        result.sum().backward()
 
 
 def tell_of_keys() -> str:

@@ -88,6 +88,29 @@ class InnerTakenOutUnderHooks(InnerTakenOut):
             return super().forward(x)
 
 
+class Offloaded(nn.Module):
+    """Keeps what autograd saves in a way of its own, as an offload of activations does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return torch.tanh(self.linear(x))
+
+
+class OffloadedTakenOut(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = Offloaded()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        self.losses[:] = [hidden.square().mean()]
+        return x + self.down(hidden.detach())
+
+
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -192,6 +215,7 @@ PROGRAMS = {
     "a prefix through frozen layers, recomputed": Program(lambda: Stack(PrefixThroughFrozen, recompute=True), True),
     "an inner result taken out": Program(lambda: Stack(InnerTakenOut)),
     "an inner result taken out, under hooks": Program(lambda: Stack(InnerTakenOutUnderHooks)),
+    "an inner result that was offloaded, taken out": Program(lambda: Stack(OffloadedTakenOut)),
     "an inner weight taken out": Program(lambda: Stack(InnerWeightTakenOut)),
     "a module that returns its weight": Program(lambda: Stack(OwnWeightReturned)),
     "a borrowed weight in a function of the user's": Program(lambda: Stack(Borrowing)),

@@ -148,9 +148,16 @@ def swap_memory(one: torch.UntypedStorage, other: torch.UntypedStorage) -> None:
     one._swap_data_ptr_(other)  # type: ignore[attr-defined]  # private in torch, without a stub
 
 
-def packs_saved_tensors() -> object | None:
-    """The function that decides in this thread how autograd saves tensors, as of a checkpoint or an offload."""
+def saved_tensors_hooks_on_top() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None:
+    """What decides in this thread how autograd saves tensors and brings them back, as of a checkpoint or an offload."""
+    top: tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None
     top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return top
+
+
+def packs_saved_tensors() -> object | None:
+    """The first of the two."""
+    top = saved_tensors_hooks_on_top()
     return top[0] if top is not None else None
 
 

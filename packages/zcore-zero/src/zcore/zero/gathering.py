@@ -64,6 +64,7 @@ class Gatherer:
         self._live_numel = 0  # of them
         self._is_at_rest = True  # until the first use after a step
         self._keeps = False  # what forwards without autograd have gathered, for the next one
+        self._shown_before: set[int] = set()  # of what is pinned and kept whole, what was shown before
         self._has_warned = False
         self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
         self._digest = 0  # of the buckets gathered since the last comparison, in order; below 2^24, exact in fp32
@@ -203,6 +204,8 @@ class Gatherer:
         self._note_use(bucket)
         self._pinned[bucket.index] += 1
         if self._pinned[bucket.index] == 1:
+            if bucket.is_in_place and not bucket.is_transient:
+                self._shown_before.add(bucket.index)
             self._drop_if_stale(bucket)
         if bucket.state is ParamState.SHARDED:
             self._start(bucket, why="for GatheredParameters")
@@ -218,6 +221,9 @@ class Gatherer:
         bucket.is_pinned = self._pinned[bucket.index] > 0
         if not bucket.is_pinned:
             del self._pinned[bucket.index]
+            if bucket.index in self._shown_before:  # inside of a forward, whose modules go on with it
+                self._shown_before.remove(bucket.index)
+                return
         if not self._is_in_use(bucket) and bucket.state is ParamState.AVAILABLE:
             self._reshard(bucket)
         elif bucket.index not in self._depth and not bucket.is_pinned:

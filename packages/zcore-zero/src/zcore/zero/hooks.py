@@ -43,7 +43,7 @@ class Phase(Enum):
     BACKWARD = auto()
 
 
-IN_PLACE = -2  # began there: a module that found all it needs, and leaves nothing behind
+IN_PLACE = -2  # began there: a module that found all it needs, and is not counted among those that use its buckets
 SHOWN_PHASES = {Phase.REST: "outside the model", Phase.FORWARD: "forward", Phase.BACKWARD: "backward"}
 
 
@@ -99,7 +99,8 @@ class Conductor:
         """Have the buckets of `site` gathered whenever `module` runs."""
         untraced: Callable[[Any], Any] = torch.compiler.disable
         self._handles.append(module.register_forward_pre_hook(untraced(self._site_pre(site)), with_kwargs=True))
-        leave = untraced(self._site_post(site))
+        is_torchs = type(module).__module__.startswith("torch.nn.")
+        leave = untraced(self._site_post(site, is_torchs=is_torchs))
         self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
 
     def __reduce__(self) -> str:
@@ -169,7 +170,10 @@ class Conductor:
         is_kept_whole = not any(bucket.is_transient for bucket in buckets)
 
         def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            if is_kept_whole and self._phase is Phase.FORWARD and all(bucket.is_in_place for bucket in buckets):
+            # What is saved inside has to be watched already, or not at all.
+            is_watched = self._saved.is_open or not (self._has_gathers and torch.is_grad_enabled())
+            is_inside = is_kept_whole and self._phase is Phase.FORWARD and is_watched
+            if is_inside and all(bucket.is_in_place for bucket in buckets):
                 site.began.append(IN_PLACE)
                 return
             if compat.in_backward():
@@ -184,7 +188,8 @@ class Conductor:
 
         return enter
 
-    def _site_post(self, site: Site) -> Callable[[nn.Module, object, object, object], object]:
+    def _site_post(self, site: Site, *, is_torchs: bool) -> Callable[[nn.Module, object, object, object], object]:
+        """`is_torchs`: a module that opens no hooks of its own; where another one encloses it, that one watches."""
         transient = tuple(bucket for bucket, _ in site.buckets if bucket.is_transient)
 
         def is_trained() -> bool:
@@ -198,13 +203,13 @@ class Conductor:
             for bucket, _ in site.buckets:
                 self.gatherer.leave(bucket, self._pass)
             began = site.began.pop() if site.began else compat.sequence_number()  # else a hook before ours has raised
-            if not others_decide() and all(map(self.gatherer.is_open, transient)):  # who encloses this will watch
+            if transient:
+                if torch.is_grad_enabled() and not any(_is_made(each, began) for each in _tensors_in(result)):
+                    result = own_results((args, kwargs), result, is_trained=is_trained)
+                is_inner = all(map(self.gatherer.is_open, transient))  # whoever encloses it watches
+                if not (is_inner and is_torchs) or others_decide():
+                    self._watch(transient, result, since=began)
                 self._keep_returned(transient, result)
-                return result
-            if torch.is_grad_enabled() and not any(_is_made(each, began) for each in _tensors_in(result)):
-                result = own_results((args, kwargs), result, is_trained=is_trained)
-            self._watch(transient, result, since=began)
-            self._keep_returned(transient, result)
             if self._phase is Phase.REST and not self.gatherer.open_buckets:  # a submodule was called by itself
                 self._come_to_rest(result)
             return result

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from zcore.core import compat
 from zcore.core.collectives import Collectives
+from zcore.core.errors import MismatchError, StateError
 
 __all__ = ["partition_inputs"]
 
@@ -22,10 +24,25 @@ LEAST_BYTES = 4096  # of an input that is spread
 
 
 class _Part(NamedTuple):
-    """This rank's part of a tensor, flat; all parts are equal, the last one padded."""
+    """This rank's part of a tensor, in the order of its memory; all parts are equal, the last one padded."""
 
     part: Tensor
-    shape: torch.Size
+    dims: tuple[int, ...]  # of the tensor, from the one with the largest stride on
+    sizes: tuple[int, ...]  # of these
+
+
+class _Whole(NamedTuple):
+    """What is not spread."""
+
+    tensor: Tensor
+    version: int
+
+
+class _Passed(NamedTuple):
+    """What is not spread, as the hooks below keep it."""
+
+    kept: Any
+    bring_back: Callable[[Any], Tensor]
 
 
 def partition_inputs(
@@ -33,27 +50,63 @@ def partition_inputs(
 ) -> Callable[..., Any]:
     """`run`, which is torch's checkpoint of a function and its inputs, with inputs kept in parts over `group`.
 
-    Every rank of the group has the same inputs, and goes backward through the same blocks in the same order.
+    Every rank of the group has the same inputs, and goes backward through the same blocks in the same order. Raises
+    MismatchError in the first forward if they differ. Tensors inside of containers stay whole.
     """
+    has_compared = False
 
-    def keep(tensor: Tensor) -> Tensor | _Part:
+    def keep(tensor: Tensor, below: Any) -> _Part | _Whole | _Passed:
+        nonlocal has_compared
         if not tensor.requires_grad or tensor.numel() * tensor.element_size() < least_bytes:
-            return tensor
+            return _Whole(tensor, tensor._version) if below is None else _Passed(below[0](tensor), below[1])
+        if not has_compared:
+            _compare(tensor, group)
+            has_compared = True
+        dims = tuple(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride()[dim]))
+        ordered = tensor.detach().permute(dims)
         part_numel = -(-tensor.numel() // group.size)
-        held = tensor.detach().reshape(-1)[group.rank * part_numel :][:part_numel]
+        held = ordered.reshape(-1)[group.rank * part_numel :][:part_numel]
         part = held.new_zeros(part_numel)
         part[: held.numel()] = held
-        return _Part(part, tensor.shape)
+        return _Part(part, dims, tuple(ordered.shape))
 
-    def bring_back(kept: Tensor | _Part) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        whole = group.empty(group.size * kept.part.numel(), dtype=kept.part.dtype, device=kept.part.device)
-        group.all_gather(whole, kept.part, label="inputs of a block that is computed again").wait()
-        return whole[: kept.shape.numel()].view(kept.shape)
+    def bring_back(kept: _Part | _Whole | _Passed) -> Tensor:
+        if isinstance(kept, _Passed):
+            return kept.bring_back(kept.kept)
+        if isinstance(kept, _Whole):
+            if kept.tensor._version != kept.version:  # under hooks torch does not look
+                raise StateError(
+                    f"An input of a block that is computed again, of shape {tuple(kept.tensor.shape)}, was modified in "
+                    "place after the block had run. Use an operation out of place, or clone() before it."
+                )
+            return kept.tensor
+        part, dims, sizes = kept
+        whole = group.empty(group.size * part.numel(), dtype=part.dtype, device=part.device)
+        group.all_gather(whole, part, label="inputs of a block that is computed again").wait()
+        ordered = whole[: torch.Size(sizes).numel()].view(sizes)
+        return ordered.permute([dims.index(dim) for dim in range(len(dims))])
 
-    def run_in_parts(*args: Any, **kwargs: Any) -> Any:
-        with saved_tensors_hooks(keep, bring_back):  # below those of the checkpoint: they see the inputs alone
-            return run(*args, **kwargs)
+    def run_in_parts(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        names, num_args = tuple(kwargs), len(args)
+
+        def by_position(*values: Any) -> Any:  # a checkpoint saves what it is given so; what has a name it just holds
+            return function(*values[:num_args], **dict(zip(names, values[num_args:], strict=True)))
+
+        below = compat.saved_tensors_hooks_on_top()
+        with saved_tensors_hooks(lambda tensor: keep(tensor, below), bring_back):  # those of the checkpoint come on top
+            return run(by_position, *args, *kwargs.values())
 
     return run_in_parts
+
+
+def _compare(tensor: Tensor, group: Collectives) -> None:
+    """Raise MismatchError where ranks have other values; all of them come here with their first input."""
+    own = tensor.detach().double().sum().view(1)
+    sums = own.new_empty(group.size)
+    group.all_gather(sums, own, label="sums of the first input").wait()
+    if not torch.equal(sums.nan_to_num(), sums[:1].nan_to_num().expand_as(sums)):
+        raise MismatchError(
+            "Ranks that were to keep a part each of the same inputs have different ones; the first add up to "
+            f"{sums.tolist()}. Ranks along `tp` get the same batch and draw the same dropout: seed them alike, and "
+            "leave partition_activations out where each has a part of the sequence."
+        )

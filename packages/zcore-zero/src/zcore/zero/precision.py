@@ -42,8 +42,11 @@ class Precision:
             )
 
     def dtypes_of(self, dtype: torch.dtype, *, trainable: bool) -> BucketDtypes:
-        """For a parameter built in `dtype`. Frozen and integer parameters have no master apart."""
-        if not dtype.is_floating_point:
+        """For a parameter built in `dtype`. Frozen and integer parameters have no master apart.
+
+        Of one byte, or packed into one, numbers have a scale beside them and are never cast.
+        """
+        if not dtype.is_floating_point or dtype.itemsize == 1:
             return BucketDtypes(compute=dtype, master=dtype)
         has_master = trainable and self.masters
         master = dtype if self.compute is None else torch.float32 if has_master else self.compute

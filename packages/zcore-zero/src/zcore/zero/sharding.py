@@ -29,7 +29,7 @@ from zcore.zero.hooks import Conductor, Site
 from zcore.zero.layout import BucketPlan, plan_buckets
 from zcore.zero.placement import Placement, Row, row_for
 from zcore.zero.precision import Precision
-from zcore.zero.quantised import refuse_quantised
+from zcore.zero.quantised import refuse_quantised, statistics_of
 from zcore.zero.reduction import Reducer
 from zcore.zero.sharded_parameter import ShardedParameter
 from zcore.zero.timeline import Recorder
@@ -108,7 +108,7 @@ class Sharding:
         if self.buckets:
             taken = {bucket.plan.name for bucket in self.buckets}
             plans = tuple(replace(plan, name=_unlike(plan.name, taken)) for plan in plans)
-        self._agree(model, plans, options)
+        self._agree(model, parameters, plans, options)
         return plans
 
     def _take_in(
@@ -180,7 +180,13 @@ class Sharding:
         self.explain_to(recorder)
         return [param.shard for bucket in self.buckets[before:] for param in bucket.params]
 
-    def _agree(self, model: nn.Module, plans: tuple[BucketPlan, ...], options: ShardingOptions) -> None:
+    def _agree(
+        self,
+        model: nn.Module,
+        parameters: tuple[ParamSites, ...],
+        plans: tuple[BucketPlan, ...],
+        options: ShardingOptions,
+    ) -> None:
         facts: dict[str, Plain] = {
             "ZeRO stage": self.zero_stage,
             "torch": torch.__version__,
@@ -189,6 +195,7 @@ class Sharding:
                 for plan in plans
                 for spec in plan.params
             },
+            "statistics of quantised blocks": {each.spec.fqn: statistics_of(each.param) for each in parameters},
             "buffer": {name: f"{list(buffer.shape)} {buffer.dtype}" for name, buffer in model.named_buffers()},
             "bucket": {plan.name: [spec.fqn for spec in plan.params] for plan in plans},
             "options": {each.name: repr(getattr(options, each.name)) for each in fields(options)},

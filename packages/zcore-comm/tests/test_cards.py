@@ -59,6 +59,7 @@ def test_cards_are_read_until_the_store_stops_and_then_nobody_waits_for_long(hol
     assert cards.told(["here", "there"]) == {"here"}
     assert cards.answers
     os.kill(holder.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, holder.pid, os.WSTOPPED | os.WNOWAIT)  # all of its threads have stopped
     began = time.monotonic()
     known = cards.read([others.life])
     assert not cards.answers

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zcore import zero
-from zcore.core.errors import LayoutError
+from zcore.core.errors import LayoutError, MismatchError
 
 Ranks = Callable[..., Any]
 WIDTH, BLOCKS, STEPS, ROWS = 64, 3, 4, 4
@@ -116,18 +117,27 @@ def refusals() -> dict[str, str]:
     moved, packed = nn.Linear(4, 4), nn.Linear(4, 4)
     moved.weight = Moved(torch.ones(4, 4).to(torch.int8), requires_grad=False)
     packed.weight = Packed(torch.ones(4, 4), requires_grad=False)
+    late = nn.Linear(4, 4)
+    late.weight = Packed(torch.ones(4, 4).to(torch.uint8), requires_grad=False)
+    late.weight.bnb_quantized = False
+    unlike = nn.Linear(4, 4)
+    unlike.weight = Packed(torch.ones(4, 4).to(torch.uint8), requires_grad=False)
+    unlike.weight.quant_state = SimpleNamespace(absmax=torch.full((3,), 1.0 + dist.get_rank()))
     told = {}
-    for name, model in {"several": several, "moved": moved, "packed": packed}.items():
+    for name, model in {"several": several, "moved": moved, "packed": packed, "late": late, "unlike": unlike}.items():
         try:
             zero.initialize(nn.Sequential(model), {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW"}})
-        except LayoutError as error:
+        except (LayoutError, MismatchError) as error:
             told[name] = str(error)
     zero.initialize(nn.Sequential(packed), {"optimizer": {"type": "AdamW"}})  # which casts nothing
     return told
 
 
 def test_what_cannot_be_sharded_is_refused_by_name_with_the_way_out(ranks: Ranks) -> None:
-    (told,) = ranks(1, refusals)
+    told, others = ranks(2, refusals)
+    assert told.keys() == others.keys()
+    assert told["late"].startswith("0.weight is to be quantised by bitsandbytes, and is not yet")
+    assert "statistics of quantised blocks" in told["unlike"]
     assert told["several"].startswith("0.weight is a TwoTensor: several tensors under one name")
     assert "torchao.utils.unwrap_tensor_subclass(model)" in told["several"]
     assert told["moved"].startswith("0.weight is quantised to 8 bits by bitsandbytes")

@@ -195,7 +195,9 @@ class Sharding:
                 for plan in plans
                 for spec in plan.params
             },
-            "statistics of quantised blocks": {each.spec.fqn: statistics_of(each.param) for each in parameters},
+            "statistics of quantised blocks": {
+                each.spec.fqn: told for each in parameters if (told := statistics_of(each.param)) is not None
+            },
             "buffer": {name: f"{list(buffer.shape)} {buffer.dtype}" for name, buffer in model.named_buffers()},
             "bucket": {plan.name: [spec.fqn for spec in plan.params] for plan in plans},
             "options": {each.name: repr(getattr(options, each.name)) for each in fields(options)},

@@ -889,24 +889,3 @@ def test_it_is_refused_by_name_on_every_rank(refusals, case):
 def test_a_mesh_without_a_process_group_says_what_to_call():
     with pytest.raises(ZcoreError, match=r"init_process_group first"):
         build_mesh(dp=-1)
-
-
-# torch.compile
-
-
-def train_compiled():
-    found = []
-    for stage in (0, 3):
-        model = sharded(stage=stage)
-        for block in model.blocks:
-            block.compile(backend="eager")
-        found.append(losses_of(by_root, model))
-    return found
-
-
-def test_compiled_blocks_train_as_in_plain_torch(ranks):
-    """One test for all of it: the compiler takes seconds to load."""
-    torch.manual_seed(0)
-    expected = losses_of(by_root, Blocks())
-    for found in ranks(2, train_compiled):
-        assert found == [pytest.approx(expected, rel=1e-5)] * 2

@@ -138,6 +138,52 @@ def test_stage_3_gathers_no_more_often(ranks: Ranks) -> None:
     assert recomputed == straight
 
 
+class Recomputing(nn.Module):
+    """Blocks that run again, and nothing else that could tell of changed weights."""
+
+    def __init__(self, *, use_reentrant: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)])
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch_checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return x.sum()
+
+
+def step_before_a_backward(stage: int) -> list[str]:
+    """What is said of a step in between; and the same losses as a plain model without one, whatever checkpoint runs."""
+    said = []
+    for use_reentrant in (False, True):
+        torch.manual_seed(0)
+        plain = Recomputing(use_reentrant=use_reentrant)
+        model = zero.shard(copy.deepcopy(plain), build_mesh(dp=-1), stage=stage)
+        models = [(each, torch.optim.SGD(each.parameters(), lr=0.1)) for each in (plain, model)]
+        x = torch.ones(2, 6, requires_grad=True)
+        for _ in range(3):
+            losses = []
+            for each, optimizer in models:
+                loss = each(x)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+            assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        model(x).backward()
+        late = model(x)
+        models[1][1].step()
+        said.append(refusal(late.backward))
+    return said
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_step_between_a_forward_and_what_is_computed_again_is_refused(ranks: Ranks, stage: int) -> None:
+    for straight, _ in ranks(2, step_before_a_backward, stage):
+        assert straight.startswith("StateError: Parameters of 'small parameters' were changed")
+        assert "Run the forward again after a change" in straight
+
+
 def test_without_gradients_nothing_is_set_up_to_run_again() -> None:
     model = zero.checkpoint(GPT())
     with torch.no_grad(), Operations() as operations:

@@ -4,13 +4,15 @@ torch 2.13 renamed the flat collectives (`all_gather_into_tensor` -> `all_gather
 the wheels support torch 2.9 and later. Nothing here decides anything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "CAN_SWAP_MEMORY",
@@ -25,6 +27,7 @@ __all__ = [
     "current_node",
     "current_node_number",
     "default_store",
+    "hooks_numbered_alike",
     "in_backward",
     "is_held_elsewhere",
     "is_profiled",
@@ -175,6 +178,20 @@ def is_held_elsewhere(tensor: torch.Tensor) -> bool:
 def is_profiled() -> bool:
     """Whether a profiler of torch looks on."""
     return bool(torch._C._autograd._profiler_enabled())
+
+
+@contextmanager
+def hooks_numbered_alike() -> Iterator[None]:
+    """Hooks on modules that are registered inside have numbers that no other hook has, the same ones each time.
+
+    torch.compile runs one graph for modules that are alike, and those with hooks of other numbers are not alike to it.
+    One module takes part once.
+    """
+    before, RemovableHandle.next_id = RemovableHandle.next_id, -2
+    try:
+        yield
+    finally:
+        RemovableHandle.next_id = before
 
 
 def current_backward() -> int:

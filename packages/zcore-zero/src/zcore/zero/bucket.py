@@ -104,7 +104,8 @@ class Bucket:
         self._num_updates = 0  # announced ones; edits in place show in the master's version
         self._gathered: tuple[int, int] | None = None  # of which values there is a whole copy
         self._secondary: tuple[int, int] | None = None  # of which values hpZ's copy is
-        self._computed_with: tuple[int, int] | None = None  # the values that the last forward read
+        self._computed_with: tuple[int, int] | None = None  # the values that the last forward with autograd read
+        self._recomputed_with: tuple[int, int] | None = None  # those that were read inside a backward, computed again
         self._versions: list[int] = []  # of the whole parameters, when they became AVAILABLE
         self.host: weakref.ref[BucketHost] | None = None  # weak, like every edge back up: `del model` frees the memory
         self.memory = BucketParameters(
@@ -184,9 +185,17 @@ class Bucket:
                 increment_version(param.full)
         self._computed_with = self.values
 
-    def check_unchanged(self) -> None:
-        """Raise StateError in a backward whose last forward read other values than there are now."""
-        self.check_values(self._computed_with)
+    def note_recomputation(self) -> None:
+        """Inside a backward a part of the forward is computed again, and reads the values of now."""
+        self._recomputed_with = self.values
+
+    def check_unchanged(self, *, is_nested: bool) -> None:
+        """Raise StateError in a backward whose last forward read other values than there are now.
+
+        In a nested backward, as of a reentrant checkpoint, which ran without autograd first, that is what it has
+        computed again.
+        """
+        self.check_values(self._recomputed_with if is_nested else self._computed_with)
 
     def check_values(self, values: tuple[int, int] | None) -> None:
         """Raise StateError if `values` are no longer those of now."""

@@ -114,7 +114,9 @@ class Gatherer:
         self._depth[bucket.index] += 1
         if self._depth[bucket.index] == 1:
             self.use(bucket, during, module=module)
-            if torch.is_grad_enabled():
+            if compat.in_backward():
+                bucket.note_recomputation()
+            elif torch.is_grad_enabled():
                 bucket.note_computation()
             if during is Pass.FORWARD and self._trace is self._training:
                 self._note_use(bucket)

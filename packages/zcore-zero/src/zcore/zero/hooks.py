@@ -53,6 +53,7 @@ class Site:
 
     name: str
     buckets: tuple[tuple[Bucket, tuple[int, ...]], ...]
+    is_served: bool = False  # by the one block that the module is in, which asks for all of these buckets
     began: list[int] = field(default_factory=list)  # of each call under way: autograd's number at its start; IN_PLACE
 
 
@@ -97,10 +98,16 @@ class Conductor:
 
     def add(self, module: nn.Module, site: Site) -> None:
         """Have the buckets of `site` gathered whenever `module` runs."""
-        untraced: Callable[[Any], Any] = torch.compiler.disable
-        self._handles.append(module.register_forward_pre_hook(untraced(self._site_pre(site)), with_kwargs=True))
         is_torchs = type(module).__module__.startswith("torch.nn.")
-        leave = untraced(self._site_post(site, is_torchs=is_torchs))
+        enter, leave = self._site_pre(site), self._site_post(site, is_torchs=is_torchs)
+        if site.is_served:  # torch.compile goes through, and finds nothing to do: the graph of a block stays one
+            with compat.hooks_numbered_alike():
+                self._register(module, enter, leave)
+        else:
+            self._register(module, torch.compiler.disable(enter), torch.compiler.disable(leave))
+
+    def _register(self, module: nn.Module, enter: Callable[..., None], leave: Callable[..., object]) -> None:
+        self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
 
     def __reduce__(self) -> str:
@@ -170,6 +177,8 @@ class Conductor:
         is_kept_whole = not any(bucket.is_transient for bucket in buckets)
 
         def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            if torch.compiler.is_compiling():
+                return
             # What is saved inside has to be watched already, or not at all.
             is_watched = self._saved.is_open or not (self._has_gathers and torch.is_grad_enabled())
             is_inside = is_kept_whole and self._phase is Phase.FORWARD and is_watched
@@ -196,6 +205,8 @@ class Conductor:
             return any(param.is_trainable for bucket in transient for param in bucket.params)
 
         def leave(module: nn.Module, args: object, kwargs: object, result: object) -> object:
+            if torch.compiler.is_compiling():
+                return result
             if site.began and site.began[-1] == IN_PLACE:
                 site.began.pop()
                 return result
@@ -281,12 +292,13 @@ class Conductor:
         self._refuse_second_backward()
         self._begin_backward(settles=False)  # autograd gives the node at hand the greatest number: nothing ran after it
         bucket = self._buckets[bucket_index]
-        bucket.check_unchanged()
+        is_nested = compat.current_backward() != self._backward
+        bucket.check_unchanged(is_nested=is_nested)
         full = bucket.params[index].full
         grad, full.grad = full.grad, None
         assert grad is not None
         self.has_gradients = True
-        self._reducer.add(bucket, index, grad.detach(), is_nested=compat.current_backward() != self._backward)
+        self._reducer.add(bucket, index, grad.detach(), is_nested=is_nested)
 
     def _refuse_second_backward(self) -> None:
         if self._has_gathers and torch.is_grad_enabled():

@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -420,7 +421,10 @@ def _unlike(name: str, taken: set[str]) -> str:
 
 
 def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.Module, Site]]:
-    """Modules that own parameters, and blocks: a block has its buckets gathered once, before it starts."""
+    """Modules that own parameters, and blocks: a block has its buckets gathered once, before it starts.
+
+    And those of its modules that are kept whole are waited for there.
+    """
     used: dict[nn.Module, set[int]] = {}
     owned: dict[nn.Module, dict[int, list[int]]] = {}  # positions by bucket
     for bucket in buckets:
@@ -436,16 +440,23 @@ def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.
             assert isinstance(fragment.owner, Bucket)
             used.setdefault(module, set()).add(fragment.owner.index)
             owned.setdefault(module, {}).setdefault(fragment.owner.index, []).append(fragment.position)
-    for name, block in find_blocks(model).items():
+    blocks = find_blocks(model)
+    num_blocks = Counter(part for block in blocks.values() for part in block.modules())
+    served: set[nn.Module] = set()
+    for name, block in blocks.items():
         whole = {bucket.index for bucket in buckets if bucket.plan.unit == name}
         if whole:
-            used.setdefault(block, set()).update(whole)
+            parts = [part for part in block.modules() if part in used and part is not block]
+            resting = {index for part in parts for index in used[part] if not buckets[index].is_transient}
+            used.setdefault(block, set()).update(whole | resting)
+            served.update(part for part in parts if num_blocks[part] == 1 and used[part] <= used[block])
 
     def below(module: nn.Module, index: int) -> tuple[int, ...]:
         return tuple(each for part in module.modules() for each in owned.get(part, {}).get(index, ()))
 
+    def site(module: nn.Module) -> Site:
+        parts = tuple((buckets[index], below(module, index)) for index in sorted(used[module]))
+        return Site(names[module], parts, is_served=module in served)
+
     names = {module: name for name, module in model.named_modules()}
-    return [
-        (module, Site(names[module], tuple((buckets[index], below(module, index)) for index in sorted(indices))))
-        for module, indices in used.items()
-    ]
+    return [(module, site(module)) for module in used]

@@ -187,9 +187,10 @@ def test_a_call_whose_start_was_interrupted_in_the_wait_for_another_one_says_so(
     for _ in range(2):
         with pytest.raises(CollectiveError, match="all_reduce held was interrupted when it was to start"):
             held.wait()
-    for each in (first, last):
-        each.wait()
-    assert (started, flow.in_flight_bytes) == (["first", "last"], 0)
+    first.wait()
+    with pytest.raises(StateError, match="all_reduce last: this group has ended, as all_reduce held was interrupted"):
+        last.wait()  # to the others it is the call after the one that was interrupted
+    assert (started, flow.in_flight_bytes) == (["first"], 0)
 
 
 def test_a_call_that_nobody_got_is_not_counted_nor_started_later():

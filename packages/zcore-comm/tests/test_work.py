@@ -78,23 +78,27 @@ class Event:
     def __init__(self, log):
         self.log = log
 
-    def record(self):
-        self.log.append("event")
+    def record(self, stream):
+        self.log.append(f"event on {stream.device}")
 
 
 def test_streams_that_wait_later_are_behind_what_the_first_one_does_with_the_result(monkeypatch):
     log = []
 
     class Stream:
+        def __init__(self, device):
+            self.device = device
+
         def wait_event(self, event):
-            log.append(event)
+            log.append((self.device, event))
 
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(log))
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    work = Work(Sum(), lambda: log.append("divided"), on_stream=True)
+    second = torch.device("cuda:1")  # not the thread's current one
+    work = Work(Sum(), lambda: log.append("divided"), device=second)
     assert work.wait() and work.wait() and work.wait()
-    assert log[:2] == ["divided", "event"]
-    assert [type(each) for each in log[2:]] == [Event] * 2
+    assert log[:2] == ["divided", "event on cuda:1"]
+    assert [(device, type(event)) for device, event in log[2:]] == [(second, Event)] * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -107,7 +111,7 @@ def test_a_second_stream_of_cuda_reads_what_the_first_one_has_divided():
 
     first, second = torch.cuda.Stream(), torch.cuda.Stream()
     torch.cuda.synchronize()
-    work = Work(Sum(), divide, on_stream=True)
+    work = Work(Sum(), divide, device=result.device)
     with torch.cuda.stream(first):
         work.wait()
     with torch.cuda.stream(second):

@@ -21,6 +21,7 @@ from zcore.core.testing import RankFailed
 from zcore.core.torch_collectives import TorchCollectives, TorchPending
 
 LARGE = 100_000  # elements of fp32, above SMALL_BYTES
+DEVICE = torch.device("cuda:1")  # not the thread's current one
 
 
 class Work:
@@ -41,8 +42,8 @@ class Broken(Work):
 class Event:
     is_reached = False
 
-    def record(self):
-        pass
+    def record(self, stream):
+        assert stream.device == DEVICE
 
     def query(self):
         return self.is_reached
@@ -51,6 +52,7 @@ class Event:
 class Stream:
     def __init__(self):
         self.waits_for = []
+        self.device = None
 
     def wait_event(self, event):
         self.waits_for.append(event)
@@ -58,10 +60,15 @@ class Stream:
 
 @pytest.fixture
 def streams(monkeypatch):
-    """The current stream is the first of these."""
+    """The current stream is the first of these, on whichever device is asked for."""
     found = [Stream(), Stream()]
+
+    def current_stream(device=None):
+        found[0].device = device
+        return found[0]
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: found[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     return found
 
 
@@ -215,7 +222,7 @@ def test_threads_that_wait_for_one_call_all_return_with_its_result():
 def test_every_stream_that_waits_is_ordered_behind_the_works_and_these_are_let_go_of(streams):
     work = Work()
     is_held = weakref.ref(work)
-    call = pending([work], on_stream=True)
+    call = pending([work], device=DEVICE)
     del work
     call.wait()
     first, second = streams
@@ -233,7 +240,7 @@ def test_every_stream_that_waits_is_ordered_behind_the_works_and_these_are_let_g
 
 def test_a_call_whose_device_is_still_at_it_is_not_completed_wherever_a_wait_comes_between(streams):
     for stop in range(1, 10):
-        call, lines = pending([Work()], on_stream=True), []
+        call, lines = pending([Work()], device=DEVICE), []
 
         def wait_between(frame, event, _, call=call, lines=lines, stop=stop):
             """What another thread does while this one is before its line number `stop` of `is_completed`."""

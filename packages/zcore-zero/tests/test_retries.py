@@ -151,3 +151,30 @@ def differences(way: str) -> dict[str, Any]:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_smaller_batch_after_running_out_of_memory_trains_as_if_it_were_the_first_one(ranks: Ranks, way: str) -> None:
     assert ranks(2, differences, way) == [{}, {}]
+
+
+def norm_of_plain_backwards(**changes: Any) -> float:
+    torch.manual_seed(0)
+    engine = zero.initialize(TinyModel(), settings(gradient_clipping=1e9, **changes))
+    for _ in range(changes.get("gradient_accumulation_steps", 1)):
+        engine(**batch(0)).backward()
+        engine.step()
+    return engine.get_global_grad_norm()
+
+
+def norms_around_a_failure(changes: dict[str, Any]) -> list[float]:
+    """Before an engine's backward fails in this process, and after: of another engine, and of one without settings."""
+    before = [norm_of_plain_backwards(**changes), norm_of_plain_backwards()]
+    engine = zero.initialize(TinyModel(), settings(**changes))
+    OutOfMemory(engine.module, "backward").arm()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.backward(engine(**batch(0)))
+    return [*before, norm_of_plain_backwards(**changes), norm_of_plain_backwards()]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"gradient_accumulation_steps": 2}, {"fp16": {"enabled": True, "loss_scale": 64.0}}]
+)
+def test_a_failed_backward_of_an_engine_leaves_no_factor_to_plain_ones(ranks: Ranks, changes: dict[str, Any]) -> None:
+    for scaled, plain, *after in ranks(2, norms_around_a_failure, changes):
+        assert after == [scaled, plain]

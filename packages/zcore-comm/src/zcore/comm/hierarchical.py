@@ -22,7 +22,8 @@ call.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -69,7 +70,7 @@ class _Open:
     call: Call
     steps: tuple[_Step, ...]
     begun: int = 0
-    error: Exception | None = None  # that ended it
+    error: ZcoreError | None = None  # that ended it
     under_way: list[Polled] = field(default_factory=list)
 
 
@@ -91,7 +92,7 @@ class HierarchicalCollectives:
         self._log = CallLog(name)
         self._open: list[_Open] = []  # in the order of starting
         self._process = os.getpid()
-        self._broken: Exception | None = None
+        self._broken: ZcoreError | None = None
         self._is_advancing = False
 
     @property
@@ -132,96 +133,96 @@ class HierarchicalCollectives:
     def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
         """See `Collectives.all_gather`; one memory for each host if `output` has none."""
         check_slots("all_gather", label, whole=output, slot=input, size=self.size)
-        call = self._begin("all_gather", label, output)
-        numel = input.numel()
+        with self._starting("all_gather", label, output) as call:
+            numel = input.numel()
 
-        def slot(host: int) -> Tensor:
-            at = (host * self._first.size + self._first.rank) * numel
-            return output[at : at + numel]
+            def slot(host: int) -> Tensor:
+                at = (host * self._first.size + self._first.rank) * numel
+                return output[at : at + numel]
 
-        def gather_column() -> Sequence[Polled]:
-            slots = [slot(host) for host in range(self._column.size)]
-            return [self._column.gather_slots(slots, label=label, whole=output)]
+            def gather_column() -> Sequence[Polled]:
+                slots = [slot(host) for host in range(self._column.size)]
+                return [self._column.gather_slots(slots, label=label, whole=output)]
 
-        def gather_columns() -> Sequence[Polled]:
-            blocks = output.tensor_split(self._column.size)
-            return [self._last.all_gather(block, slot(host), label=label) for host, block in enumerate(blocks)]
+            def gather_columns() -> Sequence[Polled]:
+                blocks = output.tensor_split(self._column.size)
+                return [self._last.all_gather(block, slot(host), label=label) for host, block in enumerate(blocks)]
 
-        if not self._first.can_hold_together:
-            self.alloc_storage(output)
-        elif numel and not output.untyped_storage().nbytes():
+            if not self._first.can_hold_together:
+                self.alloc_storage(output)
+            elif numel and not output.untyped_storage().nbytes():
 
-            def fill() -> None:
-                slot(self._column.rank).copy_(input)
+                def fill() -> None:
+                    slot(self._column.rank).copy_(input)
 
-            hold = partial(self._first.hold_together, output, fill, label=label)
-            return self._start(call, lambda: [hold()], gather_column, lambda: [self._last.barrier(label=label)])
-        own = slot(self._column.rank)
-        if own.data_ptr() != input.data_ptr():
-            own.copy_(input)
-        return self._start(call, _nothing, gather_column, gather_columns)
+                hold = partial(self._first.hold_together, output, fill, label=label)
+                return self._start(call, lambda: [hold()], gather_column, lambda: [self._last.barrier(label=label)])
+            own = slot(self._column.rank)
+            if own.data_ptr() != input.data_ptr():
+                own.copy_(input)
+            return self._start(call, _nothing, gather_column, gather_columns)
 
     def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
         """See `Collectives.reduce_scatter`."""
         check_slots("reduce_scatter", label, whole=input, slot=output, size=self.size)
-        call = self._begin("reduce_scatter", label, input)
-        sums = input.new_empty(self._column.size, output.numel())
+        with self._starting("reduce_scatter", label, input) as call:
+            sums = input.new_empty(self._column.size, output.numel())
 
-        def sum_column() -> Sequence[Polled]:
-            blocks = input.tensor_split(self._column.size)
-            return [
-                self._first.reduce_scatter(of_host, block, label=label)
-                for of_host, block in zip(sums.unbind(), blocks, strict=True)
-            ]
+            def sum_column() -> Sequence[Polled]:
+                blocks = input.tensor_split(self._column.size)
+                return [
+                    self._first.reduce_scatter(of_host, block, label=label)
+                    for of_host, block in zip(sums.unbind(), blocks, strict=True)
+                ]
 
-        return self._start(
-            call, sum_column, lambda: [self._column.reduce_scatter(output, sums.view(-1), label=label)], _nothing
-        )
+            return self._start(
+                call, sum_column, lambda: [self._column.reduce_scatter(output, sums.view(-1), label=label)], _nothing
+            )
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> Pending:
         """See `Collectives.all_reduce`."""
-        call = self._begin("all_reduce", label, tensor)
-        if tensor.numel() * tensor.element_size() <= SMALL_BYTES:
+        with self._starting("all_reduce", label, tensor) as call:
+            if tensor.numel() * tensor.element_size() <= SMALL_BYTES:
+                return self._start(
+                    call,
+                    lambda: [self._first.all_reduce(tensor, label=label)],
+                    lambda: [self._column.all_reduce(tensor, label=label)],
+                    _nothing,
+                )
+            missing = -tensor.numel() % self._first.size
+            if missing:  # else a rank with as many as that more would not be told apart
+                label = derived_label(f"{tensor.numel()} of {label}", parts=[label])
+            whole = torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+            part = whole.tensor_split(self._first.size)[self._first.rank]
+
+            def gather_parts() -> Sequence[Polled]:
+                pending = self._last.all_gather(whole, part, label=label)
+                return [_Then(pending, lambda: tensor.copy_(whole[: tensor.numel()]))] if missing else [pending]
+
             return self._start(
                 call,
-                lambda: [self._first.all_reduce(tensor, label=label)],
-                lambda: [self._column.all_reduce(tensor, label=label)],
-                _nothing,
+                lambda: [self._first.reduce_scatter(part, whole, label=label)],
+                lambda: [self._column.all_reduce(part, label=label)],
+                gather_parts,
             )
-        missing = -tensor.numel() % self._first.size
-        if missing:  # else a rank with as many as that more would not be told apart
-            label = derived_label(f"{tensor.numel()} of {label}", parts=[label])
-        whole = torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
-        part = whole.tensor_split(self._first.size)[self._first.rank]
-
-        def gather_parts() -> Sequence[Polled]:
-            pending = self._last.all_gather(whole, part, label=label)
-            return [_Then(pending, lambda: tensor.copy_(whole[: tensor.numel()]))] if missing else [pending]
-
-        return self._start(
-            call,
-            lambda: [self._first.reduce_scatter(part, whole, label=label)],
-            lambda: [self._column.all_reduce(part, label=label)],
-            gather_parts,
-        )
 
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Pending:
         """See `Collectives.all_to_all`."""
         check_exchange(label, output, input, size=self.size)
-        call = self._begin("all_to_all", label, input)
-        return self._start(call, lambda: [self._flat.all_to_all(output, input, label=label)])
+        with self._starting("all_to_all", label, input) as call:
+            return self._start(call, lambda: [self._flat.all_to_all(output, input, label=label)])
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Pending:
         """See `Collectives.broadcast`."""
-        call = self._begin("broadcast", derived_label(f"{label} from rank {src}", parts=[label]), tensor)
-        host, local_rank = divmod(src, self._first.size)
+        with self._starting("broadcast", derived_label(f"{label} from rank {src}", parts=[label]), tensor) as call:
+            host, local_rank = divmod(src, self._first.size)
 
-        def send_in_column() -> Sequence[Polled]:
-            return [self._column.broadcast(tensor, src=host, label=label)] if self._first.rank == local_rank else []
+            def send_in_column() -> Sequence[Polled]:
+                return [self._column.broadcast(tensor, src=host, label=label)] if self._first.rank == local_rank else []
 
-        return self._start(
-            call, _nothing, send_in_column, lambda: [self._last.broadcast(tensor, src=local_rank, label=label)]
-        )
+            return self._start(
+                call, _nothing, send_in_column, lambda: [self._last.broadcast(tensor, src=local_rank, label=label)]
+            )
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`."""
@@ -241,12 +242,10 @@ class HierarchicalCollectives:
             self._is_advancing = True
             try:
                 self._advance()
-            except Exception as error:  # noqa: BLE001 - raised by `wait_for`
-                self._break(error)
-            except BaseException:  # a step may have begun in part
-                calls = ", ".join(str(each.call) for each in self._open)
-                self._break(CollectiveError(f"{calls} were interrupted, and their results are undefined. Restart."))
-                raise
+            except BaseException as error:  # a step may have begun in part
+                self._break(_told([each.call for each in self._open], error))
+                if not isinstance(error, Exception):  # which is raised by `wait_for`
+                    raise
             finally:
                 self._is_advancing = False
 
@@ -269,12 +268,12 @@ class HierarchicalCollectives:
                 self._journal.finish(each.call)
 
     def _has_room(self, step: int) -> bool:
-        """Whether what serves that step has room for its calls: one in the host first, one for each host last."""
+        """Whether what serves that step has room for its calls: of the steps in the host up to one for each host."""
         if step == 0:
-            return self._first.has_room(1)
+            return self._first.has_room(self._column.size)
         return step != NUM_STEPS - 1 or self._last.has_room(self._column.size)
 
-    def _break(self, error: Exception) -> None:
+    def _break(self, error: ZcoreError) -> None:
         """All calls end, and with them what they had begun: nothing is written into anybody's tensors later."""
         with LOCK:
             self._broken = error
@@ -286,29 +285,39 @@ class HierarchicalCollectives:
                 level.fail_all(error)
             for between in (self._column, self._flat):
                 between.end(error)
-        if isinstance(error, ZcoreError):
-            self._journal.give_up(error)
+        self._journal.give_up(error)
 
     def wait_for(self, this: _Open) -> None:
         """Return when the call is done. Raises what ended it, each time."""
-        self.advance()
-        if this in self._open:
-            try:
+        try:
+            self.advance()
+            if this in self._open:
                 self._journal.wait_for(this.call, partial(self._is_done_within, this))
-            except ZcoreError as error:
-                self._break(error)
+        except ZcoreError as error:
+            self._break(error)
+        except BaseException as error:  # whoever made the call at once has no handle of it any more
+            if this in self._open:
+                self._break(_told([this.call], error))
+            raise
         if this.error is not None:
             raise this.error
 
     def _is_done_within(self, this: _Open, time_s: float) -> bool:
         return is_reached_napping(lambda: this not in self._open, time_s)
 
-    def _begin(self, op: str, label: str, tensor: Tensor) -> Call:
+    @contextmanager
+    def _starting(self, op: str, label: str, tensor: Tensor) -> Iterator[Call]:
+        """A new call. Whatever keeps it from being started inside ends the group: the others take part in it."""
         check_process(self._process, f"{op} {label}")
         self._refuse_after_error(f"{op} {label}")
         call = self._log.note(op, label, tensor)
-        self._journal.start(call)
-        return call
+        try:
+            self._journal.start(call)
+            yield call
+        except BaseException as error:
+            if self._broken is None:
+                self._break(_told([call], error))
+            raise
 
     def _refuse_after_error(self, what: str) -> None:
         if self._broken is not None:
@@ -343,7 +352,7 @@ class _Then:
     __slots__ = ("_act", "_pending")
 
     def __init__(self, pending: Polled, act: Callable[[], object]) -> None:
-        self._pending, self._act = pending, act
+        self._pending, self._act = pending, in_mode_of_caller(act)
 
     def poll(self) -> bool:
         if not _is_done([self._pending]):
@@ -354,6 +363,17 @@ class _Then:
     def wait(self) -> None:
         self._pending.wait()
         self._act()
+
+
+def _told(calls: Sequence[Call], error: BaseException) -> ZcoreError:
+    """What whoever waits for `calls`, here or elsewhere, is told of `error`."""
+    if isinstance(error, ZcoreError):
+        return error
+    names, is_one = ", ".join(map(str, calls)), len(calls) == 1
+    if isinstance(error, Exception):
+        return CollectiveError(f"{names} failed: {type(error).__name__}: {error}. Mend it, and restart all ranks.")
+    verb, result = ("was", "its result is") if is_one else ("were", "their results are")
+    return CollectiveError(f"{names} {verb} interrupted, and {result} undefined. Restart.")
 
 
 def _is_done(pending: Sequence[Polled]) -> bool:

@@ -48,11 +48,11 @@ _of_thread = _OfThread()
 class TorchPending:
     """Works of torch, waited for in order, then whatever arithmetic is left.
 
-    With `on_stream` a wait orders the current CUDA stream behind them, each time; no host waits. An error is this
+    With a `device` a wait orders its current CUDA stream behind them, each time; no host waits. An error is this
     call's own, whoever brought it to its end, and raised by each wait for it. Several threads may wait.
     """
 
-    __slots__ = ("_call", "_error", "_event", "_finish", "_line", "_lock", "_on_stream", "_works")
+    __slots__ = ("_call", "_device", "_error", "_event", "_finish", "_line", "_lock", "_works")
 
     def __init__(
         self,
@@ -60,11 +60,12 @@ class TorchPending:
         works: Sequence[dist.Work | None],
         finish: Callable[[], None] | None = None,
         *,
-        on_stream: bool = False,
+        device: torch.device | None = None,
     ) -> None:
-        assert finish is None or not on_stream  # the stream of a later wait would not be ordered behind the arithmetic
+        """`device`: where the works are done by a stream, later."""
+        assert finish is None or device is None  # the stream of a later wait would not be ordered behind the arithmetic
         self._call = call
-        self._on_stream = on_stream
+        self._device = device
         self._event: torch.cuda.Event | None = None  # behind the works; these hold the tensors, and are let go of
         self._works = [work for work in works if work is not None]
         self._finish = finish
@@ -97,7 +98,7 @@ class TorchPending:
 
     def _end(self) -> None:
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            torch.cuda.current_stream(self._device).wait_event(self._event)
         elif self._error is None:
             try:
                 self._end_works()
@@ -115,9 +116,9 @@ class TorchPending:
     def _end_works(self) -> None:
         for work in self._works:
             work.wait()
-        if self._on_stream and self._works:
+        if self._device is not None and self._works:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))  # which need not be the thread's current device
             self._event = event
         self._works = []
         if self._finish is not None:
@@ -297,8 +298,8 @@ class TorchCollectives:
         finish: Callable[[], None] | None = None,
     ) -> TorchPending:
         """Start a call of `tensor` and such as lie where it does."""
-        on_stream = self._backends.get(tensor.device.type) == "nccl"
-        return TorchPending(call, [self._try(call, start)], finish, on_stream=on_stream)
+        device = tensor.device if self._backends.get(tensor.device.type) == "nccl" else None
+        return TorchPending(call, [self._try(call, start)], finish, device=device)
 
     def _try(self, call: Call, start: Callable[[], _T]) -> _T:
         try:

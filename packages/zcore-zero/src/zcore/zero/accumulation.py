@@ -7,6 +7,7 @@ the engine, from a submodule that was called by itself, from two engines, or thr
 """
 
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
@@ -15,7 +16,17 @@ from zcore.core.errors import StateError
 
 __all__ = ["Accumulation", "scaled"]
 
-_factors: dict[int, float] = {}  # of the losses of the backwards under way, by autograd's number; inner ones last
+
+class _Factor:
+    """Of the losses of a backward; lives as long as that, which may end by an exception and call nothing."""
+
+    __slots__ = ("__weakref__", "value")
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+_factors: WeakValueDictionary[int, _Factor] = WeakValueDictionary()  # by autograd's number; inner ones last
 
 
 def scaled(loss: Tensor, factor: float) -> Tensor:
@@ -27,18 +38,24 @@ def scaled(loss: Tensor, factor: float) -> Tensor:
 
     def note(grad: Tensor) -> None:
         backward = compat.current_backward()
-        if backward not in _factors:
-            compat.queue_backward_callback(lambda: _factors.__delitem__(backward))
-        elif _factors[backward] != factor:
+        known = _factors.get(backward)
+        if known is None:
+            held = _factors[backward] = _Factor(factor)
+            compat.queue_backward_callback(lambda: _end(backward, held))  # the only one to hold it
+        elif known.value != factor:
             raise StateError(
-                f"One backward runs through losses scaled by {_factors[backward]:g} and by {factor:g}, so the "
+                f"One backward runs through losses scaled by {known.value:g} and by {factor:g}, so the "
                 "gradients of neither engine would be right. Add the plain losses and call loss.backward(), or call "
                 "engine.scale(loss).backward() for each engine."
             )
-        _factors[backward] = factor
 
     result.register_hook(note)
     return result
+
+
+def _end(backward: int, held: _Factor) -> None:
+    if _factors.get(backward) is held:
+        del _factors[backward]
 
 
 @dataclass(slots=True)
@@ -73,7 +90,8 @@ class Accumulation:
 
     def begin_backward(self, backward: int) -> None:
         """Autograd's backward of that number has begun; one inside another has the gradients of the loss of that."""
-        self._backward_factor = _factors.get(backward, next(reversed(_factors.values()), None))
+        found = _factors.get(backward) or next(reversed([*_factors.values()]), None)
+        self._backward_factor = None if found is None else found.value
 
     @property
     def missing_factor(self) -> float:

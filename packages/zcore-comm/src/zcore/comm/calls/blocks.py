@@ -114,7 +114,7 @@ class Block:
             return self._start(Together(tuple(requests)))
         joined = _pack(requests, self._group)
         unpack = partial(_unpack, joined, requests, self._group.size)
-        return Work(self._start(joined), unpack, on_stream=joined.output.is_cuda)
+        return Work(self._start(joined), unpack, device=joined.output.device)
 
 
 class _Member:
@@ -230,8 +230,9 @@ def _unpack(joined: Request, requests: Sequence[Request], size: int) -> None:
     slots = size if output_by_rank else 1
     parts, widths = _columns([each.output for each in requests], slots)
     torch.split_with_sizes_copy(_bytes(joined.output).view(slots, -1), widths, dim=1, out=parts)
-    if joined.output.is_cuda:  # it goes back to the stream on which it was born, which may be another one
-        joined.output.record_stream(torch.cuda.current_stream())
+    for each in (joined.output, joined.input):
+        if each.is_cuda:  # it goes back to the stream on which it was born, which may be another one than waits here
+            each.record_stream(torch.cuda.current_stream(each.device))
 
 
 def _columns(tensors: Sequence[torch.Tensor], slots: int) -> tuple[list[torch.Tensor], list[int]]:

@@ -120,7 +120,7 @@ def reduce_scatter(
     call.check_pair(flat_output, flat_input, whole=flat_input, part=flat_output)
     divide, label = call.reduction(op, flat_output, label)
     pending = call.group.reduce_scatter(flat_output, flat_input, label=label, priority=priority)
-    return call.finish(pending, divide, on_stream=flat_output.is_cuda)
+    return call.finish(pending, divide, device=flat_output.device)
 
 
 def all_reduce(
@@ -140,7 +140,7 @@ def all_reduce(
     flat = call.flat("tensor", tensor)
     divide, label = call.reduction(op, flat, label)
     pending = call.group.all_reduce(flat, label=label, priority=priority)
-    return call.finish(pending, divide, on_stream=flat.is_cuda)
+    return call.finish(pending, divide, device=flat.device)
 
 
 def all_to_all(  # noqa: PLR0917 - torch's order
@@ -229,10 +229,10 @@ class _Call:
         return f"{self._op} of {self.served.name}"
 
     def finish(
-        self, pending: Pending, act: Callable[[], object] | None = None, *, on_stream: bool = False
+        self, pending: Pending, act: Callable[[], object] | None = None, *, device: torch.device | None = None
     ) -> Work | None:
-        """What the function returns; `act` follows the call once somebody waits for it, perhaps on a stream of CUDA."""
-        work = Work(pending, act, on_stream=on_stream)
+        """What the function returns; `act` follows the call once somebody waits for it, on `device`."""
+        work = Work(pending, act, device=device)
         if self._async_op:
             return work
         if self.block is None:

@@ -28,7 +28,7 @@ from zcore.comm.calls.requests import DeferrableCollectives, Request, Start, Tog
 from zcore.comm.progress import in_mode_of_caller
 from zcore.core import compat
 from zcore.core.collectives import Collectives, Pending
-from zcore.core.errors import CollectiveError, ConfigError
+from zcore.core.errors import CollectiveError, ConfigError, StateError
 
 __all__ = ["FLOW", "Flow", "choose_next", "limit_in_flight"]
 
@@ -54,18 +54,24 @@ def choose_next(held: Sequence[tuple[Hashable, int]]) -> int:
 class _Line:
     """Calls of one group that were chosen to start, in that order, whichever threads chose them."""
 
-    __slots__ = ("chosen", "lock", "start")
+    __slots__ = ("chosen", "interrupted", "lock", "start")
 
     def __init__(self, start: Start) -> None:
         self.start = start
         self.chosen: deque[_Call] = deque()
+        self.interrupted = ""  # the call whose start was: it may not count here, and counts for the others
         self.lock = threading.RLock()  # held while a call starts, which may wait for other ranks
 
     def begin_all(self) -> None:
         """Start what has been chosen."""
         with self.lock:
             while self.chosen:
-                self.chosen.popleft()._begin()
+                self.begin_first()
+
+    def begin_first(self) -> None:
+        """Start the first of what has been chosen; an interrupt leaves it in its place, or ends it."""
+        self.chosen[0]._begin()
+        self.chosen.popleft()
 
 
 class _Call:
@@ -103,21 +109,27 @@ class _Call:
         """Start what was chosen, behind what was chosen of its group before; no effect on what has been started."""
         with self.line.lock:
             while self._request is not None:
-                self.line.chosen.popleft()._begin()
+                self.line.begin_first()
 
     def _begin(self) -> None:
-        """Perhaps in somebody else's wait: what goes wrong is kept for this call's own."""
-        request, self._request = self._request, None
-        assert request is not None
+        """Perhaps in somebody else's wait: what goes wrong is kept for this call's own. Once, however often called."""
+        request = self._request
+        if request is None:
+            return
+        name = f"{request.op} {request.label}"
         try:
+            if self.line.interrupted:
+                raise StateError(f"{name}: this group has ended, as {self.line.interrupted}. Restart the ranks.")
             with _named(request):
                 self._pending = self._start(request)
         except Exception as error:  # noqa: BLE001 - raised by `wait`, or by the call itself
             self.error = error
         except BaseException:
-            self.error = CollectiveError(f"{request.op} {request.label} was interrupted when it was to start.")
+            self.line.interrupted = f"{name} was interrupted when it was to start"
+            self.error = CollectiveError(f"{self.line.interrupted}.")
             raise
         finally:
+            self._request = None
             if self.error is not None:
                 self._flow.count_out(self)
 
@@ -209,9 +221,7 @@ class Flow:
         try:
             _begin(chosen, aside=True)
         except BaseException:  # of an interrupt: nobody gets the call, so nobody would count it out
-            with self._lock:
-                if call in self._held:
-                    self._held.remove(call)
+            call.num_bytes = 0  # it keeps its place in the order: the others make it, too
             self.count_out(call)
             raise
         if call.error is not None:
@@ -226,10 +236,11 @@ class Flow:
             total_bytes = self._in_flight_bytes + self._held[index].num_bytes
             if limit_bytes is not None and self._in_flight_bytes and total_bytes > limit_bytes:
                 break
-            call = self._held.pop(index)
-            call.in_flight_bytes = call.num_bytes
-            call.line.chosen.append(call)
+            call = self._held[index]
+            call.line.chosen.append(call)  # first: an interrupt may leave it in both, but not in neither
+            del self._held[index]
             self._in_flight_bytes = total_bytes
+            call.in_flight_bytes = call.num_bytes
             chosen.append(call)
         return chosen
 

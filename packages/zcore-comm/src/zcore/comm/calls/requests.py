@@ -182,7 +182,10 @@ class DeferrableCollectives(Around):
     ) -> Pending:
         if priority is None:
             priority = DEFAULT_PRIORITIES[op]
-        return self.start(Request(op, output, input, label, priority, src))
+        # Whichever thread comes to it writes outside of autograd; `is` still tells one tensor from two.
+        sent = input.detach() if input.requires_grad else input
+        received = sent if output is input else output.detach() if output.requires_grad else output
+        return self.start(Request(op, received, sent, label, priority, src))
 
 
 def starter_of(group: Collectives) -> Start:

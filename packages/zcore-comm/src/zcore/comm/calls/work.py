@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from zcore.comm.progress import in_mode_of_caller
 from zcore.core.collectives import Pending
 from zcore.core.errors import CollectiveError
 
@@ -18,15 +19,15 @@ __all__ = ["Work"]
 class Work:
     """A collective on its way, as `torch.distributed.Work` to whoever waits for it."""
 
-    __slots__ = ("_failure", "_finish", "_finished", "_lock", "_on_stream", "_pending")
+    __slots__ = ("_device", "_failure", "_finish", "_finished", "_lock", "_pending")
 
     def __init__(
-        self, pending: Pending, finish: Callable[[], object] | None = None, *, on_stream: bool = False
+        self, pending: Pending, finish: Callable[[], object] | None = None, *, device: torch.device | None = None
     ) -> None:
-        """`on_stream`: what `finish` does is done by the current CUDA stream of the first wait, later."""
+        """`device`: of CUDA, where the stream that is current in the first wait does what `finish` asks for, later."""
         self._pending = pending
-        self._finish = finish
-        self._on_stream = on_stream
+        self._finish = finish and in_mode_of_caller(finish)
+        self._device = device if device is not None and device.type == "cuda" else None
         self._finished: torch.cuda.Event | None = None
         self._failure: Exception | None = None  # that ended the call or `finish`, to be raised by every wait
         self._lock = threading.RLock()  # of several threads that wait none returns before the result is there
@@ -45,16 +46,17 @@ class Work:
             if self._finish is not None:
                 self._finish_once(self._finish)
             elif self._finished is not None:
-                torch.cuda.current_stream().wait_event(self._finished)
+                torch.cuda.current_stream(self._device).wait_event(self._finished)
         return True
 
     def _finish_once(self, finish: Callable[[], object]) -> None:
         """A mean that is divided in place is not divided again, however far the first division came."""
         try:
             finish()
-            if self._on_stream:
-                self._finished = torch.cuda.Event()
-                self._finished.record()
+            if self._device is not None:  # which need not be the thread's current one
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(self._device))
+                self._finished = event
             self._finish = None
         except Exception as error:
             self._failure = error

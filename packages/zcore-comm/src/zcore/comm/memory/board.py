@@ -87,7 +87,7 @@ class Board:
     def finished(self, count: int) -> None:
         self._words[FINISHED] = count
 
-    def start(self, index: int, entry: Entry, *, place: int | None, slot: int = 0) -> None:
+    def start(self, index: int, entry: Entry, *, place: int | None, slot: int = 0, stage: int = 0) -> None:
         """Announce call `index`, whose data lie at `place` in this rank's file; `slot` if ranks hold them together."""
         at = HEAD_WORDS + index % RING_CALLS * ENTRY_WORDS
         words = self._words
@@ -96,13 +96,14 @@ class Board:
         words[at + VARIANT] = entry.variant
         words[at + PLACE] = NOWHERE if place is None else place
         words[at + SLOT] = slot
-        words[at + STAGE] = 0
+        words[at + STAGE] = stage
         self._bytes[(at + LABEL) * 8 : (at + ENTRY_WORDS) * 8] = _label_bytes(entry.label)
         words[STARTED] = index + 1
 
-    def place_of(self, index: int) -> int:
-        """Where the data of call `index` lie in the rank's file."""
-        return self._words[HEAD_WORDS + index % RING_CALLS * ENTRY_WORDS + PLACE]
+    def place_of(self, index: int) -> int | None:
+        """Where the data of call `index` lie in the rank's file, if it shows any."""
+        place = self._words[HEAD_WORDS + index % RING_CALLS * ENTRY_WORDS + PLACE]
+        return None if place == NOWHERE else place
 
     def slot_of(self, index: int) -> int:
         """Which slot the memory of call `index` has, if ranks hold it together."""

@@ -50,15 +50,20 @@ class Neighbours:
         """`numel` elements of what `rank` shows in call `index`, from its element `skip` on; no copy."""
         if not numel:
             return torch.empty(0, dtype=dtype, device="cpu")
-        place = self.boards[rank].place_of(index) + skip * dtype.itemsize
+        place = self._place_of(rank, index) + skip * dtype.itemsize
         return torch.frombuffer(self._mappings[rank], dtype=dtype, count=numel, offset=place)
 
     def storage_of(
         self, rank: int, index: int, num_bytes: int, *, when_gone: Callable[[], None]
     ) -> torch.UntypedStorage:
         """What `rank` shows in call `index`, as `storage_at` makes it."""
+        return storage_at(self._mappings[rank], self._place_of(rank, index), num_bytes, when_gone=when_gone)
+
+    def _place_of(self, rank: int, index: int) -> int:
         place = self.boards[rank].place_of(index)
-        return storage_at(self._mappings[rank], place, num_bytes, when_gone=when_gone)
+        if place is None:  # it failed before it had any
+            raise self._given_up_by(rank, f"{self.board.entry(index)} (call {index})")
+        return place
 
     def wait_until(
         self,
@@ -109,10 +114,13 @@ class Neighbours:
         """Raise CollectiveError if another rank has given the call up."""
         for rank, board in self.others:
             if has_given_up(board):
-                raise CollectiveError(
-                    f"{what} did not complete: rank {self._homes[rank].global_rank} has given it up. Look for the "
-                    f"first error in its output, {AFTER_FAILURE}"
-                )
+                raise self._given_up_by(rank, what)
+
+    def _given_up_by(self, rank: int, what: str) -> CollectiveError:
+        return CollectiveError(
+            f"{what} did not complete: rank {self._homes[rank].global_rank} has given it up. Look for the first error "
+            f"in its output, {AFTER_FAILURE}"
+        )
 
     def _error_of_left(
         self,

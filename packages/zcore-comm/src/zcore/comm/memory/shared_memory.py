@@ -14,7 +14,7 @@ reading is done in `wait`, by whoever wants the data.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -24,12 +24,12 @@ from torch import Tensor
 from zcore.comm.memory.board import RING_CALLS, Board, Entry
 from zcore.comm.memory.buffers import Buffers, num_bytes_of
 from zcore.comm.memory.neighbours import Neighbours
-from zcore.comm.memory.pages import Region, own_pages
-from zcore.comm.progress import LOCK, Polled, Stepping, in_mode_of_caller, note_closed, note_open
+from zcore.comm.memory.pages import own_pages
+from zcore.comm.memory.under_way import CallsUnderWay, CallUnderWay
+from zcore.comm.progress import Polled, Stepping
 from zcore.comm.sizes import check_exchange, check_process
 from zcore.core import compat
-from zcore.core.collectives import Call, CallLog, Pending, Traffic, check_slots, tree_sum
-from zcore.core.errors import CollectiveError, ZcoreError
+from zcore.core.collectives import CallLog, Pending, Traffic, check_slots, tree_sum
 from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["SharedMemoryCollectives"]
@@ -37,24 +37,6 @@ __all__ = ["SharedMemoryCollectives"]
 SMALL_BYTES = 32 * 1024  # up to here everybody sums everything, and what lies in shared pages is copied all the same
 TOGETHER = 1  # variant of an all_gather: into one memory that every rank holds
 LEADER = 0  # the rank in whose file memory lies that ranks hold together
-# Stages of a call: announced; own part of the result is there; no more is to be read; given up, with data as they were.
-# Or given up because another rank had.
-STARTED, HALF, READ, FAILED, FOLLOWED = range(5)
-
-
-@dataclass(slots=True)
-class _Open:
-    """A call that this rank has started, and what is left to do for it."""
-
-    call: Call
-    entry: Entry
-    index: int
-    read: Callable[[], None] | None = None  # when every rank has started the call
-    read_halves: Callable[[], None] | None = None  # when every rank's part of the result is there; if two steps
-    staged: Region | None = None
-    shows_own: bool = False  # memory of the caller's: others must have read it before `wait` returns
-    is_same: bool = False  # on every rank, as far as is known
-    error: Exception | None = None  # that ended it
 
 
 class SharedMemoryCollectives:
@@ -68,11 +50,8 @@ class SharedMemoryCollectives:
         self._buffers = Buffers(self._plain, neighbours.boards, name=name)
         self._pages = own_pages()
         self._process = os.getpid()
-        self._name = name
-        self._next = 0
-        self._open: dict[int, _Open] = {}  # in the order of starting
-        self._untold: set[int] = set()  # calls that have failed, and whose error nobody has met yet
-        self._beginning: _Open  # what is not announced yet, and leaves nothing behind if it never is
+        self._calls = CallsUnderWay(neighbours, name=name)
+        self._late: list[Callable[[], None]] = []  # what is to be let go of once the leader has said where it lies
 
     @property
     def rank(self) -> int:
@@ -118,21 +97,21 @@ class SharedMemoryCollectives:
         """See `Collectives.all_gather`; into memory that all ranks hold together if `output` has none."""
         check_slots("all_gather", label, whole=output, slot=input, size=self.size)
         numel = input.numel()
-        if not self.can_hold_together:
-            self.alloc_storage(output)
-        elif numel and not output.untyped_storage().nbytes():
+        if self.can_hold_together and numel and not output.untyped_storage().nbytes():
             return self.hold_together(output, lambda: self._own_slot(output).copy_(input), label=label)
-        own_slot = self._own_slot(output)
-        if own_slot.data_ptr() != input.data_ptr():
-            own_slot.copy_(input)
 
         def read() -> None:
             for rank, _ in self._neighbours.others:
-                theirs = self._neighbours.data_of(rank, index, skip=0, numel=numel, dtype=output.dtype)
+                theirs = self._neighbours.data_of(rank, this.index, skip=0, numel=numel, dtype=output.dtype)
                 output[rank * numel : (rank + 1) * numel].copy_(theirs)
 
-        index = self._begin("all_gather", label, output)
-        return self._show(index, own_slot, read)
+        with self._starting("all_gather", label, output) as this:
+            if not self.can_hold_together:
+                self.alloc_storage(output)
+            own_slot = self._own_slot(output)
+            if own_slot.data_ptr() != input.data_ptr():
+                own_slot.copy_(input)
+            return self._show(this, own_slot, read)
 
     def hold_together(self, output: Tensor, fill: Callable[[], object], *, label: str) -> Polled:
         """Give `output`, which has no memory, some that all ranks hold, and `fill` one's part of it.
@@ -141,66 +120,73 @@ class SharedMemoryCollectives:
         """
         leader = self._neighbours.boards[LEADER]
 
+        def freed(slot: int, process: int = self._process) -> None:
+            if os.getpid() == process:  # a forked child lets go of its own mapping only
+                self._neighbours.board.set_freed(slot, this.index + 1)
+
         def write() -> None:
-            slot, process = leader.slot_of(index), self._process
-
-            def freed() -> None:
-                if os.getpid() == process:  # a forked child lets go of its own mapping only
-                    self._neighbours.board.set_freed(slot, index + 1)
-
-            memory = self._neighbours.storage_of(LEADER, index, num_bytes_of(output), when_gone=freed)
+            gone = partial(freed, leader.slot_of(this.index))
+            memory = self._neighbours.storage_of(LEADER, this.index, num_bytes_of(output), when_gone=gone)
+            this.let_go = None
             compat.swap_memory(output.untyped_storage(), memory)
             fill()
 
-        index = self._begin("all_gather", label, output, variant=TOGETHER)
-        place, slot = None, 0
-        if self.rank == LEADER:
-            region, slot = self._buffers.take_together(index, num_bytes_of(output))
-            place = region.offset
-        this = self._beginning
-        pending = self._announce(write, _nothing, place=place, slot=slot)
-        with LOCK:
-            try:
-                if leader.started > index and leader.is_same(index, this.entry):
-                    self._read(this)
-            except BaseException as error:  # noqa: BLE001 - raised by `wait_for`
-                self._end_by(this, error)
-        return pending
+        def let_go() -> None:
+            if leader.started <= this.index:
+                self._late.append(let_go)
+            elif leader.started <= this.index + RING_CALLS and leader.place_of(this.index) is not None:
+                freed(leader.slot_of(this.index))
+
+        late, self._late = self._late, []
+        for each in late:
+            each()
+        with self._starting("all_gather", label, output, variant=TOGETHER) as this:
+            this.let_go = let_go
+            if self.rank == LEADER:
+                region, this.slot = self._buffers.take_together(this.index, num_bytes_of(output))
+                this.place = region.offset
+            self._calls.announce(this, write, _nothing)
+            self._calls.try_now(this, needs=leader)
+            return _Pending(self._calls, this)
 
     def barrier(self, *, label: str) -> Polled:
         """Done when all ranks have called it."""
-        self._begin("barrier", label, torch.empty(0))
-        return self._announce(_nothing)
+        with self._starting("barrier", label, torch.empty(0)) as this:
+            self._calls.announce(this, _nothing)
+            return _Pending(self._calls, this)
 
     def reduce_scatter(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.reduce_scatter`."""
         check_slots("reduce_scatter", label, whole=input, slot=output, size=self.size)
         low, high = self.rank * output.numel(), (self.rank + 1) * output.numel()
-        index = self._begin("reduce_scatter", label, input)
-        return self._show(index, input, lambda: tree_sum(self._parts(index, input, low, high), out=output))
+        with self._starting("reduce_scatter", label, input) as this:
+            return self._show(this, input, lambda: tree_sum(self._parts(this.index, input, low, high), out=output))
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_reduce`."""
         numel = tensor.numel()
-        index = self._begin("all_reduce", label, tensor)
-        if num_bytes_of(tensor) <= SMALL_BYTES:
-            return self._show(index, tensor, lambda: tree_sum(self._parts(index, tensor, 0, numel), out=tensor))
         bounds = [rank * numel // self.size for rank in range(self.size + 1)]
+
+        def sum_all() -> None:
+            tree_sum(self._parts(this.index, tensor, 0, numel), out=tensor)
 
         def sum_own_part() -> None:
             low, high = bounds[self.rank], bounds[self.rank + 1]
-            shown = self._neighbours.data_of(self.rank, index, skip=low, numel=high - low, dtype=tensor.dtype)
-            tree_sum(self._parts(index, tensor, low, high), out=shown)  # of what is shown only we read this part
+            shown = self._neighbours.data_of(self.rank, this.index, skip=low, numel=high - low, dtype=tensor.dtype)
+            tree_sum(self._parts(this.index, tensor, low, high), out=shown)  # what is shown only we read of this part
             if shown.data_ptr() != tensor[low:high].data_ptr():
                 tensor[low:high].copy_(shown)
 
         def read_sums() -> None:
             for rank, _ in self._neighbours.others:
                 low, high = bounds[rank], bounds[rank + 1]
-                theirs = self._neighbours.data_of(rank, index, skip=low, numel=high - low, dtype=tensor.dtype)
+                theirs = self._neighbours.data_of(rank, this.index, skip=low, numel=high - low, dtype=tensor.dtype)
                 tensor[low:high].copy_(theirs)
 
-        return self._show(index, tensor, sum_own_part, read_sums)
+        with self._starting("all_reduce", label, tensor) as this:
+            if num_bytes_of(tensor) <= SMALL_BYTES:
+                return self._show(this, tensor, sum_all)
+            return self._show(this, tensor, sum_own_part, read_sums)
 
     def all_to_all(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_to_all`."""
@@ -208,23 +194,24 @@ class SharedMemoryCollectives:
         numel = input.numel() // self.size
 
         def read() -> None:
-            parts = self._parts(index, input, self.rank * numel, (self.rank + 1) * numel)
+            parts = self._parts(this.index, input, self.rank * numel, (self.rank + 1) * numel)
             for rank, part in enumerate(parts):
                 output[rank * numel : (rank + 1) * numel].copy_(part)
 
-        index = self._begin("all_to_all", label, input)
-        return self._show(index, input, read)
+        with self._starting("all_to_all", label, input) as this:
+            return self._show(this, input, read)
 
     def broadcast(self, tensor: Tensor, *, src: int, label: str) -> Polled:
         """See `Collectives.broadcast`."""
-        index = self._begin("broadcast", label, tensor, variant=src)
-        if self.rank == src:
-            return self._show(index, tensor, _nothing)
 
         def read() -> None:
-            tensor.copy_(self._neighbours.data_of(src, index, skip=0, numel=tensor.numel(), dtype=tensor.dtype))
+            tensor.copy_(self._neighbours.data_of(src, this.index, skip=0, numel=tensor.numel(), dtype=tensor.dtype))
 
-        return self._announce(read)
+        with self._starting("broadcast", label, tensor, variant=src) as this:
+            if self.rank == src:
+                return self._show(this, tensor, _nothing)
+            self._calls.announce(this, read)
+            return _Pending(self._calls, this)
 
     def send(self, tensor: Tensor, *, dst: int, label: str) -> Pending:
         """See `Collectives.send`; over gloo."""
@@ -236,19 +223,11 @@ class SharedMemoryCollectives:
 
     def has_room(self, count: int) -> bool:
         """Whether `count` calls, or as many as ever are open at a time, can start now without waiting."""
-        count = min(count, RING_CALLS // 2 - 1)
-        if len(self._open) + count > RING_CALLS // 2:
-            return False
-        oldest = self._next + count - RING_CALLS - 1  # whose entry the last of them is to take
-        is_read_here = next(iter(self._open), self._next) > oldest
-        return is_read_here and all(board.finished > oldest for _, board in self._neighbours.others)
+        return self._calls.has_room(count)
 
-    def advance(self) -> None:
-        """Do what open calls need, as far as the others have come."""
-        with LOCK:  # no `acquire` and `try`: an interrupt between them would leave it locked
-            for each in list(self._open.values()):
-                if not self._advance(each):
-                    break  # not started everywhere, so later ones are not either
+    def fail_all(self, error: Exception) -> None:
+        """Nothing more is done for any call, and whoever may still read what one has lent is told not to trust it."""
+        self._calls.fail_all(error)
 
     def _own_slot(self, whole: Tensor) -> Tensor:
         numel = whole.numel() // self.size
@@ -262,221 +241,55 @@ class SharedMemoryCollectives:
             for rank in range(self.size)
         ]
 
-    def _begin(self, op: str, label: str, tensor: Tensor, *, variant: int = 0) -> int:
-        """The index of a call that is to be announced next. `tensor` is its larger side."""
+    def _starting(
+        self, op: str, label: str, tensor: Tensor, *, variant: int = 0
+    ) -> AbstractContextManager[CallUnderWay]:
+        """A call whose larger side is `tensor`; see `CallsUnderWay.starting`."""
         check_process(self._process, f"{op} {label}")
-        self._make_place_in_ring()
         entry = Entry(op, tensor.dtype, tensor.numel(), variant, label)
-        self._beginning = _Open(self._log.note(op, label, tensor), entry, self._next)
-        return self._next
+        return self._calls.starting(partial(self._log.note, op, label, tensor), entry)
 
     def _show(
-        self, index: int, shown: Tensor, read: Callable[[], None], read_halves: Callable[[], None] | None = None
+        self,
+        this: CallUnderWay,
+        shown: Tensor,
+        read: Callable[[], None],
+        read_halves: Callable[[], None] | None = None,
     ) -> Polled:
-        """Announce call `index` with this rank's data: where they are if that is in shared pages, else as a copy."""
-        this = self._beginning
+        """Announce a call with this rank's data: where they are if that is in shared pages, else as a copy."""
         found = self._pages.find(shown) if num_bytes_of(shown) > SMALL_BYTES else None
         if found is not None:
-            region, place = found
+            region, this.place = found
             this.shows_own = True
         else:
             region = this.staged = self._pages.take(max(1, num_bytes_of(shown)))
-            place = region.offset
             if shown.numel():
                 self._pages.tensor(region, shown.numel(), shown.dtype).copy_(shown)
-        region.readers[id(self)] = partial(_may_be_read, self._neighbours.others, index)
-        return self._announce(read, read_halves, place=place)
-
-    def _announce(
-        self,
-        read: Callable[[], None],
-        read_halves: Callable[[], None] | None = None,
-        *,
-        place: int | None = None,
-        slot: int = 0,
-    ) -> Polled:
-        """Tell the others that the call at hand has started, and remember what is to be done for it."""
-        this = self._beginning
-        this.read = in_mode_of_caller(read)
-        this.read_halves = read_halves and in_mode_of_caller(read_halves)
-
-        def enter() -> None:
-            self._neighbours.go_on()
-            self._next = this.index + 1
-            self._open[this.index] = this
-            note_open(self)
-            self._neighbours.board.start(this.index, this.entry, place=place, slot=slot)
-
-        with LOCK:
-            try:
-                enter()
-            except BaseException as error:  # half announced it would be taken for another call
-                enter()
-                self._end_by(this, error)
-                raise
-        return _Pending(self, this)
-
-    def wait_for(self, this: _Open) -> None:
-        """Return when the call is done. Raises what ended it, each time."""
-        index, others = this.index, self._neighbours.others
-        with LOCK:
-            self._advance(this)
-        try:
-            if index in self._open:
-                needed = STARTED if this.read_halves is None else HALF
-
-                def needs(board: Board) -> bool:
-                    return board.started <= index or board.stage_of(index) not in (needed, HALF, READ)
-
-                def lacks(board: Board) -> bool:  # nobody gets on with a call to which not all have come
-                    has_all = all(each.started > index for _, each in others)
-                    return needs(board) if has_all else board.started <= index
-
-                self._neighbours.wait_until(
-                    lambda: index not in self._open,
-                    needs,
-                    lacks=lacks,
-                    what=str(this.call),
-                    index=index,
-                    since=lambda: min([index, *self._untold]),
-                    label=this.call.label,
-                )
-            if this.shows_own and this.error is None:
-                self._neighbours.wait_until(
-                    lambda: all(_has_come(board, index, READ) for _, board in others),
-                    lambda board: not _has_come(board, index, READ),
-                    what=str(this.call),
-                    index=index,
-                    label=this.call.label,
-                )
-                this.shows_own = False
-        except ZcoreError as error:
-            with LOCK:
-                self._fail(this, error)
-        if this.error is not None:
-            self._untold = {each for each in self._untold if each > index}
-            raise this.error
-
-    def is_done(self, this: _Open) -> bool:
-        """Whether the call is done, after doing what can be done for it now. Raises what ended it."""
-        if this.index in self._open:
-            self.advance()
-        if this.index in self._open:
-            return False
-        if this.error is not None:
-            raise this.error
-        return not this.shows_own or all(_has_come(board, this.index, READ) for _, board in self._neighbours.others)
-
-    def _advance(self, this: _Open) -> bool:
-        """Do what can be done for the call without waiting; whether every rank has started it.
-
-        What goes wrong is this call's, for whoever waits for it: other calls are under way in the same wait.
-        """
-        others, index = self._neighbours.others, this.index
-        if not this.is_same and index in self._open and not all(board.started > index for _, board in others):
-            return False
-        try:
-            if not this.is_same and index in self._open:
-                self._neighbours.check_same(index, this.entry)
-                this.is_same = True
-            self._read(this)
-            # As long as the call is open here, the others' entries are those of this call.
-            if this.read_halves is not None and all(board.stage_of(index) in (HALF, READ) for _, board in others):
-                read_halves, this.read_halves = this.read_halves, None
-                read_halves()
-                self._neighbours.board.set_stage(index, READ)
-            if index in self._open:  # what a rank shows that has given up may be anything
-                for stage in (FAILED, FOLLOWED):
-                    self._neighbours.check_nobody(partial(_is_at, index, stage), what=str(this.call))
-        except BaseException as error:  # noqa: BLE001 - raised by `wait_for`
-            self._end_by(this, error)
-        if this.read_halves is None:
-            self._close(this)
-        return True
-
-    def _read(self, this: _Open) -> None:
-        read, this.read = this.read, None
-        if read is not None:
-            read()
-            self._neighbours.board.set_stage(this.index, READ if this.read_halves is None else HALF)
-
-    def _end_by(self, this: _Open, error: BaseException) -> None:
-        """The call has met `error`. An interrupt is raised here, too: read in part it is nobody's whole result."""
-        if isinstance(error, Exception):
-            self._fail(this, error)
-            return
-        self._fail(this, CollectiveError(f"{this.call} was interrupted, and its result is undefined. Restart."))
-        raise error
-
-    def fail_all(self, error: Exception) -> None:
-        """Nothing more is done for any open call."""
-        with LOCK:
-            for this in tuple(self._open.values()):
-                self._fail(this, error)
-
-    def _fail(self, this: _Open, error: Exception) -> None:
-        """Nothing more is done for the call, now or when a late rank comes after all; the others are told."""
-        if this.index in self._open:
-            others = [board.stage_of(this.index) for _, board in self._neighbours.others if board.started > this.index]
-            self._neighbours.board.set_stage(this.index, FOLLOWED if {FAILED, FOLLOWED} & {*others} else FAILED)
-        this.error = error
-        this.read = this.read_halves = None
-        self._untold.add(this.index)
-        self._close(this)
-
-    def _close(self, this: _Open) -> None:
-        if self._open.pop(this.index, None) is None:
-            return
-        if not self._open:
-            note_closed(self)
-        self._neighbours.board.finished = next(iter(self._open), self._next)
-        if this.staged is not None:
-            self._pages.give_back(this.staged)
-
-    def _make_place_in_ring(self) -> None:
-        """The entry to be written is read by nobody any more: neither by us, nor by the slowest of the others."""
-        if len(self._open) >= RING_CALLS // 2:
-            self.wait_for(next(iter(self._open.values())))  # a call that nobody waited for
-        oldest = self._next - RING_CALLS
-        if oldest >= 0:
-            while self._open and next(iter(self._open)) <= oldest:
-                self.wait_for(next(iter(self._open.values())))
-            self._neighbours.wait_until(
-                lambda: all(board.finished > oldest for _, board in self._neighbours.others),
-                lambda board: board.finished <= oldest,
-                what=f"Call {self._next} of {self._name}, {RING_CALLS} ahead of the slowest rank,",
-                index=self._next,
-                since=lambda: oldest,
-            )
+            this.place = region.offset
+        region.readers[id(self)] = partial(_may_be_read, self._neighbours.others, this.index)
+        self._calls.announce(this, read, read_halves)
+        return _Pending(self._calls, this)
 
 
 class _Pending:
     """See `Pending`."""
 
-    __slots__ = ("_group", "_this")
+    __slots__ = ("_calls", "_this")
 
-    def __init__(self, group: SharedMemoryCollectives, this: _Open) -> None:
-        self._group, self._this = group, this
+    def __init__(self, calls: CallsUnderWay, this: CallUnderWay) -> None:
+        self._calls, self._this = calls, this
 
     def poll(self) -> bool:
         """Whether `wait` would return at once."""
-        return self._group.is_done(self._this)
+        return self._calls.is_done(self._this)
 
     def wait(self) -> None:
         """See `Pending.wait`."""
-        self._group.wait_for(self._this)
+        self._calls.wait_for(self._this)
 
 
 def _may_be_read(others: Sequence[tuple[int, Board]], index: int) -> bool:
     return any(board.finished <= index for _, board in others)
-
-
-def _is_at(index: int, stage: int, board: Board) -> bool:
-    return board.stage_of(index) == stage
-
-
-def _has_come(board: Board, index: int, stage: int) -> bool:
-    return board.finished > index or board.stage_of(index) >= stage
 
 
 def _nothing() -> None:

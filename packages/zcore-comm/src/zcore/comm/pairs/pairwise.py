@@ -47,7 +47,7 @@ class PairwiseCollectives:
         self._plain = TorchCollectives(peers.group, name=name, traffic=self._log.traffic)  # memory, and messages
         self._worker = Worker(f"zcore {name}", abort=peers.abort)
         self._process = os.getpid()
-        self._broken: Exception | None = None
+        self._broken: ZcoreError | None = None
         self._direct_task: Task | None = None  # the last call, if it is left to who waits for it
         self._handing_over = threading.Lock()  # of it: one thread takes it
 
@@ -88,9 +88,9 @@ class PairwiseCollectives:
     def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Polled:
         """See `Collectives.all_gather`."""
         check_slots("all_gather", label, whole=output, slot=input, size=self.size)
-        self.alloc_storage(output)
-        slots = output.tensor_split(self.size)
         with self._starting("all_gather", label, output) as (call, tag):
+            self.alloc_storage(output)
+            slots = output.tensor_split(self.size)
             own = slots[self.rank]
             if own.data_ptr() == input.data_ptr():
                 return self._gather(call, slots, tag=tag)
@@ -236,17 +236,13 @@ class PairwiseCollectives:
             if has_steps():
                 self.hand_over(task)
             trouble = self._run_direct(call, task)
-        if trouble is not None:
-            self._break(trouble)
-            raise trouble
-        if not task.wait(0):
-            try:
+            if trouble is not None:
+                self._break(trouble)
+                raise trouble
+            if not task.wait(0):
                 self._journal.wait_for(call, partial(_is_done_within, task))
-            except ZcoreError as error:
-                self._break(error)
-                raise
-        if task.error is not None:
-            raise self._broken_by(call, task.error) from task.error
+            if task.error is not None:
+                raise self._broken_by(call, task.error) from task.error
 
     def _run_direct(self, call: Call, task: Task) -> ZcoreError | None:
         """Bring the call to its end if that was left to who waits; what was found that cannot complete it."""
@@ -258,15 +254,21 @@ class PairwiseCollectives:
 
     @contextmanager
     def _ending_if_interrupted(self, call: Call) -> Iterator[None]:
-        """An interrupt inside ends the group: what was received by then is not received again."""
+        """An interrupt or error inside ends the group: what was received by then is not received again."""
         try:
             yield
-        except BaseException as error:
+        except ZcoreError as error:
+            self.end(error)
+            raise
+        except Exception as error:
+            self.end(_failed_here(call, error))
+            raise
+        except BaseException as error:  # whoever made the call at once has no handle of it any more
             by = type(error).__name__
             self.end(CollectiveError(f"{call} was interrupted by {by}, and its result is undefined. Restart."))
             raise
 
-    def end(self, error: Exception) -> None:
+    def end(self, error: ZcoreError) -> None:
         """Take part in no call any more, because of `error`, unless the group has ended before."""
         if self._broken is None:
             self._break(error)
@@ -276,22 +278,18 @@ class PairwiseCollectives:
         self._break(lost)
         return lost
 
-    def _break(self, error: Exception) -> None:
+    def _break(self, error: ZcoreError) -> None:
         """End the group, and tell the others, first things first: an interrupt may come between them."""
         self._broken = error
         try:
-            if isinstance(error, ZcoreError):
-                self._journal.give_up(error)
+            self._journal.give_up(error)
         finally:
             self._worker.abort()  # nothing of it is to be written into anybody's tensors later
 
     def _lost(self, call: Call, error: Exception) -> ZcoreError:
         """A connection broke: whoever ended it says why, or is seen to have ended, a moment later."""
         if "gloo" not in str(error):  # where gloo says what broke it begins with its own file
-            return CollectiveError(
-                f"{call} failed on this rank: {type(error).__name__}: {error}. What was received is lost. Mend it, and "
-                "restart all ranks."
-            )
+            return _failed_here(call, error)
         if "Timed out" in str(error):  # gloo's words for its own wait
             return self._journal.failure(call, has_passed(self._journal.deadline_s))
         began_s = known_s = time.monotonic()  # known: how many cards each rank had written
@@ -327,6 +325,13 @@ class _Pending:
             return False
         self.wait()
         return True
+
+
+def _failed_here(call: Call, error: Exception) -> CollectiveError:
+    return CollectiveError(
+        f"{call} failed on this rank: {type(error).__name__}: {error}. What was received is lost. Mend it, and restart "
+        "all ranks."
+    )
 
 
 def _is_done_within(task: Task, time_s: float) -> bool:

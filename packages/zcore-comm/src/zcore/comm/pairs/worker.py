@@ -17,7 +17,7 @@ from zcore.comm.progress import in_mode_of_caller
 
 __all__ = ["Task", "Worker"]
 
-END_S = 1.0  # how long the end of Python waits for a worker
+END_S = 1.0  # how long the end of Python, or of a group, waits for a worker
 
 
 class Task:
@@ -58,6 +58,7 @@ class Worker:
         self._name = name
         self._abort = abort
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._at_work = threading.Lock()  # held by the thread while it does a task
         self._thread: threading.Thread | None = None
         self._is_aborted = False
         weakref.finalize(self, self._tasks.put, None).atexit = False
@@ -65,16 +66,23 @@ class Worker:
     def add(self, task: Task) -> None:
         """Have it done after all that was added before, unless somebody else has begun it by then."""
         if self._thread is None:
-            self._thread = threading.Thread(target=_work, args=(self._tasks,), name=self._name, daemon=True)
+            self._thread = threading.Thread(
+                target=_work, args=(self._tasks, self._at_work), name=self._name, daemon=True
+            )
             self._thread.start()
             _workers.add(self)
         self._tasks.put(task)
 
     def abort(self) -> None:
-        """End what the thread waits for, and all connections with it; what was added fails."""
+        """End what the thread waits for, and all connections with it; what was added fails.
+
+        What it adds up just now, which is not waiting, comes to its end first.
+        """
         if not self._is_aborted:
             self._is_aborted = True
             self._abort()
+        if threading.current_thread() is not self._thread and self._at_work.acquire(timeout=END_S):
+            self._at_work.release()
 
     def end(self) -> None:
         """Have the thread end; one that waits for other ranks is freed."""
@@ -97,7 +105,8 @@ def _end_all() -> None:
             worker.end()
 
 
-def _work(tasks: "queue.SimpleQueue[Task | None]") -> None:
+def _work(tasks: "queue.SimpleQueue[Task | None]", at_work: threading.Lock) -> None:
     while (task := tasks.get()) is not None:
-        task.run()
+        with at_work:
+            task.run()
         del task

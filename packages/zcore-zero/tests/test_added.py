@@ -44,11 +44,12 @@ def train_whole(optimizer: torch.optim.Optimizer, model: nn.Module, steps: range
         optimizer.zero_grad()
 
 
-def trained_in_one_process(*, in_group: bool = True) -> dict[str, Tensor]:
+def trained_in_one_process(*, in_group: bool = True, freezes_base: bool = False) -> dict[str, Tensor]:
     model = TinyModel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
     train_whole(optimizer, model, range(2))
     known = set(model.parameters())
+    model.requires_grad_(not freezes_base)
     add_adapters(model)
     added = [param for param in model.parameters() if param not in known]
     if in_group:
@@ -67,16 +68,18 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 ADAMW = {"type": "AdamW", "params": {"lr": 0.01, "eps": 1e-3}}
 
 
-def train_with_engine(stage: int) -> float:
+def train_with_engine(stage: int, freezes_base: bool) -> float:
     engine = zero.initialize(TinyModel(), settings(stage, optimizer=ADAMW))
     train_steps(engine, range(2))
+    engine.module.requires_grad_(not freezes_base)  # as peft does
     add_adapters(engine.module)
     added = engine.shard_added()
     assert sorted(param.fqn for param in added) == [
         f"blocks.{block}.up.{name}" for block in (0, 1) for name in ("down", "up")
     ]
     train_steps(engine, range(2, 5))
-    return worst(engine.consolidated_state_dict(rank=None), trained_in_one_process())
+    expected = trained_in_one_process(freezes_base=freezes_base)
+    return worst(engine.consolidated_state_dict(rank=None), expected)
 
 
 def train_by_hand() -> float:
@@ -96,9 +99,9 @@ def train_by_hand() -> float:
     return worst(zero.consolidated_state_dict(model, rank=None), trained_in_one_process(in_group=False))
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_adapters_added_between_steps_train_as_in_one_process(ranks: Ranks, stage: int) -> None:
-    assert max(ranks(NUM_RANKS, train_with_engine, stage)) < 1e-6
+@pytest.mark.parametrize(("stage", "freezes_base"), [*((stage, False) for stage in range(4)), (1, True), (3, True)])
+def test_adapters_added_between_steps_train_as_in_one_process(ranks: Ranks, stage: int, freezes_base: bool) -> None:
+    assert max(ranks(NUM_RANKS, train_with_engine, stage, freezes_base)) < 1e-6
 
 
 def test_and_in_a_loop_of_ones_own_in_a_group_of_theirs(ranks: Ranks) -> None:

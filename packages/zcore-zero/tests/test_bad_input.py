@@ -30,6 +30,7 @@ REFUSALS = {
     "a misspelt optimizer": ("ConfigError", ["optimizer.type", "'AdmaW'", "Did you mean AdamW?"]),
     "an optimizer like another": ("ConfigError", ["optimizer.type", "'AdamX'", "Did you mean Adam"]),
     "an optimizer of nobody": ("ConfigError", ["optimizer.type", "'Zyx'", "AdamW", "SGD"]),
+    "an optimizer of DeepSpeed": ("ConfigError", ["optimizer.type", "'OneBitAdam'", 'write "AdamW"']),
     "a misspelt optimizer argument": ("ConfigError", ["optimizer.params.weight_deca", "Did you mean weight_decay?"]),
     "an optimizer argument out of range": ("ConfigError", ["optimizer.params", "AdamW", "learning rate"]),
     "a misspelt scheduler": ("ConfigError", ["scheduler.type", "'WarmupLRR'", "Did you mean WarmupLR?"]),
@@ -131,6 +132,7 @@ def cases_of_config():
         "a misspelt optimizer": by_name("AdmaW"),
         "an optimizer like another": by_name("AdamX"),
         "an optimizer of nobody": by_name("Zyx"),
+        "an optimizer of DeepSpeed": by_name("OneBitAdam"),
         "a misspelt optimizer argument": by_name("AdamW", weight_deca=0.1),
         "an optimizer argument out of range": by_name("AdamW", lr=-1.0),
         "a misspelt scheduler": start(scheduler={"type": "WarmupLRR", "params": {}}),
@@ -548,3 +550,20 @@ def test_a_step_that_is_not_finite_on_one_rank_is_refused_on_all_and_leaves_no_t
         assert "as before it" in message
         assert "catch" in message
         assert is_paragraph(message)
+
+
+def names_of_deepspeed():
+    engine = zero.initialize(TinyModel(), settings())
+    said = []
+    for name in ("train_batch_size", "set_lr", "nothing_like_it"):
+        with pytest.raises(AttributeError) as caught:
+            getattr(engine, name)
+        said.append(str(caught.value))
+    return said
+
+
+def test_names_of_deepspeeds_engine_say_what_to_write(ranks):
+    of_config, of_optimizer, unknown = ranks(1, names_of_deepspeed)[0]
+    assert of_config.endswith("'train_batch_size', as DeepSpeed's has: write engine.config.train_batch_size.")
+    assert "engine.optimizer.param_groups" in of_optimizer
+    assert unknown == "zcore's Engine has no attribute 'nothing_like_it'."

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zcore import zero
-from zcore.core.errors import LayoutError, MismatchError
+from zcore.core.errors import LayoutError, MismatchError, StateError
 
 Ranks = Callable[..., Any]
 WIDTH, BLOCKS, STEPS, ROWS = 64, 3, 4, 4
@@ -100,6 +100,35 @@ def test_adapters_on_a_quantised_base_train_as_in_plain_torch(ranks: Ranks, kind
         assert mean == pytest.approx(expected, rel=1e-5)  # sums over rows associate differently
         assert [losses for losses, _ in stage] == [losses for losses, _ in whole]
     assert [held for _, held in sharded] == pytest.approx([held / 2 for _, held in whole], rel=0.05)  # for padding
+
+
+def states_of_4_bits() -> tuple[list[str], dict[str, Tensor], dict[str, Tensor]]:
+    """What a forward without training, and zero.Init, are told; the state dict, and plain torch's."""
+    config = {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}
+    engine = zero.initialize(quantised("4 bits"), config)
+    states = engine.consolidated_state_dict(rank=None)
+    engine.module.eval()
+    told = []
+    try:
+        engine(rows_of(0))
+    except StateError as error:  # only where bitsandbytes packs anew for this processor
+        told.append(str(error))
+    try:
+        with zero.Init():
+            model = quantised("4 bits")
+        zero.initialize(model, config)
+    except LayoutError as error:
+        told.append(str(error))
+    return told, states, quantised("4 bits").state_dict()
+
+
+@pytest.mark.parametrize("kind", NEEDED[:1])
+def test_a_state_dict_of_4_bits_holds_what_they_mean(ranks: Ranks, kind: str) -> None:
+    for (*in_eval, in_init), states, expected in ranks(2, states_of_4_bits):
+        assert states.keys() == expected.keys()
+        assert [name for name, value in expected.items() if not torch.equal(states[name], value)] == []
+        assert all("Call `model.train()`" in each for each in in_eval)
+        assert "was quantised inside zero.Init" in in_init
 
 
 def refusals() -> dict[str, str]:

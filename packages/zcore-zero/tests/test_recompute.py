@@ -208,6 +208,7 @@ def test_a_copy_computes_with_its_own_weights() -> None:
         (lambda: zero.checkpoint(nn.Linear(3, 3)), ConfigError, "no blocks are recognisable"),
         (lambda: zero.checkpoint(GPT(), every=0), ConfigError, "every is 0"),
         (lambda: zero.checkpoint(GPT(), save=("norms",)), ConfigError, "'norms'; expected some of matmul, attention"),
+        (lambda: zero.checkpoint(GPT(), save="matmul"), ConfigError, "save is 'matmul'; expected a list"),
         (lambda: zero.checkpoint(zero.checkpoint(GPT())), StateError, "already"),
     ],
 )

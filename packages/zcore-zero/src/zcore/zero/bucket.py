@@ -320,6 +320,12 @@ class Bucket:
         param = self.params[index]
         param.check_registered()
         if compat.storage_key(param.full) != compat.storage_key(self.memory.gathered):
+            if not param.full.is_floating_point():
+                raise StateError(
+                    f"{param.shard.fqn}, which is quantised, was given other memory by its layer, as bitsandbytes does "
+                    "on the CPU where it does not train. Call `model.train()` before the first forward, and leave it "
+                    "so for evaluation (set dropout to 0 there)."
+                )
             raise StateError(
                 f"{param.shard.fqn} was given other memory inside a forward, as `module.to(dtype)` or "
                 "`param.data = ...` does, and would no longer follow the optimizer. Leave parameters in their dtype: "

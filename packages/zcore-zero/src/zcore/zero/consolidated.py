@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from zcore.zero.quantised import states_beside
 from zcore.zero.sharding import sharding_of
 
 __all__ = ["consolidated_state_dict"]
@@ -32,6 +33,7 @@ def consolidated_state_dict(model: nn.Module, *, rank: int | None = 0) -> dict[s
 def _as_state_dict(model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
     params = [param for bucket in sharding_of(model).buckets for param in bucket.params]
     first_names = {id(each): param.shard.fqn for param in params for each in (param.shard, param.full)}
+    beside = {param.shard.fqn: states_beside(param.full) for param in params}
     result: dict[str, Tensor] = {}
     taken: set[str] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
@@ -40,6 +42,7 @@ def _as_state_dict(model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tens
             if param is not None:
                 first = first_names[id(param)]
                 result[prefix + name] = whole[first].clone() if first in taken else whole[first]
+                result |= {f"{prefix}{name}.{key}": value.clone() for key, value in beside[first].items()}
                 taken.add(first)
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:

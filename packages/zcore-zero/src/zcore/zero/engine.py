@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from zcore.zero.config import TrainingConfig
 from zcore.zero.consolidated import consolidated_state_dict
 from zcore.zero.loss_scale import LossScaler
 from zcore.zero.memory import MemoryReport, measure_memory
+from zcore.zero.names_of_deepspeed import what_to_write
 from zcore.zero.optimizers.rounding import rounded_step
 from zcore.zero.placement import Placement
 from zcore.zero.recorded_steps import RecordedSteps
@@ -103,6 +104,14 @@ class Engine:
             f"Engine({type(self.module).__name__}, ZeRO stage {sharding.zero_stage}, {dp.size} ranks{copies}, "
             f"{sharding.num_params:,} parameters, {self.global_steps} steps so far)"
         )
+
+    if not TYPE_CHECKING:  # a checker is to find names that are not there
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Refused, with what to write in place of a name of DeepSpeed's."""
+            instead = what_to_write(name)
+            advice = f", as DeepSpeed's has: write {instead}" if instead else ""
+            raise AttributeError(f"zcore's Engine has no attribute {name!r}{advice}.", name=name, obj=self)
 
     def __iter__(self) -> NoReturn:
         """Refused: DeepSpeed's initialize returns four things, zcore's one."""
@@ -262,8 +271,10 @@ class Engine:
             before = self._scaler.scale
             self._scaler.note_overflow()
             if self.global_rank == 0:
-                line = "step %d skipped: %s in float16; loss scale %g, was %g"
-                log_visibly(logger, line, self.global_steps + 1, what, self._scaler.scale, before)
+                after = self._scaler.scale
+                scale = f"{after:g}, was {before:g}" if after != before else f"stays {after:g}, by hysteresis"
+                line = "step %d skipped (%d in all): %s in float16; loss scale %s"
+                log_visibly(logger, line, self.global_steps + 1, self.skipped_steps, what, scale)
             return False
         raise NonFiniteError(
             f"In optimizer step {self.global_steps + 1}, {what}. The step was not taken: parameters and optimizer "

@@ -92,9 +92,13 @@ class Conductor:
             if bucket.gradients is None:
                 continue
             for index, param in enumerate(bucket.params):
+                param.full.requires_grad_(
+                    True
+                )  # or torch refuses the hook: one that is frozen now may be trained later
                 keep(
                     param.full.register_post_accumulate_grad_hook(_on_gradient(weakref.ref(self), bucket.index, index))
                 )
+                param.full.requires_grad_(param.is_trainable)
 
     def add(self, module: nn.Module, site: Site) -> None:
         """Have the buckets of `site` gathered whenever `module` runs."""

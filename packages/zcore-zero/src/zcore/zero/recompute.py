@@ -62,6 +62,8 @@ def check_recompute(model: nn.Module, *, every: int, save: Sequence[str]) -> lis
     """The blocks of `model`. Raises what `checkpoint` does."""
     if every < 1:
         raise ConfigError(f"activation_checkpointing.every is {every}; 1 is each block, 2 every second one.")
+    if isinstance(save, str):
+        raise ConfigError(f'save is {save!r}; expected a list, such as ["{save}"].')
     if unknown := sorted(set(save) - SAVEABLE.keys()):
         raise ConfigError(f"activation_checkpointing.save has {unknown[0]!r}; expected some of {', '.join(SAVEABLE)}.")
     blocks = list(find_blocks(model).values())

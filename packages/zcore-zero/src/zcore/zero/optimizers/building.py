@@ -38,6 +38,21 @@ StatesByName = dict[str, dict[str, Any]]  # torch's states of whole parameters
 GroupsByName = list[dict[str, Any]]  # torch's groups with "params" a list of fully qualified names
 
 OWN: dict[str, type[torch.optim.Optimizer]] = {"Lamb": Lamb, "Lion": Lion, "Muon": Muon}  # beside torch's, or in place
+OF_DEEPSPEED = {  # that stand for what has another name here, or for nothing
+    "fusedadam": 'Write "AdamW": it is fused where the device has that.',
+    "deepspeedcpuadam": 'Write "AdamW": it is fused where the device has that.',
+    "cpuadam": 'Write "AdamW": it is fused where the device has that.',
+    "fusedlamb": 'Write "Lamb".',
+    "fusedlion": 'Write "Lion".',
+    "deepspeedcpulion": 'Write "Lion".',
+    "deepspeedcpuadagrad": 'Write "Adagrad".',
+    "onebitadam": 'Gradients of one bit are not served; write "AdamW".',
+    "zerooneadam": 'Gradients of one bit are not served; write "AdamW".',
+    "onebitlamb": 'Gradients of one bit are not served; write "Lamb".',
+    "muadam": 'Scaling by width is not served; write "AdamW", with a learning rate for each group.',
+    "muadamw": 'Scaling by width is not served; write "AdamW", with a learning rate for each group.',
+    "musgd": 'Scaling by width is not served; write "SGD", with a learning rate for each group.',
+}
 MATRIX_WISE = frozenset({"Muon", "Adafactor", "LBFGS", "SparseAdam"})  # of torch.optim: they need whole parameters
 
 
@@ -164,6 +179,8 @@ def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: tor
         if params.get("weight_decay"):
             logger.info("optimizer Adam: weight decay is decoupled, as in DeepSpeed; adam_w_mode: false makes it L2.")
     if name not in known:
+        if choice.type.lower() in OF_DEEPSPEED:
+            raise ConfigError(f"optimizer.type is {choice.type!r}, of DeepSpeed. {OF_DEEPSPEED[choice.type.lower()]}")
         near = nearest(name, known)
         usable = sorted(each for each, kind in known.items() if not _is_matrix_wise(kind))
         advice = f"Did you mean {near}?" if near else f"Known are {', '.join(usable)}."

@@ -1,0 +1,32 @@
+"""What DeepSpeed's engine has, and zcore's under another name or not at all: what to write in its place."""
+
+__all__ = ["what_to_write"]
+
+INSTEAD = {
+    "clip_fp32_gradients": '"gradient_clipping" in the config',
+    "compile": "block.compile() on the blocks",
+    "cur_scale": "engine.loss_scale",
+    "destroy": "engine.close()",
+    "gradient_accumulation_steps": "engine.config.gradient_accumulation_steps",
+    "load_state_dict": "model.load_state_dict() before `zero.initialize`, or engine.load_checkpoint(folder)",
+    "local_rank": "int(os.environ['LOCAL_RANK'])",
+    "monitor": "`events=` of `zero.initialize`",
+    "named_parameters": "engine.module.named_parameters()",
+    "optimizer_name": "type(engine.optimizer).__name__",
+    "parameters": "engine.module.parameters()",
+    "save_16bit_model": "engine.consolidated_state_dict(), and safetensors.torch.save_file()",
+    "save_fp16_model": "engine.consolidated_state_dict(), and safetensors.torch.save_file()",
+    "set_lr": "the learning rates in engine.optimizer.param_groups",
+    "set_train_batch_size": "another config: an engine keeps its batch sizes",
+    "state_dict": "engine.consolidated_state_dict()",
+    "train_batch_size": "engine.config.train_batch_size",
+    "train_micro_batch_size_per_gpu": "engine.config.train_micro_batch_size_per_gpu",
+    "training": "engine.module.training",
+    "world_size": "torch.distributed.get_world_size()",
+    "zero_optimization_stage": "engine.config.zero_optimization.stage",
+}
+
+
+def what_to_write(name: str) -> str | None:
+    """In place of attribute `name` of DeepSpeed's engine; None where nothing is known of it."""
+    return INSTEAD.get(name)

@@ -79,22 +79,24 @@ def test_an_error_is_that_of_its_own_call_and_comes_with_each_wait(ranks):
         assert [each.split(":")[0] for each in bad] == ["MismatchError"] * 2
 
 
-def gather_more_than_there_is():
+def send_more_than_there_is():
     group = serve(dist.group.WORLD, name="dp")
-    told = []
-    if group.rank == 0:
-        numel = available_bytes() // 3  # of four bytes: a third more than there is, as pages of the others' side
-        huge = torch.empty(1).expand(numel)
-        told.append(message_of(lambda: group.broadcast(huge, src=0, label="huge")))
+    # As many on each rank: of four bytes a third more than there is, as pages of the others' side.
+    numel = torch.tensor(available_bytes() // 3)
+    dist.broadcast(numel, src=0)
+    huge = torch.empty(1).expand(int(numel))
+    told = message_of(lambda: group.broadcast(huge, src=0, label="huge").wait())
     total = torch.ones(5)
     group.all_reduce(total, label="after").wait()
     return told, total.tolist()
 
 
-def test_a_call_for_which_there_is_no_memory_leaves_the_group_in_step(ranks):
-    first, second = ranks(2, gather_more_than_there_is)
-    assert first[0][0].startswith("OutOfPagesError")
-    assert [first[1], second[1]] == [[2.0] * 5] * 2
+def test_a_call_for_which_there_is_no_memory_fails_on_each_rank_and_leaves_the_group_in_step(ranks):
+    (own, first), (other, second) = ranks(2, send_more_than_there_is)
+    assert own.startswith("OutOfPagesError")
+    assert other.startswith("CollectiveError: broadcast huge from rank 0")
+    assert "rank 0 has given it up" in other
+    assert [first, second] == [[2.0] * 5] * 2
 
 
 NUM_OPEN = 200  # a board holds 64 calls at a time: then a start waits for the other rank

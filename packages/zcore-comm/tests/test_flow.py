@@ -213,6 +213,27 @@ def test_a_call_that_nobody_got_is_not_counted_nor_started_later():
     assert (started, flow.in_flight_bytes, flow.held_bytes) == (["first"], 0, 0)
 
 
+def test_a_call_that_another_groups_start_kept_from_its_maker_is_not_started_later():
+    flow, started = Flow(4), []
+
+    def interrupted(request):
+        raise KeyboardInterrupt
+
+    def start(request):
+        started.append(request.label)
+        return Done()
+
+    first, second = (flow.around(DeferrableCollectives(None, start=each, flush=None)) for each in (start, interrupted))
+    before = first.all_reduce(torch.ones(1), label="before")
+    second.all_reduce(torch.ones(1), label="held")
+    flow.count_out(before)  # as a wait in another thread does, which is about to start what is held
+    with pytest.raises(KeyboardInterrupt):
+        first.all_reduce(torch.ones(1), label="lost")  # its tensor may be something else from here on
+    with pytest.raises(StateError, match="all_reduce lost was interrupted before it was to start"):
+        first.all_reduce(torch.ones(1), label="next").wait()
+    assert (started, flow.in_flight_bytes) == (["before"], 0)
+
+
 def test_calls_of_a_group_start_in_their_order_whichever_threads_start_them():
     flow, gate = Flow(1), Gate()
     group = flow.around(gate.collectives)

@@ -231,3 +231,54 @@ def outputs_of_8_bits() -> list[Tensor]:
 def test_floats_of_one_byte_are_never_cast(ranks: Ranks) -> None:
     for before, after in ranks(2, outputs_of_8_bits):
         torch.testing.assert_close(after, before, rtol=1e-2, atol=0)
+
+
+class Differentiated(torch.autograd.Function):
+    """A module's graph is built in the forward and differentiated in the backward, inside of the outer one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.result = module(ctx.x)
+        return ctx.result.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        torch.autograd.backward(ctx.result, grad)
+        return ctx.x.grad, None
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.inner, self.after = Block(), Block(), nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(Differentiated.apply(self.before(x), self.inner)).square().mean()
+
+
+def train_around(stage: int) -> list[list[float]]:
+    """Losses of plain torch, and sharded."""
+    found = []
+    for is_sharded in (False, True):
+        torch.manual_seed(0)
+        model: nn.Module = Around()
+        if is_sharded:
+            zero.shard(model, build_mesh(dp=-1), stage=stage, options=zero.ShardingOptions(small_numel=30))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for step in range(STEPS):
+            loss = model(torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(step)))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        found.append(losses)
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_graph_inside_a_function_is_differentiated_in_its_backward(ranks: Ranks, stage: int) -> None:
+    for plain, sharded in ranks(2, train_around, stage):
+        assert sharded == pytest.approx(plain, rel=1e-5)

@@ -38,19 +38,24 @@ def scaled(loss: Tensor, factor: float) -> Tensor:
 
     def note(grad: Tensor) -> None:
         backward = compat.current_backward()
-        known = _factors.get(backward)
+        known = _value_of(backward)
         if known is None:
             held = _factors[backward] = _Factor(factor)
             compat.queue_backward_callback(lambda: _end(backward, held))  # the only one to hold it
-        elif known.value != factor:
+        elif known != factor:  # this frame lives as long as the error does, and holds no _Factor
             raise StateError(
-                f"One backward runs through losses scaled by {known.value:g} and by {factor:g}, so the "
+                f"One backward runs through losses scaled by {known:g} and by {factor:g}, so the "
                 "gradients of neither engine would be right. Add the plain losses and call loss.backward(), or call "
                 "engine.scale(loss).backward() for each engine."
             )
 
     result.register_hook(note)
     return result
+
+
+def _value_of(backward: int) -> float | None:
+    found = _factors.get(backward)
+    return None if found is None else found.value
 
 
 def _end(backward: int, held: _Factor) -> None:
@@ -90,8 +95,8 @@ class Accumulation:
 
     def begin_backward(self, backward: int) -> None:
         """Autograd's backward of that number has begun; one inside another has the gradients of the loss of that."""
-        found = _factors.get(backward) or next(reversed([*_factors.values()]), None)
-        self._backward_factor = None if found is None else found.value
+        own = _value_of(backward)
+        self._backward_factor = own if own is not None else next(map(_value_of, reversed([*_factors])), None)
 
     @property
     def missing_factor(self) -> float:

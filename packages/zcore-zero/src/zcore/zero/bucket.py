@@ -192,10 +192,11 @@ class Bucket:
     def check_unchanged(self, *, is_nested: bool) -> None:
         """Raise StateError in a backward whose last forward read other values than there are now.
 
-        In a nested backward, as of a reentrant checkpoint, which ran without autograd first, that is what it has
-        computed again.
+        In a nested backward, as of a reentrant checkpoint, which ran without autograd first, it may be that what was
+        computed again has read them.
         """
-        self.check_values(self._recomputed_with if is_nested else self._computed_with)
+        if not (is_nested and self._recomputed_with == self.values):
+            self.check_values(self._computed_with)
 
     def check_values(self, values: tuple[int, int] | None) -> None:
         """Raise StateError if `values` are no longer those of now."""

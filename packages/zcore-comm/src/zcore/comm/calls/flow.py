@@ -84,6 +84,7 @@ class _Call:
         "_start",
         "error",
         "in_flight_bytes",
+        "is_given_up",
         "is_on_cpu",
         "line",
         "num_bytes",
@@ -100,6 +101,7 @@ class _Call:
         self.num_bytes = request.payload_bytes
         self.priority = request.priority
         self.in_flight_bytes = 0
+        self.is_given_up = False  # nobody has got it: its tensors may be something else by now
         self._start = in_mode_of_caller(line.start)
         self._request: Request | Together | None = request
         self._pending: Pending | None = None
@@ -118,6 +120,8 @@ class _Call:
             return
         name = f"{request.op} {request.label}"
         try:
+            if self.is_given_up:
+                self.line.interrupted = self.line.interrupted or f"{name} was interrupted before it was to start"
             if self.line.interrupted:
                 raise StateError(f"{name}: this group has ended, as {self.line.interrupted}. Restart the ranks.")
             with _named(request):
@@ -215,13 +219,14 @@ class Flow:
 
     def _take(self, line: _Line, request: Request | Together) -> _Call:
         call = _Call(self, line, request)
-        with self._lock:
-            self._held.append(call)
-            chosen = self._choose(self._limit_bytes)
         try:
+            with self._lock:
+                self._held.append(call)
+                chosen = self._choose(self._limit_bytes)
             _begin(chosen, aside=True)
         except BaseException:  # of an interrupt: nobody gets the call, so nobody would count it out
-            call.num_bytes = 0  # it keeps its place in the order: the others make it, too
+            call.is_given_up = True
+            call.num_bytes = 0
             self.count_out(call)
             raise
         if call.error is not None:

@@ -134,8 +134,10 @@ class SharedMemoryCollectives:
         def let_go() -> None:
             if leader.started <= this.index:
                 self._late.append(let_go)
-            elif leader.started <= this.index + RING_CALLS and leader.place_of(this.index) is not None:
-                freed(leader.slot_of(this.index))
+                return
+            place, slot = leader.place_of(this.index), leader.slot_of(this.index)
+            if place is not None and leader.started < this.index + RING_CALLS:  # else another call's, or in between
+                freed(slot)
 
         late, self._late = self._late, []
         for each in late:

@@ -1,16 +1,18 @@
 """Calls between ranks of one host that are under way: told to the others, done step by step, and ended.
 
-    starting    announce: the others see it    read, or read and read_halves: closed    over, once others have read
-                                                                                        what it shows of the caller's
+    starting    not announced: nobody else sees it
+    open        announced; every rank reads what the others show, in one step or in two
+    lent        read here, while another rank may still read what this one shows of the caller's memory
+    over        nobody reads any more; or it has failed
 
 A call is the others' as much as ours: they make it, whatever becomes of it here. So one that fails before it is
 announced is announced as given up, one that fails later tells so, and both keep their place in the order of calls. An
-interrupt fails the call that it meets, in its start or in a wait: who made it may have no handle of it any more, and
-goes on with its tensors.
+interrupt in a start or a wait fails the call: who made it may have no handle of it, and goes on with its tensors. Two
+things are left to chance: an interrupt between a start and its wait, which leaves the call under way; and one while a
+start waits for a place in the ring, after which the others learn by the deadline that no more calls come.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,8 +63,7 @@ class CallsUnderWay:
         self._untold: set[int] = set()  # calls that have failed, and whose error nobody has met yet
         self._ended: BaseException | None = None  # what kept a call from being told to the others
 
-    @contextmanager
-    def starting(self, note: Callable[[], Call], entry: Entry) -> Iterator[CallUnderWay]:
+    def starting(self, note: Callable[[], Call], entry: Entry) -> "_Starting":
         """A call that is to be announced inside; what keeps it from that is raised, and ends it on every rank."""
         if self._ended is not None:
             raise StateError(f"{entry}: this group has ended with an error. Restart the ranks.") from self._ended
@@ -71,15 +72,15 @@ class CallsUnderWay:
         except BaseException as error:  # without a place the call cannot be told to the others, who make it
             self._ended = error
             raise
-        this = CallUnderWay(note(), entry, self._next)
-        try:
-            yield this
-        except BaseException as error:
-            with LOCK:
-                if not this.is_announced:
-                    self._enter(this, stage=FAILED)
-                self._fail(this, _told(this, error))
-            raise
+        return _Starting(self, CallUnderWay(note(), entry, self._next))
+
+    def fail_start(self, this: CallUnderWay, error: BaseException) -> None:
+        """`error` came in the start: announced or not, the others make the call."""
+        with LOCK:
+            if not this.is_announced:
+                self._enter(this, stage=FAILED)
+            self._fail(this, _told(this, error))
+            self._untold.discard(this.index)  # whoever made it meets the error now
 
     def announce(
         self, this: CallUnderWay, read: Callable[[], None], read_halves: Callable[[], None] | None = None
@@ -91,7 +92,7 @@ class CallsUnderWay:
             self._enter(this, stage=STARTED)
 
     def _enter(self, this: CallUnderWay, *, stage: int) -> None:
-        """Half done it would be taken for another call, so whoever is interrupted in it does it once more."""
+        """Announce it. Half done it would be taken for another call, so it may be repeated after an interrupt."""
         self._neighbours.go_on()
         self._next = this.index + 1
         self._open[this.index] = this
@@ -107,6 +108,7 @@ class CallsUnderWay:
             raise this.error
 
     def _bring_to_end(self, this: CallUnderWay) -> None:
+        """Wait until it is over. What ends it is kept with it, for whoever waits; interrupts are raised."""
         index, others = this.index, self._neighbours.others
         try:
             with LOCK:
@@ -226,7 +228,8 @@ class CallsUnderWay:
             raise _interrupted(this)
         this.is_reading = True
         read()
-        self._neighbours.board.set_stage(this.index, stage)
+        if this.error is None:  # else a signal handler has made a call meanwhile, and this one counts as interrupted
+            self._neighbours.board.set_stage(this.index, stage)
         this.is_reading = False
 
     def _end_by(self, this: CallUnderWay, error: BaseException) -> None:
@@ -257,7 +260,8 @@ class CallsUnderWay:
     def _close(self, this: CallUnderWay) -> None:
         if self._open.pop(this.index, None) is None:
             return
-        self._lent = {index: each for index, each in self._lent.items() if self._is_lent(each)}
+        if self._lent:
+            self._lent = {index: each for index, each in self._lent.items() if self._is_lent(each)}
         if this.error is None and self._is_lent(this):
             self._lent[this.index] = this
         if not self._open:
@@ -286,6 +290,22 @@ class CallsUnderWay:
                 index=self._next,
                 since=lambda: oldest,
             )
+
+
+class _Starting:
+    """See `CallsUnderWay.starting`; a class, as a generator takes two microseconds more."""
+
+    __slots__ = ("_calls", "_this")
+
+    def __init__(self, calls: CallsUnderWay, this: CallUnderWay) -> None:
+        self._calls, self._this = calls, this
+
+    def __enter__(self) -> CallUnderWay:
+        return self._this
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._calls.fail_start(self._this, error)
 
 
 def _told(this: CallUnderWay, error: BaseException) -> Exception:

@@ -12,6 +12,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 from zcore.comm.progress import in_mode_of_caller
 
@@ -43,12 +44,22 @@ class Task:
         del act
         self._open.release()
 
+    def refuse(self, error: Exception) -> None:
+        """Have it fail with `error` in place of being done, unless it was begun."""
+        with self._claim:
+            if self._act is not None:
+                self._act = partial(_fail, error)
+
     def wait(self, timeout_s: float) -> bool:
         """Whether it is done within that time."""
         is_done = self._open.acquire(timeout=timeout_s)
         if is_done:
             self._open.release()  # for whoever else waits
         return is_done
+
+
+def _fail(error: Exception) -> None:
+    raise error
 
 
 class Worker:
@@ -59,15 +70,15 @@ class Worker:
         self._abort = abort
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._at_work = threading.Lock()  # held by the thread while it does a task
+        self._has_ended = threading.Event()
         self._thread: threading.Thread | None = None
-        self._is_aborted = False
         weakref.finalize(self, self._tasks.put, None).atexit = False
 
     def add(self, task: Task) -> None:
         """Have it done after all that was added before, unless somebody else has begun it by then."""
         if self._thread is None:
             self._thread = threading.Thread(
-                target=_work, args=(self._tasks, self._at_work), name=self._name, daemon=True
+                target=_work, args=(self._tasks, self._at_work, self._has_ended), name=self._name, daemon=True
             )
             self._thread.start()
             _workers.add(self)
@@ -76,10 +87,10 @@ class Worker:
     def abort(self) -> None:
         """End what the thread waits for, and all connections with it; what was added fails.
 
-        What it adds up just now, which is not waiting, comes to its end first.
+        What it adds up just now, which is not waiting, comes to its end first; of what is queued nothing is begun.
         """
-        if not self._is_aborted:
-            self._is_aborted = True
+        if not self._has_ended.is_set():
+            self._has_ended.set()
             self._abort()
         if threading.current_thread() is not self._thread and self._at_work.acquire(timeout=END_S):
             self._at_work.release()
@@ -105,8 +116,10 @@ def _end_all() -> None:
             worker.end()
 
 
-def _work(tasks: "queue.SimpleQueue[Task | None]", at_work: threading.Lock) -> None:
+def _work(tasks: "queue.SimpleQueue[Task | None]", at_work: threading.Lock, has_ended: threading.Event) -> None:
     while (task := tasks.get()) is not None:
         with at_work:
+            if has_ended.is_set():
+                task.refuse(RuntimeError("gloo: the connections of this group were closed"))
             task.run()
         del task

@@ -143,7 +143,8 @@ def start_many_sums(count):
     first = group.all_reduce(torch.ones(200_000), label="loss")
     if group.rank:
         first.wait()
-    under_way = [first, *(group.reduce_scatter(each, torch.ones(400), label="grads") for each in sums)]
+    small = group.all_reduce(torch.ones(4), label="norm")  # takes one place in the host, each sum one for each host
+    under_way = [first, small, *(group.reduce_scatter(each, torch.ones(400), label="grads") for each in sums)]
     if group.rank == 0:
         compat.default_store().set("started", "")
     for each in under_way:

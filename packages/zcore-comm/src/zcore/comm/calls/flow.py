@@ -118,24 +118,25 @@ class _Call:
         request = self._request
         if request is None:
             return
-        name = f"{request.op} {request.label}"
         try:
-            if self.is_given_up:
-                self.line.interrupted = self.line.interrupted or f"{name} was interrupted before it was to start"
-            if self.line.interrupted:
-                raise StateError(f"{name}: this group has ended, as {self.line.interrupted}. Restart the ranks.")
+            if self.is_given_up or self.line.interrupted:
+                raise self._not_to_start(f"{request.op} {request.label}")
             with _named(request):
                 self._pending = self._start(request)
         except Exception as error:  # noqa: BLE001 - raised by `wait`, or by the call itself
             self.error = error
         except BaseException:
-            self.line.interrupted = f"{name} was interrupted when it was to start"
+            self.line.interrupted = f"{request.op} {request.label} was interrupted when it was to start"
             self.error = CollectiveError(f"{self.line.interrupted}.")
             raise
         finally:
             self._request = None
             if self.error is not None:
                 self._flow.count_out(self)
+
+    def _not_to_start(self, name: str) -> StateError:
+        self.line.interrupted = self.line.interrupted or f"{name} was interrupted before it was to start"
+        return StateError(f"{name}: this group has ended, as {self.line.interrupted}. Restart the ranks.")
 
     def wait(self) -> None:
         """See `Pending.wait`; starts everything that the limit holds back."""

@@ -311,9 +311,10 @@ def watch_prefetch(recipe: Recipe, zero_options: dict[str, Any]) -> Seen:
             for index in range(num_blocks - 1):
                 model.h[index].register_forward_pre_hook(watch(f"h.{index}", f"h.{index + 1}", "forward"))
             for index in range(1, num_blocks):
-                # Among the hooks of a block's output, this one runs after the one that gathers.
+                # Among the hooks of the node that made a block's output, this one runs after the one that gathers.
                 def hook(_: nn.Module, __: object, out: Tensor, index: int = index) -> None:
-                    out.register_hook(watch(f"h.{index}", f"h.{index - 1}", "backward"))
+                    assert out.grad_fn is not None
+                    out.grad_fn.register_prehook(watch(f"h.{index}", f"h.{index - 1}", "backward"))
 
                 model.h[index].register_forward_hook(hook)
         engine.backward(engine(**part_of(recipe.batch(step, 0), part=engine.dp_rank, parts=engine.dp_size)))

@@ -22,7 +22,7 @@ from zcore.core import compat
 from zcore.core.collectives import Pending
 from zcore.core.errors import StateError
 from zcore.core.mesh import DataParallel
-from zcore.zero.bucket_param import BucketParam
+from zcore.zero.bucket_param import BucketParam, as_plain_tensors
 from zcore.zero.buffer import BucketDtypes, BucketGradients, BucketParameters, DataParallelGroups, Ledger
 from zcore.zero.fragment_gradients import FragmentGradients
 from zcore.zero.layout import BucketPlan
@@ -95,6 +95,7 @@ class Bucket:
         self.plan = plan
         self.index = index
         self.row = row
+        self.is_transient = row.parameters is Placement.SHARD  # resharding frees memory, and a later use gathers again
         self.dtypes = dtypes
         self.owned = owned_slices(row, dp)
         self.state = ParamState.UNINITIALIZED
@@ -211,13 +212,14 @@ class Bucket:
     @property
     def is_in_place(self) -> bool:
         """Whether it is whole and shown, and known to be computed with: a module that starts has nothing to ask for."""
-        is_shown = len(self._shown) == len(self.params)
-        return is_shown and self.state is ParamState.AVAILABLE and self._computed_with == self.values
-
-    @property
-    def is_transient(self) -> bool:
-        """Whether resharding frees memory, so that a later use gathers again."""
-        return self.row.parameters is Placement.SHARD
+        computed_with = self._computed_with
+        return (
+            computed_with is not None
+            and self.state is ParamState.AVAILABLE
+            and computed_with[1] == self.memory.master._version
+            and computed_with[0] == self._num_updates
+            and len(self._shown) == len(self.params)
+        )
 
     def _move(self, target: ParamState) -> None:
         if target not in MOVES[self.state]:
@@ -305,10 +307,12 @@ class Bucket:
         """Register whole parameters: those at the positions `which`, or all. The bucket must be AVAILABLE."""
         if len(self._shown) == len(self.params):
             return
-        for index in range(len(self.params)) if which is None else which:
-            if index not in self._shown:
-                self._shown.add(index)
-                self.params[index].register(self._ready(index))
+        memory = compat.storage_key(self.memory.gathered)
+        with as_plain_tensors():
+            for index in range(len(self.params)) if which is None else which:
+                if index not in self._shown:
+                    self._shown.add(index)
+                    self.params[index].register(self._ready(index, memory))
 
     def show_fragments(self) -> None:
         """Register the fragments again, whatever memory lives."""
@@ -316,11 +320,14 @@ class Bucket:
             self.params[index].register(self.params[index].shard)
         self._shown.clear()
 
-    def _ready(self, index: int) -> nn.Parameter:
-        """The whole parameter, if the fragment is still its own; it follows what the user froze between steps."""
+    def _ready(self, index: int, memory: int) -> nn.Parameter:
+        """The whole parameter, if the fragment is still its own; it follows what the user froze between steps.
+
+        Inside of `as_plain_tensors`. `memory` is what identifies that of `gathered`.
+        """
         param = self.params[index]
         param.check_registered()
-        if compat.storage_key(param.full) != compat.storage_key(self.memory.gathered):
+        if compat.storage_key(param.full) != memory:
             if not param.full.is_floating_point():
                 raise StateError(
                     f"{param.shard.fqn}, which is quantised, was given other memory by its layer, as bitsandbytes does "
@@ -332,7 +339,7 @@ class Bucket:
                 "`param.data = ...` does, and would no longer follow the optimizer. Leave parameters in their dtype: "
                 "cast inputs and results, or compute under `torch_autocast` in place of `bf16` and `fp16`."
             )
-        trains = param.is_trainable
+        trains = param.shard.requires_grad
         if trains and self.gradients is None:
             raise StateError(
                 f"{param.shard.fqn} was frozen when the model was sharded and is to be trained now, but its bucket "
@@ -370,15 +377,16 @@ class Bucket:
         """See ParameterOwner."""
         return self._running_host is not None
 
-    def whole(self, index: int) -> Tensor:
+    def whole(self, index: int) -> nn.Parameter:
         """See ParameterOwner."""
-        return self._ready(index)
+        with as_plain_tensors():
+            return self._ready(index, compat.storage_key(self.memory.gathered))
 
     def lend(self, index: int) -> Tensor:
         """See ParameterOwner. A copy, where autograd might keep a view of memory that is freed."""
         host = self._running_host
         may_be_saved = host is None or host.borrow(self)
-        whole = self._ready(index)
+        whole = self.whole(index)
         return whole if may_be_saved or not self.is_transient else whole.clone()
 
     def take_back(self) -> None:

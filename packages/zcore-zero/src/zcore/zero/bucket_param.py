@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zcore.core.errors import StateError
 from zcore.zero.layout import Fragment
-from zcore.zero.sharded_parameter import GRAD, FragmentValues, ParameterOwner, ShardedParameter, UnreducedGradient
+from zcore.zero.sharded_parameter import GRAD, ParameterOwner, ShardedParameter, UnreducedGradient
 from zcore.zero.units import ParamSites
 
 __all__ = ["FRAGMENT", "BucketParam", "as_plain_tensors"]
@@ -44,15 +44,6 @@ class BucketParam:
         shard.use_muon = bool(getattr(member.param, "use_muon", member.is_hidden_matrix))
         whole.__dict__[FRAGMENT] = shard
         return cls(whole, shard, place, tuple((weakref.ref(module), name) for module, name in member.sites))
-
-    def set_gradient(self, grad: Tensor | None) -> Tensor | None:
-        """Set the fragment's `.grad`, whatever the fragment stands for right now; what it is then.
-
-        Inside of `as_plain_tensors`, which costs as much as this.
-        """
-        given = grad.as_subclass(FragmentValues) if grad is not None else None
-        GRAD.__set__(self.shard, given)
-        return given
 
     def announce_gradient(self) -> None:
         """Make it seen that there is a gradient, which is not reduced yet: dropping it drops that.

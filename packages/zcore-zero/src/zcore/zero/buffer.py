@@ -197,6 +197,10 @@ class BucketGradients:
         self._bounds = plan.layout.bounds(self._owned)
         self._full: Tensor | None = None
         self._full_is_live = False
+        # Views of `full`, made once and used in every step: one for each parameter, and the padding in between.
+        self._places: tuple[Tensor, ...] = ()
+        self._gaps: tuple[Tensor, ...] = ()
+        self._is_open = False  # `full` is live, and nothing in it is reduced
         self._written: set[int] = set()  # parameters whose part of `full` holds a gradient
         self._inflight: tuple[Pending, Tensor] | None = None
         self._spare: Tensor | None = None  # last step's `reduced`, to be written again
@@ -220,10 +224,9 @@ class BucketGradients:
                 f"{self._plan.params[index].fqn} got a {grad.layout} gradient; flat buckets hold dense ones. Build the "
                 "embedding with sparse=False."
             )
-        full = self._live_full()
-        self._keep_reduced(full)
-        layout = self._plan.layout
-        place = full[layout.offsets[index] : layout.offsets[index] + layout.numels[index]].view(grad.shape)
+        if not self._is_open:
+            self._open_full()
+        place = self._places[index]
         if index in self._written:
             place.add_(grad, alpha=factor)
             return
@@ -234,9 +237,10 @@ class BucketGradients:
 
     def start_reduce(self) -> None:
         """Start the sum over all ranks into the owned slices; parameters without a gradient count as zero."""
-        full = self._live_full()
-        self._keep_reduced(full)
-        self._zero_unwritten(full)
+        full = self._open_full()
+        unwritten = [place for index, place in enumerate(self._places) if index not in self._written]
+        if to_zero := [*self._gaps, *unwritten]:
+            torch._foreach_zero_(to_zero)
         if self._predivide != 1.0:
             full.mul_(1.0 / self._predivide)
         sent = full
@@ -263,6 +267,7 @@ class BucketGradients:
             return
         (pending, out), self._inflight = self._inflight, None
         pending.wait()
+        self._is_open = False
         if self._groups.replicate is not None:
             self._groups.replicate.all_reduce(out, label=self._plan.name).wait()
         if out.dtype != self._master_dtype:
@@ -274,6 +279,12 @@ class BucketGradients:
         self._written.clear()
         if self._transient:
             self._free_full()
+
+    @property
+    def reduced_numel(self) -> int:
+        """Elements of the owned slices."""
+        low, high = self._bounds
+        return high - low
 
     def live_reduced(self) -> Tensor:
         """The reduced gradients of the owned slices; zero where nothing was reduced yet."""
@@ -301,42 +312,41 @@ class BucketGradients:
         if is_own and self.reduced is not None and not compat.is_held_elsewhere(self.reduced):
             self._spare = self.reduced
         self.reduced = None
+        self._is_open = False
         self._written.clear()
         if self._full is None or not self._full_is_live:
             return
         if self._transient:
             self._free_full()
-        elif compat.is_held_elsewhere(self._full):
-            self._full, self._full_is_live = None, False
+        elif compat.is_held_elsewhere(self._full, num_views=len(self._places) + len(self._gaps)):
+            self._full, self._full_is_live, self._places, self._gaps = None, False, (), ()
 
-    def _keep_reduced(self, full: Tensor) -> None:
-        """An earlier sum of this step may be the own slot of `full`, which is about to be written: move it out."""
-        if self.reduced is None or self._transient:
-            return
-        if self.reduced.untyped_storage().data_ptr() == full.untyped_storage().data_ptr():
-            self.reduced = self.reduced.clone()
-
-    def _live_full(self) -> Tensor:
+    def _open_full(self) -> Tensor:
+        """`full`, to be written; an earlier sum of this step, which may lie in this rank's slot of it, is moved out."""
         if self._full is None:
-            self._full = self._groups.reduce.empty(self._plan.layout.numel, dtype=self._dtype, device=self._device)
+            layout = self._plan.layout
+            self._full = full = self._groups.reduce.empty(layout.numel, dtype=self._dtype, device=self._device)
+            ends = [offset + numel for offset, numel in zip(layout.offsets, layout.numels, strict=True)]
+            self._places = tuple(
+                full[offset:end].view(spec.shape)
+                for offset, end, spec in zip(layout.offsets, ends, self._plan.params, strict=True)
+            )
+            between = zip(ends, [*layout.offsets[1:], layout.numel], strict=True)
+            self._gaps = tuple(full[end:offset] for end, offset in between if end < offset)
         elif not self._full_is_live:
             self._groups.reduce.alloc_storage(self._full)
         if not self._full_is_live:
             self._full_is_live = True
             if self._transient:
                 self._ledger.add(self._full.numel() * self._full.element_size())
+        own = None if self._transient else self.reduced
+        if own is not None and compat.storage_key(own) == compat.storage_key(self._full):
+            self.reduced = own.clone()
+        self._is_open = True
         return self._full
 
     def _free_full(self) -> None:
         assert self._full is not None
         self._groups.reduce.free_storage(self._full)
-        self._full_is_live = False
+        self._full_is_live = self._is_open = False
         self._ledger.add(-self._full.numel() * self._full.element_size())
-
-    def _zero_unwritten(self, full: Tensor) -> None:
-        layout, end = self._plan.layout, 0
-        for index, (offset, numel) in enumerate(zip(layout.offsets, layout.numels, strict=True)):
-            if index in self._written:
-                full[end:offset].zero_()
-                end = offset + numel
-        full[end:].zero_()

@@ -14,7 +14,7 @@ from zcore.core import compat
 from zcore.core.errors import StateError
 from zcore.zero.bucket_param import BucketParam, as_plain_tensors
 from zcore.zero.buffer import BucketGradients
-from zcore.zero.sharded_parameter import UnreducedGradient
+from zcore.zero.sharded_parameter import GRAD, FragmentValues, UnreducedGradient
 
 __all__ = ["FragmentGradients", "GradState"]
 
@@ -33,15 +33,22 @@ class FragmentGradients:
     def __init__(self, params: Sequence[BucketParam], reduced: BucketGradients) -> None:
         self._params = params
         self._gradients = reduced
+        self._cuts: list[int] = []  # elements of the reduced gradients: padding, parameter, padding, parameter ...
+        end = 0
+        for part in (param.fragment for param in params):
+            self._cuts += [part.offset - end, part.numel]
+            end = part.offset + part.numel
+        self._cuts.append(reduced.reduced_numel - end)
         self._states = [GradState.NONE] * len(params)
         self._given: list[tuple[Tensor | None, int]] = [(None, 0)] * len(params)  # what was set as `.grad`, its address
 
     def deliver(self, used: list[bool]) -> None:
         """Give every fragment its gradient; None to one that no rank used, as plain torch would."""
         with as_plain_tensors():
-            for index, is_used in enumerate(used):
-                self._set(index, self._reduced_part(index) if is_used else None)
-                self._states[index] = GradState.DELIVERED if is_used else GradState.NONE
+            parts = self._gradients.live_reduced().split_with_sizes(self._cuts)[1::2]  # at once, in a third of the time
+            for index, (part, is_used) in enumerate(zip(parts, used, strict=True)):
+                self._set(index, part if is_used else None)
+        self._states = [GradState.DELIVERED if is_used else GradState.NONE for is_used in used]
 
     def announce(self, used: list[bool]) -> None:
         """Parameters that were used have gradients that a later backward will reduce and deliver.
@@ -53,6 +60,18 @@ class FragmentGradients:
                 if is_used:
                     param.announce_gradient()
                     self._states[index] = GradState.ANNOUNCED
+
+    @property
+    def is_as_given(self) -> bool:
+        """Whether every fragment has the `.grad` that was delivered, or None where it has no gradient."""
+        if self.waits_for_reduction:
+            return False
+        with as_plain_tensors():
+            for param, (given, address) in zip(self._params, self._given, strict=True):
+                grad = GRAD.__get__(param.shard)
+                if grad is not given or (grad is not None and grad.data_ptr() != address):
+                    return False
+        return True
 
     @property
     def waits_for_reduction(self) -> bool:
@@ -120,13 +139,14 @@ class FragmentGradients:
         """Forget the gradients of fragments and buffers."""
         with as_plain_tensors():
             for param in self._params:
-                param.set_gradient(None)
+                GRAD.__set__(param.shard, None)
         self._states = [GradState.NONE] * len(self._params)
         self._given = [(None, 0)] * len(self._params)
         self._gradients.clear()
 
     def _set(self, index: int, grad: Tensor | None) -> None:
-        given = self._params[index].set_gradient(grad)
+        given = None if grad is None else grad.as_subclass(FragmentValues)
+        GRAD.__set__(self._params[index].shard, given)
         self._given[index] = given, 0 if given is None else given.data_ptr()
 
     def _reduced_part(self, index: int) -> Tensor:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import NamedTuple
 
 import torch
 
@@ -22,6 +21,8 @@ from zcore.zero.trace import Pass, Trace, Use, plan_prefetch
 
 __all__ = ["GatherLimits", "Gatherer"]
 
+Place = tuple[int, object | None]  # a backward of autograd, and its node that runs
+
 logger = logging.getLogger(__name__)
 
 
@@ -32,13 +33,6 @@ class GatherLimits:
     prefetch_numel: int  # gathered ahead of use
     max_live_numel: int  # gathered at all; a bucket in use is gathered whatever this says
     max_reuse_numel: int  # a bucket that returns in the same pass within this distance is kept
-
-
-class Place(NamedTuple):
-    """A backward of autograd, and its node that runs."""
-
-    backward: int
-    node: object | None
 
 
 class Gatherer:
@@ -58,6 +52,7 @@ class Gatherer:
         self._idle: dict[int, None] = {}  # left in a forward, not yet released; in order of leaving
         self._backwards: list[Place] = []  # of autograd, each nested in the node of the one before
         self._used_in: dict[int, Place] = {}  # where a bucket was used last
+        self._at_hand: tuple[Bucket, ...] = ()  # what a backward has asked for last, and nothing else happened since
         self.first_uses = FirstUses()  # of transient buckets
         self._ahead: dict[int, int] = {}  # elements of buckets gathered, or kept, ahead of their next use
         self._live: dict[int, Bucket] = {}  # transient ones with gathered memory
@@ -147,6 +142,7 @@ class Gatherer:
 
     def use(self, bucket: Bucket, during: Pass, *, module: str) -> None:
         """Make `bucket` AVAILABLE now."""
+        self._at_hand = ()
         if during is Pass.FORWARD:
             if self._is_at_rest and not compat.in_backward():  # a submodule is called by itself
                 self._begin_trace(training=torch.is_grad_enabled())
@@ -189,15 +185,34 @@ class Gatherer:
             if self._used_in.get(bucket.index) not in self._backwards[:-1] and not self._returns(bucket, Pass.BACKWARD):
                 self._reshard(bucket)
 
+    def note_use_of(self, buckets: tuple[Bucket, ...]) -> None:
+        """The backward has all of `buckets`, and nothing that only later modules read."""
+        self._at_hand = buckets
+
+    def goes_on_using(self, buckets: tuple[Bucket, ...]) -> bool:
+        """Whether the backward that asks for `buckets` has just asked for all of them, so that nothing is to be done.
+
+        Module after module of a block asks for the same.
+        """
+        for bucket in buckets:
+            if bucket not in self._at_hand:
+                return False
+        (before, _), here = self._backwards[-1], self._innermost_backward()
+        if before != here[0]:
+            return False
+        for bucket in buckets:
+            self._used_in[bucket.index] = here
+        return True
+
     def _innermost_backward(self) -> Place:
         """Where in which backward of autograd we are; those that have ended since are forgotten."""
-        here = Place(compat.current_backward(), compat.current_node())
-        if len(self._backwards) == 1 and self._backwards[0].backward == here.backward:
+        here = backward, _ = compat.current_backward(), compat.current_node()
+        if len(self._backwards) == 1 and self._backwards[0][0] == backward:
             self._backwards[0] = here
             return here
-        known = [place.backward for place in self._backwards]
-        if here.backward in known:
-            del self._backwards[known.index(here.backward) :]
+        known = [each for each, _ in self._backwards]
+        if backward in known:
+            del self._backwards[known.index(backward) :]
         self._backwards.append(here)
         return here
 
@@ -264,8 +279,7 @@ class Gatherer:
 
     def go_on_forward(self) -> None:
         """A backward inside the forward is over: what only it has used may go."""
-        self._backwards.clear()
-        self._used_in.clear()
+        self._forget_backwards()
         for bucket in self._live.values():
             if self._is_in_hand(bucket) and not self._is_in_use(bucket):
                 self._idle[bucket.index] = None
@@ -283,8 +297,7 @@ class Gatherer:
             self._returned |= returned
         self._depth.clear()
         self._ahead.clear()
-        self._backwards.clear()
-        self._used_in.clear()
+        self._forget_backwards()
         self._is_at_rest = True
         for bucket in self._buckets:
             if bucket.state is ParamState.INFLIGHT:
@@ -297,6 +310,11 @@ class Gatherer:
                     self._idle.setdefault(bucket.index)
                 else:
                     self._reshard(bucket)
+
+    def _forget_backwards(self) -> None:
+        self._backwards.clear()
+        self._used_in.clear()
+        self._at_hand = ()
 
     def _is_kept(self, index: int) -> bool:
         return index in self._kept or index in self._returned
@@ -332,6 +350,7 @@ class Gatherer:
             self._live_numel += bucket.plan.layout.numel
 
     def _reshard(self, bucket: Bucket) -> None:
+        self._at_hand = ()
         self._idle.pop(bucket.index, None)
         bucket.reshard()
         if self.recorder is not None:

@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from zcore.core.errors import StateError
 from zcore.zero.bucket import Bucket
-from zcore.zero.bucket_param import FRAGMENT
+from zcore.zero.bucket_param import FRAGMENT, as_plain_tensors
 from zcore.zero.optimizers.building import refuse_matrix_wise
-from zcore.zero.sharded_parameter import ShardedParameter, UnreducedGradient
+from zcore.zero.sharded_parameter import GRAD, ShardedParameter, UnreducedGradient
 
 __all__ = ["Newcomers", "fqn_of_retired", "note_step", "refuse_load", "refuse_state_dict", "refuse_step", "retire"]
 
@@ -28,18 +28,19 @@ def refuse_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Before any optimizer's step: it needs reduced gradients, and fragments, and not more of a parameter than that."""
     name = type(optimizer).__name__
     seen: set[Bucket] = set()
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if not isinstance(param, ShardedParameter) or not isinstance(bucket := param.owner, Bucket):
-                continue
-            if isinstance(param.grad, UnreducedGradient):
-                raise StateError(
-                    f"{name} steps {param.fqn}, whose gradient is not reduced yet: the last backward ran inside "
-                    "no_sync(), or is not the last one of its step. Step after a backward outside no_sync()."
-                )
-            if bucket not in seen:
-                seen.add(bucket)
-                _refuse_step_of(bucket, param, name)
+    with as_plain_tensors():
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if not isinstance(param, ShardedParameter) or not isinstance(bucket := param.owner, Bucket):
+                    continue
+                if isinstance(GRAD.__get__(param), UnreducedGradient):
+                    raise StateError(
+                        f"{name} steps {param.fqn}, whose gradient is not reduced yet: the last backward ran inside "
+                        "no_sync(), or is not the last one of its step. Step after a backward outside no_sync()."
+                    )
+                if bucket not in seen:
+                    seen.add(bucket)
+                    _refuse_step_of(bucket, param, name)
     if seen:
         refuse_matrix_wise(optimizer)
 

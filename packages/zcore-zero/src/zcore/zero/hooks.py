@@ -10,13 +10,14 @@ end of backward  reduce what is left, hand out gradients, everything SHARDED
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from zcore.core import compat
 from zcore.core.errors import MismatchError, StateError
@@ -43,7 +44,6 @@ class Phase(Enum):
     BACKWARD = auto()
 
 
-IN_PLACE = -2  # began there: a module that found all it needs, and is not counted among those that use its buckets
 SHOWN_PHASES = {Phase.REST: "outside the model", Phase.FORWARD: "forward", Phase.BACKWARD: "backward"}
 
 
@@ -54,7 +54,9 @@ class Site:
     name: str
     buckets: tuple[tuple[Bucket, tuple[int, ...]], ...]
     is_served: bool = False  # by the one block that the module is in, which asks for all of these buckets
-    began: list[int] = field(default_factory=list)  # of each call under way: autograd's number at its start; IN_PLACE
+    # Of each call under way autograd's number at its start; ~number, below 0, of one that has found all it needs in
+    # place, and is not counted among those that use its buckets.
+    began: list[int] = field(default_factory=list)
 
 
 class Conductor:
@@ -76,6 +78,7 @@ class Conductor:
         self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
         self._saved = SavedTensors(buckets)
         self._saver: nn.Module | int | None = None  # whose forward opened `saved`, or the backward that recomputes
+        self._watch_at_hand: _Watch | None = None  # of the module that ended last
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for bucket in buckets:
             bucket.host = weakref.ref(self)
@@ -173,21 +176,19 @@ class Conductor:
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
+        self._watch_at_hand = None
         if self.recorder is not None:
             self.recorder.note(Kind.PHASE, SHOWN_PHASES[phase])
 
     def _site_pre(self, site: Site) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
         buckets = tuple(bucket for bucket, _ in site.buckets)
-        is_kept_whole = not any(bucket.is_transient for bucket in buckets)
+        transient = any(bucket.is_transient for bucket in buckets)
 
         def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if torch.compiler.is_compiling():
                 return
-            # What is saved inside has to be watched already, or not at all.
-            is_watched = self._saved.is_open or not (self._has_gathers and torch.is_grad_enabled())
-            is_inside = is_kept_whole and self._phase is Phase.FORWARD and is_watched
-            if is_inside and all(bucket.is_in_place for bucket in buckets):
-                site.began.append(IN_PLACE)
+            if self._phase is Phase.FORWARD and self._finds_in_place(buckets):
+                site.began.append(~compat.sequence_number() if transient else -1)  # who frees nothing watches nothing
                 return
             if compat.in_backward():
                 self._begin_backward()
@@ -211,25 +212,40 @@ class Conductor:
         def leave(module: nn.Module, args: object, kwargs: object, result: object) -> object:
             if torch.compiler.is_compiling():
                 return result
-            if site.began and site.began[-1] == IN_PLACE:
-                site.began.pop()
-                return result
-            self._end_saving(module)
-            for bucket, _ in site.buckets:
-                self.gatherer.leave(bucket, self._pass)
             began = site.began.pop() if site.began else compat.sequence_number()  # else a hook before ours has raised
+            is_in_place = began < 0
+            if is_in_place:
+                began = ~began
+            else:
+                self._end_saving(module)
+                for bucket, _ in site.buckets:
+                    self.gatherer.leave(bucket, self._pass)
             if transient:
-                if torch.is_grad_enabled() and not any(_is_made(each, began) for each in _tensors_in(result)):
+                nodes = _made(result, began)
+                if torch.is_grad_enabled() and not nodes:
                     result = own_results((args, kwargs), result, is_trained=is_trained)
-                is_inner = all(map(self.gatherer.is_open, transient))  # whoever encloses it watches
-                if not (is_inner and is_torchs) or others_decide():
-                    self._watch(transient, result, since=began)
+                    nodes = _made(result, began)
+                is_inner = is_in_place or all(map(self.gatherer.is_open, transient))  # whoever encloses it watches
+                if nodes and (not (is_inner and is_torchs) or others_decide()):
+                    self._watch(transient, nodes)
                 self._keep_returned(transient, result)
-            if self._phase is Phase.REST and not self.gatherer.open_buckets:  # a submodule was called by itself
-                self._come_to_rest(result)
+            if not is_in_place and self._phase is Phase.REST and not self.gatherer.open_buckets:
+                self._come_to_rest(result)  # a submodule was called by itself
             return result
 
         return leave
+
+    def _finds_in_place(self, buckets: Sequence[Bucket]) -> bool:
+        """Whether a module in a forward finds all of `buckets` whole and shown; what is freed, since a block has it.
+
+        What is saved inside has to be watched already, or not at all. Asked for each module, so kept short.
+        """
+        if self._has_gathers and torch.is_grad_enabled() and not self._saved.is_open:
+            return False
+        for bucket in buckets:  # a generator takes twice as long
+            if not bucket.is_in_place or (bucket.is_transient and not self.gatherer.is_open(bucket)):
+                return False
+        return True
 
     def _come_to_rest(self, result: object) -> None:
         """A forward is over; with autograd a backward may follow, and memory stays, as that of weights in `result`."""
@@ -253,25 +269,26 @@ class Conductor:
         if isinstance(self._saver, int):
             self._end_saving(self._saver)
 
-    def _watch(self, buckets: Sequence[Bucket], result: object, *, since: int) -> None:
-        """Have `buckets` AVAILABLE before gradients flow into `result`, and what only later modules read released.
+    def _watch(self, buckets: tuple[Bucket, ...], nodes: Sequence[Node]) -> None:
+        """Have `buckets` AVAILABLE before `nodes` of a module run, and what only later modules read released."""
+        still_open = self.gatherer.open_buckets.union(bucket.index for bucket in buckets)
+        watch = self._watch_at_hand
+        if watch is None or watch.buckets != buckets or watch.still_open != still_open:
+            self._watch_at_hand = watch = _Watch(self, buckets, still_open)
+        for node in nodes:
+            node.register_prehook(watch)
 
-        Not for what was made before the module began, at `since`: it only passes through.
-        """
-        still_open = self.gatherer.open_buckets | {bucket.index for bucket in buckets}
-
-        def before_backward(grad: Tensor) -> None:
-            self._refuse_second_backward()
-            self._begin_backward()
-            for bucket in buckets:
-                self.gatherer.use(bucket, Pass.BACKWARD, module="the backward pass")
-            # Autograd runs what was made later first: all that reads the buckets of later modules is done.
-            self.gatherer.release_all_but(still_open)
-
-        if torch.is_grad_enabled():
-            for tensor in _tensors_in(result):
-                if _is_made(tensor, since):
-                    tensor.register_hook(before_backward)
+    def before_backward(self, watch: "_Watch") -> None:
+        """Gradients are about to flow into what was made inside a module."""
+        if self._saver is None and self.gatherer.goes_on_using(watch.buckets):
+            return
+        self._refuse_second_backward()
+        self._begin_backward()
+        for bucket in watch.buckets:
+            self.gatherer.use(bucket, Pass.BACKWARD, module="the backward pass")
+        # Autograd runs what was made later first: all that reads the buckets of later modules is done.
+        self.gatherer.release_all_but(watch.still_open)
+        self.gatherer.note_use_of(watch.buckets)
 
     def _keep_returned(self, buckets: Sequence[Bucket], result: object) -> None:
         """Keep those of `buckets` of which a module returns a weight, or a view of one."""
@@ -282,6 +299,8 @@ class Conductor:
 
     def read_in_backward(self, bucket: Bucket) -> None:
         """See BucketHost."""
+        if self._saver is None and self.gatherer.goes_on_using((bucket,)):
+            return
         if not compat.in_backward():
             raise StateError(
                 f"A tensor that autograd saved of {bucket.plan.name!r} is read outside of a backward, when the bucket "
@@ -291,18 +310,21 @@ class Conductor:
         self._begin_backward()
         self.gatherer.use(bucket, Pass.BACKWARD, module="the backward pass")
 
-    def on_gradient(self, bucket_index: int, index: int) -> None:
-        """The gradient of a whole parameter is final for this backward."""
-        self._refuse_second_backward()
-        self._begin_backward(settles=False)  # autograd gives the node at hand the greatest number: nothing ran after it
-        bucket = self._buckets[bucket_index]
-        is_nested = compat.current_backward() != self._backward
-        bucket.check_unchanged(is_nested=is_nested)
-        full = bucket.params[index].full
+    def on_gradient(self, bucket_index: int, index: int, full: Tensor) -> None:
+        """The gradient of the whole parameter `full` is final for this backward. Called for each one, so kept short.
+
+        Tells of nothing that is settled: autograd gives the node at hand the greatest number, and nothing ran after it.
+        """
+        if self._has_gathers:
+            self._refuse_second_backward()
+        if self._phase is not Phase.BACKWARD or self._saver is not None:
+            self._begin_backward(settles=False)
         grad, full.grad = full.grad, None
         assert grad is not None
         self.has_gradients = True
-        self._reducer.add(bucket, index, grad.detach(), is_nested=is_nested)
+        self._reducer.add(
+            bucket_index, index, grad.detach() if grad.requires_grad else grad, backward=compat.current_backward()
+        )
 
     def _refuse_second_backward(self) -> None:
         if self._has_gathers and torch.is_grad_enabled():
@@ -371,30 +393,53 @@ class Conductor:
         )
 
 
-def _is_made(tensor: Tensor, since: int) -> bool:
-    """Whether an operation after `since` made it, as autograd counts."""
-    return tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= since
+class _Watch:
+    """Before gradients flow into what a module has made. Modules of one block that follow each other share it."""
+
+    __slots__ = ("_conductor", "buckets", "still_open")
+
+    def __init__(self, conductor: Conductor, buckets: tuple[Bucket, ...], still_open: frozenset[int]) -> None:
+        self._conductor = conductor  # a graph keeps it alive
+        self.buckets = buckets  # that the module reads
+        self.still_open = still_open  # those among the buckets' indices, and those of modules around it
+
+    def __call__(self, grads: object) -> None:
+        self._conductor.before_backward(self)
 
 
-def _tensors_in(value: object) -> Iterator[Tensor]:
+def _made(result: object, since: int) -> list[Node]:
+    """The nodes of autograd that have made the tensors in `result`, each one once.
+
+    Not those from before `since`, as autograd counts: what they have made only passes through.
+    """
+    nodes: list[Node] = []
+    for tensor in _tensors_in(result):
+        node = tensor.grad_fn
+        if node is not None and node._sequence_nr() >= since and node not in nodes:
+            nodes.append(node)
+    return nodes
+
+
+def _tensors_in(value: object) -> Sequence[Tensor]:
     """The tensors of nested containers, and of objects with attributes such as a dataclass, each one once."""
     if isinstance(value, Tensor):
-        yield value
-        return
+        return (value,)
+    found: list[Tensor] = []
     to_look_at, seen = [value], set[int]()
     while to_look_at:
         for leaf in compat.tree_leaves(to_look_at.pop()):
             if isinstance(leaf, Tensor):
-                yield leaf
+                found.append(leaf)
             elif not isinstance(leaf, nn.Module | type) and hasattr(leaf, "__dict__") and id(leaf) not in seen:
                 seen.add(id(leaf))
                 to_look_at.append(list(vars(leaf).values()))
+    return found
 
 
 def _on_gradient(conductor: "weakref.ref[Conductor]", bucket_index: int, index: int) -> Callable[[Tensor], None]:
     def on_gradient(param: Tensor) -> None:
         alive = conductor()
         if alive is not None:
-            alive.on_gradient(bucket_index, index)
+            alive.on_gradient(bucket_index, index, param)
 
     return on_gradient

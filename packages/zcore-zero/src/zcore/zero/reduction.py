@@ -14,6 +14,7 @@ as in plain torch, and is not stepped.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,10 +24,41 @@ from zcore.core.errors import MismatchError, StateError
 from zcore.core.mesh import DataParallel
 from zcore.zero.accumulation import Accumulation
 from zcore.zero.bucket import Bucket
-from zcore.zero.buffer import DataParallelGroups
+from zcore.zero.buffer import BucketGradients, DataParallelGroups
+from zcore.zero.fragment_gradients import FragmentGradients
 from zcore.zero.timeline import Kind, Recorder
 
 __all__ = ["Reducer"]
+
+
+@dataclass(slots=True)
+class _Intake:
+    """What came of one bucket: `used` since the last `clear`, the rest in this backward."""
+
+    bucket: Bucket
+    gradients: BucketGradients
+    grads: FragmentGradients
+    used: list[bool] = field(init=False)  # of each parameter, whether it got a gradient
+    backward: int = -1  # of autograd, nested ones included, that found the bucket's values unchanged
+    num_missing: int = 0  # parameters whose gradients are still to come
+    is_settled: bool = False  # none comes any more, on any rank
+    is_started: bool = False  # its reduction is
+
+    def __post_init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """No parameter got a gradient."""
+        self.used = [False] * len(self.bucket.params)
+
+    def begin(self) -> None:
+        """A backward starts."""
+        self.backward, self.is_settled, self.is_started = -1, False, False
+        self.num_missing = sum(param.full.requires_grad for param in self.bucket.params)
+
+    @property
+    def is_done(self) -> bool:
+        return not self.num_missing or self.is_settled
 
 
 class Reducer:
@@ -43,29 +75,29 @@ class Reducer:
         max_inflight: int = 1,
         take_digest: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._buckets = [bucket for bucket in buckets if bucket.gradients is not None]
-        self._grads = {bucket.index: bucket.grads for bucket in buckets if bucket.grads is not None}
+        self._intakes = {
+            bucket.index: _Intake(bucket, bucket.gradients, bucket.grads)
+            for bucket in buckets
+            if bucket.gradients is not None and bucket.grads is not None
+        }
         self._dp = dp
         self._groups = groups
         self._device = device
         self._max_inflight = max_inflight  # each holds a whole bucket: one is summed while the next one's are computed
         self._take_digest = take_digest  # of the gathers since the last reduction
         self.accumulation = accumulation
-        self._order = sorted((bucket.index for bucket in self._buckets), key=lambda index: -index)
+        self._order = sorted(self._intakes, reverse=True)
         self._order.sort(key=lambda index: buckets[index].plan.keep_whole)  # small ones are complete last
         self._order_is_observed = False
-        self._by_index = {bucket.index: bucket for bucket in self._buckets}
-        self._used = {bucket.index: [False] * len(bucket.params) for bucket in self._buckets}
         self._is_loss_bad: Tensor | None = None
         self.bad_ranks: tuple[int, ...] = ()  # data-parallel ranks whose loss was not finite, after the last reduction
-        self._remaining: dict[int, int] = {}
         self._ready: dict[int, None] = {}  # complete or settled, in the order in which this rank was done with them
         self._next = 0  # position in the order
-        self._started: set[int] = set()  # buckets before it, for a look-up with every gradient
+        self._backward = -1  # the one of autograd under way; those inside it have other numbers
         self._has_nested = False  # whether gradients of a backward inside this one have come
-        self._inflight: deque[Bucket] = deque()
+        self._factor = 1.0  # what gradients of this backward are multiplied by as they come
+        self._inflight: deque[_Intake] = deque()
         self._has_gathers = any(bucket.is_transient for bucket in buckets)  # in the backward, too
-        self._settled: set[int] = set()  # buckets that get no gradient any more in this backward, on any rank
         self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
 
     def note_loss(self, loss: Tensor) -> None:
@@ -80,13 +112,11 @@ class Reducer:
         """Autograd's backward of that number starts."""
         self.take_users_view()
         self.accumulation.begin_backward(backward)
-        self._remaining = {
-            bucket.index: sum(param.full.requires_grad for param in bucket.params) for bucket in self._buckets
-        }
+        self._backward, self._factor = backward, self.accumulation.missing_factor
+        for intake in self._intakes.values():
+            intake.begin()
         self._ready.clear()
         self._next = 0
-        self._started.clear()
-        self._settled.clear()
         self._has_nested = False
 
     def settle(self, indices: Sequence[int]) -> None:
@@ -95,33 +125,38 @@ class Reducer:
         Called on every rank before it waits for a gather that another one issues after this.
         """
         for index in indices:
-            self._settled.add(index)
-            if index in self._by_index:
+            if index in self._intakes:
+                self._intakes[index].is_settled = True
                 self._ready.setdefault(index)
         if self.accumulation.reduces and not self._has_nested:
             self._start_what_is_ready()
             self._limit_what_is_inflight()
 
-    def add(self, bucket: Bucket, index: int, grad: Tensor, *, is_nested: bool) -> None:
-        """Take the gradient of parameter `index` of `bucket`.
+    def add(self, bucket_index: int, index: int, grad: Tensor, *, backward: int) -> None:
+        """Take the gradient of parameter `index` of a bucket, in autograd's backward of that number.
 
-        `is_nested` if it is of a backward inside the backward, as of a reentrant checkpoint: others of the same
-        parameter may come, so nothing is reduced before the end. Raises StateError if it comes after the reduction.
+        One inside the backward under way, as of a reentrant checkpoint, may bring others of the same parameter, so
+        nothing is reduced before the end then. Raises StateError if it comes after the reduction, or if the parameter
+        was changed since the forward.
         """
-        assert bucket.gradients is not None
-        self._has_nested |= is_nested
-        if bucket.index in self._started:
+        intake = self._intakes[bucket_index]
+        if intake.backward != backward:
+            is_nested = backward != self._backward
+            intake.bucket.check_unchanged(is_nested=is_nested)
+            self._has_nested |= is_nested
+            intake.backward = backward
+        if intake.is_started:
             raise StateError(
-                f"{bucket.plan.params[index].fqn} got a second gradient in one backward, after the first was reduced: "
-                "it is used both inside and outside of a reentrant checkpoint (pass use_reentrant=False), or a "
-                "backward that raised is tried again on the same graph (run the forward again)."
+                f"{intake.bucket.plan.params[index].fqn} got a second gradient in one backward, after the first was "
+                "reduced: it is used both inside and outside of a reentrant checkpoint (pass use_reentrant=False), or "
+                "a backward that raised is tried again on the same graph (run the forward again)."
             )
-        bucket.gradients.accumulate(index, grad, factor=self.accumulation.missing_factor)
-        self._used[bucket.index][index] = True
-        self._remaining[bucket.index] -= 1
-        if self._remaining[bucket.index] or bucket.index in self._ready:
+        intake.gradients.accumulate(index, grad, factor=self._factor)
+        intake.used[index] = True
+        intake.num_missing -= 1
+        if intake.num_missing or bucket_index in self._ready:
             return
-        self._ready[bucket.index] = None
+        self._ready[bucket_index] = None
         if self.accumulation.reduces and not self._has_nested:
             self._start_what_is_ready()
 
@@ -132,7 +167,8 @@ class Reducer:
         if not reduces:
             self._announce()
             return
-        self._settled.update(self._order)
+        for intake in self._intakes.values():
+            intake.is_settled = True
         while self._next < len(self._order):
             self._start_next()
         self._finish_what_is_inflight()
@@ -155,60 +191,58 @@ class Reducer:
         self.bad_ranks = ()
 
     def _clear_gradients(self) -> None:
-        for bucket in self._buckets:
-            self._grads[bucket.index].clear()
-            self._used[bucket.index] = [False] * len(bucket.params)
+        for intake in self._intakes.values():
+            intake.grads.clear()
+            intake.forget()
 
     @property
     def has_gradients(self) -> bool:
         """Whether a parameter got one since the last `clear`."""
-        return any(grads.with_gradient for grads in self._grads.values())
+        return any(intake.grads.with_gradient for intake in self._intakes.values())
 
     @property
     def waits_for_reduction(self) -> bool:
         """Whether there are gradients that a later backward will reduce."""
-        return any(grads.waits_for_reduction for grads in self._grads.values())
+        return any(intake.grads.waits_for_reduction for intake in self._intakes.values())
 
     def take_users_view(self) -> None:
         """Gradients are what the user sees: what was assigned, or set to None, since this has looked last.
 
         Where all of it is None, gradients that were not reduced yet are meant, too.
         """
-        assigned = [(grads, index, grad) for grads in self._grads.values() for index, grad in grads.assigned()]
+        all_grads = [intake.grads for intake in self._intakes.values()]
+        if all(grads.is_as_given for grads in all_grads):
+            return
+        assigned = [(grads, index, grad) for grads in all_grads for index, grad in grads.assigned()]
         # Gradients may have been exchanged between parameters: none is written before all are read.
-        ours = {grads.memory for grads in self._grads.values()} if assigned else set()
+        ours = {grads.memory for grads in all_grads} if assigned else set()
         assigned = [
             (grads, index, grad.clone() if compat.storage_key(grad) in ours else grad)
             for grads, index, grad in assigned
         ]
         for grads, index, grad in assigned:
             grads.assign(index, grad)
-        if all(grads.dropped == grads.with_gradient for grads in self._grads.values()):
-            if any(grads.with_gradient for grads in self._grads.values()):
+        if all(grads.dropped == grads.with_gradient for grads in all_grads):
+            if any(grads.with_gradient for grads in all_grads):
                 self._clear_gradients()
             return
-        for bucket_index, grads in self._grads.items():
-            for index in grads.dropped:
-                grads.drop(index)
-                self._used[bucket_index][index] = False
-            for index in grads.with_gradient:
-                self._used[bucket_index][index] = True
+        for intake in self._intakes.values():
+            for index in intake.grads.dropped:
+                intake.grads.drop(index)
+                intake.used[index] = False
+            for index in intake.grads.with_gradient:
+                intake.used[index] = True
 
     def _start_what_is_ready(self) -> None:
-        while self._next < len(self._order) and self._is_done_with(self._order[self._next]):
+        while self._next < len(self._order) and self._intakes[self._order[self._next]].is_done:
             self._start_next()
 
-    def _is_done_with(self, index: int) -> bool:
-        return not self._remaining[index] or index in self._settled
-
     def _start_next(self) -> None:
-        index = self._order[self._next]
-        self._started.add(index)
-        bucket = self._by_index[index]
-        assert bucket.gradients is not None
-        self._note(bucket, Kind.START, why="" if not self._remaining[index] else "a parameter of it had no gradient")
-        bucket.gradients.start_reduce()
-        self._inflight.append(bucket)
+        intake = self._intakes[self._order[self._next]]
+        intake.is_started = True
+        self._note(intake, Kind.START, why="a parameter of it had no gradient" if intake.num_missing else "")
+        intake.gradients.start_reduce()
+        self._inflight.append(intake)
         self._next += 1
         self._limit_what_is_inflight()
 
@@ -216,24 +250,23 @@ class Reducer:
         while len(self._inflight) > self._max_inflight and self._may_wait_for(self._inflight[0]):
             self._finish_first(why="before the next is summed")
 
-    def _may_wait_for(self, bucket: Bucket) -> bool:
+    def _may_wait_for(self, intake: _Intake) -> bool:
         """Whether every rank starts that reduction without a gather that this one has not issued yet."""
-        return not self._has_gathers or bucket.index in self._settled
+        return not self._has_gathers or intake.is_settled
 
     def _finish_first(self, *, why: str) -> None:
-        bucket = self._inflight.popleft()
-        assert bucket.gradients is not None
-        self._note(bucket, Kind.NEED, why=why)
-        bucket.gradients.finish_reduce(unscale=1.0 / self.accumulation.loss_scale)
-        self._note(bucket, Kind.COME)
+        intake = self._inflight.popleft()
+        self._note(intake, Kind.NEED, why=why)
+        intake.gradients.finish_reduce(unscale=1.0 / self.accumulation.loss_scale)
+        self._note(intake, Kind.COME)
 
     def _finish_what_is_inflight(self) -> None:
         while self._inflight:
             self._finish_first(why="the backward is over")
 
-    def _note(self, bucket: Bucket, kind: Kind, *, why: str = "") -> None:
+    def _note(self, intake: _Intake, kind: Kind, *, why: str = "") -> None:
         if self.recorder is not None:
-            self.recorder.note(kind, bucket.plan.name, transfer="reduce", why=why)
+            self.recorder.note(kind, intake.bucket.plan.name, transfer="reduce", why=why)
 
     def _agree_on_order(self) -> None:
         """After the first reduction: the order in which data rank 0 completed its buckets, then the rest."""
@@ -246,27 +279,28 @@ class Reducer:
         self._order = order.tolist()
 
     def _announce(self) -> None:
-        for bucket in self._buckets:
-            self._grads[bucket.index].announce(self._used[bucket.index])
+        for intake in self._intakes.values():
+            intake.grads.announce(intake.used)
 
     def _deliver(self) -> None:
         size = self._dp.size
-        flags = torch.zeros(2 * size + sum(map(len, self._used.values())), device=self._device)
+        used = [flag for intake in self._intakes.values() for flag in intake.used]
+        flags = torch.zeros(2 * size + len(used), device=self._device)
         if self._is_loss_bad is not None:
             flags[self._dp.rank] = self._is_loss_bad
         flags[size + self._dp.rank] = self._take_digest()
-        used = [flag for bucket in self._buckets for flag in self._used[bucket.index]]
         flags[2 * size :] = torch.tensor(used, dtype=flags.dtype)
         self._groups.all_reduce(flags, label="which parameters had a gradient")
         totals = flags.tolist()
         self.bad_ranks = tuple(rank for rank in range(size) if totals[rank])
         _refuse_other_paths(totals[size : 2 * size], shard_size=self._dp.shard_size)
         position = 2 * size
-        for bucket in self._buckets:
-            anywhere = [bool(total) for total in totals[position : position + len(bucket.params)]]
-            self._used[bucket.index] = anywhere  # stays true until `clear`, so that later reductions add to it
-            self._grads[bucket.index].deliver(anywhere)
-            position += len(bucket.params)
+        for intake in self._intakes.values():
+            end = position + len(intake.used)
+            # Stays true until `clear`, so that later reductions add to it.
+            intake.used = [bool(total) for total in totals[position:end]]
+            intake.grads.deliver(intake.used)
+            position = end
 
 
 def _refuse_other_paths(digests: Sequence[float], *, shard_size: int) -> None:

@@ -11,7 +11,6 @@ modules bring back for what a module reads of its own; what is read between modu
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from torch import Tensor
@@ -28,11 +27,8 @@ __all__ = ["SavedTensors", "bucket_of", "others_decide"]
 BUCKETS: WeakValueDictionary[int, Bucket] = WeakValueDictionary()
 
 
-class _Saved(NamedTuple):
-    tensor: Tensor
-    version: int
-    bucket: Bucket | None  # the one in whose memory the tensor lies
-    values: tuple[int, int] | None  # that the bucket had
+# A tensor, its version, the bucket in whose memory it lies, and the values that this had; a class takes 0.3 us to make.
+_Saved = tuple[Tensor, int, Bucket | None, tuple[int, int] | None]
 
 
 class SavedTensors:
@@ -84,8 +80,8 @@ def _pack(tensor: Tensor) -> _Saved:
             "rank's fragment only. Pass `weight.view_as(weight)`, which is the whole, or call the module."
         )
     bucket = bucket_of(tensor)
-    held = tensor.detach() if tensor.requires_grad else tensor  # an output would hold the node that holds it
-    return _Saved(held, tensor._version, bucket, None if bucket is None else bucket.values)
+    held = tensor if tensor.grad_fn is None else tensor.detach()  # an output would hold the node that holds it
+    return held, tensor._version, bucket, None if bucket is None else bucket.values
 
 
 def _unpack(saved: _Saved) -> Tensor:

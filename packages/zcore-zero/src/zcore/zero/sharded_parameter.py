@@ -18,7 +18,7 @@ from zcore.core.errors import StateError
 if TYPE_CHECKING:
     from zcore.zero.parts import Parts
 
-__all__ = ["FragmentValues", "ParameterOwner", "ShardedParameter", "UnreducedGradient", "lost_edit"]
+__all__ = ["GRAD", "FragmentValues", "ParameterOwner", "ShardedParameter", "UnreducedGradient", "lost_edit"]
 
 # What acts on each element by itself, and so means the same on a fragment: optimizers may, without autograd.
 ELEMENTWISE = frozenset(
@@ -208,6 +208,10 @@ class FragmentValues(Tensor):
     A norm would be this rank's only, and a random fill would repeat itself in each rank's part: both are refused.
     Everything else is as on a plain tensor.
     """
+
+    is_sparse = (
+        False  # optimizers ask it of every gradient in every step: 2 us less than by way of `__torch_function__`
+    )
 
     @classmethod
     def __torch_function__(

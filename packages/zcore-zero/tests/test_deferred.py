@@ -355,6 +355,14 @@ def test_a_model_on_meta_from_elsewhere_is_refused_with_what_to_do() -> None:
         recording_of(model, model.weight, "weight")
 
 
+def test_what_is_added_on_meta_after_the_block_is_refused_with_what_to_do() -> None:
+    with zero.Init():
+        model = nn.Sequential(nn.Linear(2, 2))
+    model.append(nn.Linear(2, 2, device=model[0].weight.device))  # as adapters and resized embeddings do
+    with pytest.raises(StateError, match=r"1\.weight has no values.*inside that same block"):
+        recording_of(model, model[1].weight, "1.weight")
+
+
 def test_a_tensor_without_values_is_refused_where_a_weight_is_computed_from_it() -> None:
     with zero.Init(), pytest.raises(StateError, match="without values is used inside"):
         torch.randn(3).copy_(torch.empty(3, device="meta"))

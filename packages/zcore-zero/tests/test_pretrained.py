@@ -225,6 +225,10 @@ def of_pickles(folder: Path) -> Path:
     return folder
 
 
+def of_a_pickle(folder: Path) -> Path:
+    return of_pickles(folder) / "pytorch_model.bin"
+
+
 def of_two_models(folder: Path) -> Path:
     for name in ("a", "b"):
         save_file(weights(), folder / f"{name}.safetensors")
@@ -263,6 +267,7 @@ def quantised(folder: Path) -> Path:
 REFUSED: dict[Callable[[Path], Path], str] = {
     empty: "has no safetensors file; it holds nothing",
     of_pickles: r"it holds pytorch_model\.bin\. Weights are streamed from safetensors only",
+    of_a_pickle: r"pytorch_model\.bin is no safetensors file, but by its name one of torch\.save",
     of_two_models: r"has 2 files that end with \.safetensors \(a\.safetensors, b\.safetensors\)",
     cut_short: "damaged or not whole",
     without_a_file: r"00002-of-00002\.safetensors cannot be read: No such file",

@@ -440,6 +440,12 @@ def recording_of(module: nn.Module, tensor: Tensor, name: str) -> Recording:
     recording = find_recording(module, tensor)
     if recording is not None:
         return recording
+    if any(TAG in each.__dict__ for each in module.modules()):
+        raise StateError(
+            f"{name} has no values: it was made for this model after the `zero.Init` block that constructed the rest, "
+            "where adapters and resized embeddings take the device of what they are next to, meta. Add and resize "
+            "inside that same block: there torch's own initialisers run, and read the values that they need."
+        )
     raise StateError(
         f"{name} is on the meta device, but was not constructed inside `zero.Init`, so its values are "
         "unknown. Construct the model inside `with zero.Init():` instead of `with torch.device('meta'):`, or "

@@ -312,6 +312,7 @@ def _refuse_other_paths(digests: Sequence[float], *, shard_size: int) -> None:
         raise MismatchError(
             f"Data ranks {others} gathered other parameters than the first rank of their shard group in this step, or "
             "in another order, so values they computed with are wrong. Under stage 3 the ranks of a shard group call "
-            "the same modules in the same order: draw random choices such as dropped layers from a generator with one "
-            "seed on all of them, or use stage 2. The gradients of this step are not to be used."
+            "the same modules in the same order. Draw random choices such as dropped layers from a generator with one "
+            "seed on all of them; name the module around experts that only some ranks call by `zero.set_leaf_modules`; "
+            "or use stage 2. The gradients of this step are not to be used."
         )

@@ -33,6 +33,7 @@ DTYPES = {
     "F64": torch.float64,
 }  # that a model can be built in; what is quantised has scales beside it and is not a weight yet
 INDEX = ".safetensors.index.json"
+OF_TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,11 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    if path.suffix in OF_TORCH:
+        return CheckpointError(
+            f"{path} is no safetensors file, but by its name one of torch.save, whose pickles may run any code. Load it "
+            "where you trust it, with torch.load(..., weights_only=True), and save it by safetensors.torch.save_file."
+        )
     return CheckpointError(
         f"{path} cannot be read as safetensors: {error}. The file is damaged or not whole, as after a download that "
         "broke off: compare its size with the original, and fetch it again."

@@ -160,8 +160,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     if path.suffix in OF_TORCH:
         return CheckpointError(
-            f"{path} is no safetensors file, but by its name one of torch.save, whose pickles may run any code. Load it "
-            "where you trust it, with torch.load(..., weights_only=True), and save it by safetensors.torch.save_file."
+            f"{path} is no safetensors file, but by its name one of torch.save, whose pickles may run any code. Where "
+            "you trust it, load it with torch.load(..., weights_only=True), and save it by safetensors.torch.save_file."
         )
     return CheckpointError(
         f"{path} cannot be read as safetensors: {error}. The file is damaged or not whole, as after a download that "

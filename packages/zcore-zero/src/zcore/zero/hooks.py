@@ -95,9 +95,8 @@ class Conductor:
             if bucket.gradients is None:
                 continue
             for index, param in enumerate(bucket.params):
-                param.full.requires_grad_(
-                    True
-                )  # or torch refuses the hook: one that is frozen now may be trained later
+                # Or torch refuses the hook: one that is frozen now may be trained later.
+                param.full.requires_grad_(True)
                 keep(
                     param.full.register_post_accumulate_grad_hook(_on_gradient(weakref.ref(self), bucket.index, index))
                 )

@@ -301,9 +301,9 @@ def _is_in_place(func: Callable[..., object]) -> bool:
 
 
 def _note_edit(func: Callable[..., object], args: Sequence[object]) -> None:
-    """Tell the buckets of parameters that `func` edits."""
+    """Tell the buckets of parameters that `func` edits, which are its first argument or in that."""
     if _is_in_place(func) and _wants_values(func):
-        for owner in {param.owner for param in _all_sharded(args)}:
+        for owner in {param.owner for param in _all_sharded(args[:1])}:
             if owner is not None:
                 owner.mark_stale()
 

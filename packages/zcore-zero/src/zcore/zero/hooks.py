@@ -180,13 +180,13 @@ class Conductor:
 
     def _site_pre(self, site: Site) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
         buckets = tuple(bucket for bucket, _ in site.buckets)
-        transient = any(bucket.is_transient for bucket in buckets)
+        frees = any(bucket.is_transient for bucket in buckets)
 
         def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if torch.compiler.is_compiling():
                 return
             if self._phase is Phase.FORWARD and self._finds_in_place(buckets):
-                site.began.append(~compat.sequence_number() if transient else -1)  # who frees nothing watches nothing
+                site.began.append(~compat.sequence_number() if frees else -1)  # who frees nothing watches nothing
                 return
             if compat.in_backward():
                 self._begin_backward()

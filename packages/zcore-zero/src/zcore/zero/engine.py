@@ -78,7 +78,9 @@ class Engine:
         self._scaler = LossScaler(config.fp16.loss_scaling) if is_scaled else None
         self._is_step_applied = False
         self._is_stepping = False
-        if hasattr(optimizer, "_optimizer_step_pre_hooks"):  # a wrapper may have left torch's __init__ out
+        if optimizer is not None and hasattr(
+            optimizer, "_optimizer_step_pre_hooks"
+        ):  # a wrapper may lack torch's __init__
             optimizer.register_step_pre_hook(_refuse_step_past(weakref.ref(self)))
         self._accumulation = sharding.reducer.accumulation
         self._accumulation.steps = int(config.gradient_accumulation_steps or 1)

@@ -1,4 +1,5 @@
 """Fast numeric ops in C++, CUDA and Triton, found by name through the op registry of zcore.core.
 
-Declared place: floor 2, beside zcore.comm and zcore.offload; imports zcore.core only. Nothing is offered here yet.
+    ops/      one op a file: its schema for torch, its reference in torch, and what serves it
+    optim     optimizers for any training loop
 """

@@ -1,0 +1,128 @@
+// Blocks through an io_uring. The thread sleeps in the ring alone: an eventfd, polled by the ring like a block, tells it
+// of new requests, so that it has one place to wait.
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <system_error>
+#include <vector>
+
+#include "aio/ring.hpp"
+#include "aio/worker.hpp"
+
+namespace zcore {
+
+namespace {
+
+constexpr std::uint64_t bell_tag = ~std::uint64_t{0};  // user_data of the poll; that of a block is its slot
+
+class Bell {
+public:
+    Bell() : descriptor_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+        if (descriptor_ < 0) {
+            throw std::system_error(errno, std::generic_category(), "eventfd");
+        }
+    }
+    ~Bell() { close(descriptor_); }
+    Bell(const Bell&) = delete;
+    Bell& operator=(const Bell&) = delete;
+
+    int descriptor() const { return descriptor_; }
+    // Neither can fail in a way that matters: a counter that is full rings already, one that is empty is silent already.
+    void ring() const { static_cast<void>(eventfd_write(descriptor_, 1)); }
+    void silence() const {
+        eventfd_t count = 0;
+        static_cast<void>(eventfd_read(descriptor_, &count));
+    }
+
+private:
+    int descriptor_;
+};
+
+class RingWorker final : public Worker {
+public:
+    RingWorker(Backlog& backlog, int depth)
+        : backlog_(backlog), ring_(static_cast<unsigned>(depth) + 1), blocks_(static_cast<std::size_t>(depth)) {
+        for (std::size_t slot = blocks_.size(); slot > 0; --slot) {
+            free_.push_back(slot - 1);
+        }
+    }
+
+    void wake() override { bell_.ring(); }
+
+    void run() override {
+        for (;;) {
+            // Asked before the backlog is: what was added before it was closed is found.
+            const bool is_closed = backlog_.is_closed();
+            while (!free_.empty() && backlog_.take(blocks_[free_.back()])) {
+                push(free_.back());
+                free_.pop_back();
+            }
+            if (is_closed && free_.size() == blocks_.size()) {
+                return;
+            }
+            if (!is_bell_polled_) {
+                poll_bell();
+            }
+            ring_.submit_and_wait();
+            for (io_uring_cqe completion; ring_.pop(completion);) {
+                take_note(completion);
+            }
+        }
+    }
+
+private:
+    void push(std::size_t slot) {
+        const Block& block = blocks_[slot];
+        io_uring_sqe entry{};
+        entry.opcode = block.is_read() ? IORING_OP_READ : IORING_OP_WRITE;
+        entry.fd = block.descriptor();
+        entry.off = block.offset + block.moved;
+        entry.addr = reinterpret_cast<std::uintptr_t>(block.address + block.moved);
+        entry.len = static_cast<std::uint32_t>(block.bytes - block.moved);
+        entry.user_data = slot;
+        ring_.push(entry);
+    }
+
+    void poll_bell() {
+        io_uring_sqe entry{};
+        entry.opcode = IORING_OP_POLL_ADD;
+        entry.fd = bell_.descriptor();
+        entry.poll_events = POLLIN;
+        entry.user_data = bell_tag;
+        ring_.push(entry);
+        is_bell_polled_ = true;
+    }
+
+    void take_note(const io_uring_cqe& completion) {
+        if (completion.user_data == bell_tag) {
+            bell_.silence();
+            is_bell_polled_ = false;
+            return;
+        }
+        const auto slot = static_cast<std::size_t>(completion.user_data);
+        const Verdict verdict = advance(blocks_[slot], completion.res);
+        if (verdict.step == Step::again) {
+            push(slot);
+            return;
+        }
+        backlog_.finish(blocks_[slot], verdict.error);
+        free_.push_back(slot);
+    }
+
+    Backlog& backlog_;
+    Bell bell_;  // outlives the ring, which polls it
+    Ring ring_;
+    std::vector<Block> blocks_;      // one for each that may be under way
+    std::vector<std::size_t> free_;  // slots of blocks_
+    bool is_bell_polled_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<Worker> make_ring_worker(Backlog& backlog, int depth) {
+    return std::make_unique<RingWorker>(backlog, depth);
+}
+
+}  // namespace zcore

@@ -28,6 +28,12 @@ Verdict advance(Block& block, ssize_t result) {
     if (result == -EAGAIN && ++block.refusals < most_refusals) {
         return {Step::again};
     }
+    // The kernel cuts a write at a limit of the file's size and then finds it unaligned, or a file system asks for more
+    // alignment than it says. The page cache takes the rest, or tells the true error; `direct_bytes` tells that it did.
+    if (result == -EINVAL && block.goes_direct()) {
+        block.is_refused_direct = true;
+        return {Step::again};
+    }
     if (result < 0) {
         return {Step::failed, static_cast<int>(-result)};
     }

@@ -20,11 +20,12 @@ struct Block {
     std::size_t moved_direct = 0;  // of moved
     std::uint32_t crc32c = 0;
     int refusals = 0;  // in a row, by a system for the moment without means (EAGAIN)
+    bool is_refused_direct = false;
 
     bool is_read() const { return request->transfer().direction == Direction::read; }
     bool goes_direct() const {
         const auto at = reinterpret_cast<std::uintptr_t>(address + moved);
-        return request->transfer().file->goes_direct(at, offset + moved, bytes - moved);
+        return !is_refused_direct && request->transfer().file->goes_direct(at, offset + moved, bytes - moved);
     }
     int descriptor() const { return request->transfer().file->descriptor(goes_direct()); }
 };

@@ -240,10 +240,12 @@ TEST_P(Queue, IsRefusedInAForkedChildByName) {
     const pid_t child = fork();
     if (child == 0) {
         int refusals = 0;
-        auto* const own = new zcore::FileQueue(options());  // a queue of the child's works
-        const auto request = own->submit(transfer);
+#if !defined(__SANITIZE_THREAD__)  // which follows no threads of a forked child
+        zcore::FileQueue own(options());
+        const auto request = own.submit(transfer);
         request->wait();
-        delete own;
+        refusals -= request->outcome().error == 0 ? 0 : 10;
+#endif
         try {
             queue.submit(transfer);
         } catch (const std::logic_error& error) {
@@ -255,7 +257,7 @@ TEST_P(Queue, IsRefusedInAForkedChildByName) {
             ++refusals;
         }
         queue.~FileQueue();
-        _exit(refusals == 2 && request->outcome().error == 0 && done->wait_for({}) ? 0 : 1);
+        _exit(refusals == 2 && done->wait_for({}) ? 0 : 1);
     }
     int status = -1;
     ASSERT_EQ(waitpid(child, &status, 0), child);

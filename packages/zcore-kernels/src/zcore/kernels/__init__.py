@@ -2,4 +2,5 @@
 
     ops/      one op a file: its schema for torch, its reference in torch, and what serves it
     optim     optimizers for any training loop
+    aio       reads and writes between tensors and files
 """

@@ -2,5 +2,7 @@
 
     ops/      one op a file: its schema for torch, its reference in torch, and what serves it
     optim     optimizers for any training loop
-    aio       reads and writes between tensors and files
+    aio       reads and writes between tensors and files, many at a time
+
+Each is imported by itself; this package imports nothing.
 """

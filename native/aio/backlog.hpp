@@ -23,6 +23,7 @@ class Backlog {
 public:
     Backlog(std::size_t block_bytes, bool checksum) : block_bytes_(block_bytes), checksum_(checksum) {}
 
+    bool sums() const { return checksum_; }
     void add(std::shared_ptr<Request> request);
 
     // The next block; false where there is none now.

@@ -95,9 +95,13 @@ void Ring::push(const io_uring_sqe& entry) {
     shared(sq_tail_).store(tail + 1, std::memory_order_release);
 }
 
-void Ring::submit_and_wait() {
+void Ring::submit(Wait wait) {
     const std::uint32_t queued = *sq_tail_ - shared(sq_head_).load(std::memory_order_acquire);
-    if (syscall(__NR_io_uring_enter, ring_.value, queued, 1, IORING_ENTER_GETEVENTS, nullptr, 0) >= 0 || errno == EINTR) {
+    const unsigned least = wait == Wait::for_one ? 1 : 0, flags = wait == Wait::for_one ? IORING_ENTER_GETEVENTS : 0;
+    if (queued == 0 && least == 0) {
+        return;
+    }
+    if (syscall(__NR_io_uring_enter, ring_.value, queued, least, flags, nullptr, 0) >= 0 || errno == EINTR) {
         return;
     }
     if (errno == EAGAIN || errno == EBUSY || errno == ENOMEM) {  // what is queued stays queued; completions make room

@@ -27,9 +27,11 @@ public:
     // Queues one operation; at most `entries` may be under way.
     void push(const io_uring_sqe& entry);
 
-    // Hands over what is queued and returns when something has completed, was interrupted, or could not be taken for the
-    // moment.
-    void submit_and_wait();
+    enum class Wait : std::uint8_t { none, for_one };
+
+    // Hands over what is queued. To wait is until something has completed, a signal came, or what is queued could not be
+    // taken for the moment.
+    void submit(Wait wait);
 
     // Takes one completion; false where there is none.
     bool pop(io_uring_cqe& completion);

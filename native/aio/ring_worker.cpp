@@ -1,5 +1,11 @@
 // Blocks through an io_uring. The thread sleeps in the ring alone: an eventfd, polled by the ring like a block, tells it
 // of new requests, so that it has one place to wait.
+//
+//     free -> take, sum if written -> under way, at most `depth` -> moved -> sum if read, report -> free
+//
+// Where blocks are summed, which takes the thread a good part of the time that the device takes to move them, it hands
+// over each block before it sums another, and fills the place of a moved one before it sums that: else the device would
+// wait for sums. (Of writes at 4.4 GB/s, depth 8, checksums took 23 % when blocks were summed a batch at a time.)
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -43,10 +49,14 @@ private:
 class RingWorker final : public Worker {
 public:
     RingWorker(Backlog& backlog, int depth)
-        : backlog_(backlog), ring_(static_cast<unsigned>(depth) + 1), blocks_(static_cast<std::size_t>(depth)) {
+        : backlog_(backlog),
+          depth_(static_cast<std::size_t>(depth)),
+          ring_(static_cast<unsigned>(depth) + 1),
+          blocks_(2 * depth_) {
         for (std::size_t slot = blocks_.size(); slot > 0; --slot) {
             free_.push_back(slot - 1);
         }
+        moved_.reserve(blocks_.size());
     }
 
     void wake() override { bell_.ring(); }
@@ -55,24 +65,56 @@ public:
         for (;;) {
             // Asked before the backlog is: what was added before it was closed is found.
             const bool is_closed = backlog_.is_closed();
-            while (!free_.empty() && backlog_.take(blocks_[free_.back()])) {
-                push(free_.back());
-                free_.pop_back();
-            }
+            const bool has_begun = begin();
             if (is_closed && free_.size() == blocks_.size()) {
                 return;
             }
             if (!is_bell_polled_) {
                 poll_bell();
             }
-            ring_.submit_and_wait();
+            const bool has_sums_to_make = moved_.size() > 0 || (has_begun && backlog_.sums());
+            ring_.submit(has_sums_to_make ? Ring::Wait::none : Ring::Wait::for_one);
             for (io_uring_cqe completion; ring_.pop(completion);) {
                 take_note(completion);
             }
+            report();
         }
     }
 
 private:
+    struct Moved {
+        std::size_t slot;
+        int error;
+    };
+
+    // One block where they are summed, else as many as may be under way. False where none was to be had.
+    bool begin() {
+        bool has_begun = false;
+        while (under_way_ < depth_ && !free_.empty() && backlog_.take(blocks_[free_.back()])) {
+            push(free_.back());
+            free_.pop_back();
+            ++under_way_;
+            has_begun = true;
+            if (backlog_.sums()) {
+                break;
+            }
+        }
+        return has_begun;
+    }
+
+    // Likewise.
+    void report() {
+        while (!moved_.empty()) {
+            const Moved moved = moved_.back();
+            moved_.pop_back();
+            backlog_.finish(blocks_[moved.slot], moved.error);
+            free_.push_back(moved.slot);
+            if (backlog_.sums()) {
+                break;
+            }
+        }
+    }
+
     void push(std::size_t slot) {
         const Block& block = blocks_[slot];
         io_uring_sqe entry{};
@@ -107,15 +149,18 @@ private:
             push(slot);
             return;
         }
-        backlog_.finish(blocks_[slot], verdict.error);
-        free_.push_back(slot);
+        --under_way_;
+        moved_.push_back({slot, verdict.error});
     }
 
     Backlog& backlog_;
+    const std::size_t depth_;
     Bell bell_;  // outlives the ring, which polls it
     Ring ring_;
-    std::vector<Block> blocks_;      // one for each that may be under way
+    std::vector<Block> blocks_;      // as many under way as moved
     std::vector<std::size_t> free_;  // slots of blocks_
+    std::vector<Moved> moved_;
+    std::size_t under_way_ = 0;
     bool is_bell_polled_ = false;
 };
 

@@ -26,8 +26,8 @@ def aligned_empty(numel: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(0, dtype=dtype)
     pages = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if len(pages) >= HUGE_PAGE_BYTES:
-        # The kernel pins each page for the time of a transfer: with huge ones 512 MiB were read at 2.95 GB/s rather than
-        # 2.51, and written at 6.0 rather than 5.0. A hint; a kernel built without huge pages refuses it.
+        # The kernel pins each page for the time of a transfer: with huge ones 512 MiB were read at 2.9 GB/s rather than
+        # 2.5, and written at 6.0 rather than 5.0. A hint; a kernel built without huge pages refuses it.
         with contextlib.suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype)  # keeps the mapping alive

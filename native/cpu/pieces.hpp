@@ -12,6 +12,9 @@ namespace zcore {
 
 constexpr std::size_t piece_grain = 32 << 10;  // elements: about a megabyte of an optimizer's states, 0.1 ms
 
+// How many blocks of neighbours make about as much work, for ops whose unit is the block.
+constexpr std::size_t blocks_grain(std::size_t block_size) { return std::max<std::size_t>(1, piece_grain / block_size); }
+
 // Calls function(index, begin, end) for parts of pieces[index], which has a member `numel`.
 template <typename Piece, typename Function>
 void for_each_part(std::span<const Piece> pieces, int threads, Function&& function) {

@@ -1,4 +1,4 @@
-"""The sum or mean of quantised shards, quantised again, in one pass: between the exchanges of a quantised reduce-scatter.
+"""The sum or mean of quantised shards, quantised again, in one pass: within a quantised reduce-scatter.
 
 ZeRO++, arXiv 2306.10209, section 3.3. The formula stands in native/include/zcore/dequantize_reduce_requantize.hpp.
 """

@@ -1,6 +1,6 @@
 """Noise for stochastic rounding from a counter: a function of seed and index alone, as native/cpu/noise.hpp has it.
 
-    32 bits of (seed, index), whoever asks, in whatever order: ranks, threads and devices round alike
+32 bits of (seed, index), whoever asks, in whatever order: ranks, threads and devices round alike
 """
 
 import torch

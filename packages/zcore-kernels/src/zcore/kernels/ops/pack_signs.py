@@ -21,7 +21,7 @@ OP = "pack_signs"
 def reference(values: Tensor, error: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """Signs and scales of `values` + `error`; see signs.py for theirs. What they lose is left in `error`, in place.
 
-    error: fp32, of as many elements. A block with a NaN or an infinity has the scale NaN, and its error stays as it was.
+    error: fp32, of as many elements. A block with a NaN or an infinity has the scale NaN, and its error stays as it is.
     Sums of scales are in double: in another order they may differ in the last bit of a scale.
 
     >>> error = torch.zeros(3)
@@ -65,9 +65,8 @@ def pack_signs(values: Tensor, error: Tensor, *, block_size: int) -> tuple[Tenso
 
 def _fake(values: Tensor, error: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     layout = SignsLayout(values.numel(), block_size)
-    return values.new_empty(layout.num_bytes, dtype=torch.uint8), values.new_empty(
-        layout.num_blocks, dtype=torch.float32
-    )
+    signs = values.new_empty(layout.num_bytes, dtype=torch.uint8)
+    return signs, values.new_empty(layout.num_blocks, dtype=torch.float32)
 
 
 register(

@@ -49,9 +49,7 @@ def unpack_signs(
     return values
 
 
-def _fake(
-    signs: Tensor, scales: Tensor, *, block_size: int, numel: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def _fake(signs: Tensor, scales: Tensor, *, block_size: int, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return signs.new_empty(numel, dtype=dtype)
 
 

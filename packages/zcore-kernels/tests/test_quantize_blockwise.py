@@ -4,7 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantised_inputs import FLOAT_DTYPES, FORMATS_AND_SYMMETRY, equal_bits, on_threads, some_values, values_of
+from quantised_inputs import (
+    CHECKS_OF_FLOAT8,
+    FLOAT_DTYPES,
+    FORMATS_AND_SYMMETRY,
+    equal_bits,
+    on_threads,
+    some_values,
+    values_of,
+)
 from torch import Tensor
 
 from zcore.core import ops
@@ -28,14 +36,14 @@ CPU = torch.device("cpu")
     dtype=st.sampled_from(FLOAT_DTYPES),
 )
 def test_codes_and_values_are_those_of_the_references(
-    values: Tensor, kind: tuple[str, bool], block_size: int, seed: int | None, offset: int, dtype: torch.dtype
+    *, values: Tensor, kind: tuple[str, bool], block_size: int, seed: int | None, offset: int, dtype: torch.dtype
 ) -> None:
-    format, is_symmetric = kind
-    options = {"format": format, "block_size": block_size, "is_symmetric": is_symmetric, "seed": seed, "offset": offset}
+    name, is_symmetric = kind
+    options = {"format": name, "block_size": block_size, "is_symmetric": is_symmetric, "seed": seed, "offset": offset}
     made = quantize_blockwise(values, **options)
     expected = quantizing.reference(values, **options)
     assert all(equal_bits(each, other) for each, other in zip(made, expected, strict=True))
-    sizes = {"format": format, "block_size": block_size, "numel": values.numel(), "dtype": dtype}
+    sizes = {"format": name, "block_size": block_size, "numel": values.numel(), "dtype": dtype}
     assert equal_bits(dequantize_blockwise(*made, **sizes), dequantizing.reference(*made, **sizes))
 
 
@@ -95,14 +103,15 @@ def test_a_part_is_rounded_as_it_is_in_the_whole() -> None:
     assert torch.equal(codes[300:], part) and torch.equal(scales[3:], of_part)
 
 
-@pytest.mark.parametrize(("format", "is_symmetric"), FORMATS_AND_SYMMETRY)
+@pytest.mark.parametrize(("format", "is_symmetric"), [("int8", True), ("int4", False), ("float8_e5m2", True)])
 def test_torch_knows_the_ops(format: str, is_symmetric: bool) -> None:
     values = values_of(77, seed=1)
     options = {"format": format, "block_size": 32, "is_symmetric": is_symmetric, "seed": 3}
-    torch.library.opcheck(torch.ops.zcore.quantize_blockwise.default, (values,), options)
+    tests = CHECKS_OF_FLOAT8 if format.startswith("float8") else "ALL"
+    torch.library.opcheck(torch.ops.zcore.quantize_blockwise.default, (values,), options, test_utils=tests)
     made = quantize_blockwise(values, **options)
     sizes = {"format": format, "block_size": 32, "numel": 77, "dtype": torch.bfloat16}
-    torch.library.opcheck(torch.ops.zcore.dequantize_blockwise.default, made, sizes)
+    torch.library.opcheck(torch.ops.zcore.dequantize_blockwise.default, made, sizes, test_utils=tests)
 
 
 def test_the_registry_serves_the_compiled_ops() -> None:

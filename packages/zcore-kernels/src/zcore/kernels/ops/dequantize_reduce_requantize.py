@@ -71,8 +71,8 @@ def dequantize_reduce_requantize(
     factor = _factor(reduction, len(codes))
     if not len(codes) == len(scales) == len(zero_points):
         raise LayoutError(
-            f"{OP} got {len(codes)} codes, {len(scales)} scales and {len(zero_points)} zero_points; expected as many of "
-            "each. Where blocks are symmetric, zero points are empty tensors."
+            f"{OP} got {len(codes)} codes, {len(scales)} scales and {len(zero_points)} zero_points; expected as many "
+            "of each. Where blocks are symmetric, zero_points are empty tensors."
         )
     layout = QuantizedLayout(numel, block_size, format_named(OP, format), zero_points[0].numel() == 0)
     layout.require(OP)

@@ -5,7 +5,7 @@
 // extremes are found among integers that are ordered as the floats are, and no sum depends on how it is cut.
 #pragma once
 
-#include "cpu/blocks.hpp"
+#include "cpu/groups.hpp"
 #include "cpu/noise.hpp"
 #include "zcore/quantized.hpp"
 
@@ -72,7 +72,7 @@ static inline Range range_of(const float* values, std::size_t count) {
     return {float_of_ordered(low), float_of_ordered(high), low > minus_infinity && high < infinity_bits};
 }
 
-// ---- Rounding to codes, a chunk of at most block_numel at a time
+// ---- Rounding to codes, of 32 bits at first: they are narrowed a chunk at a time
 
 // An integer near |value| < 2^22: the nearest, or one of its neighbours by `noise`.
 template <bool is_stochastic>
@@ -81,17 +81,18 @@ static inline std::int32_t integer_near(float value, std::uint32_t noise) {
     const auto nearest = static_cast<std::int32_t>(bits_of_float(shifted) - bits_of_float(to_integer));
     if constexpr (is_stochastic) {
         const float whole = shifted - to_integer;
-        const float floor = whole > value ? whole - 1.0f : whole;
-        const std::int32_t below = nearest - (whole > value ? 1 : 0);
-        return below + (unit_of(noise) < value - floor ? 1 : 0);
+        const float beyond = value - whole;  // exact, from -1/2 to 1/2
+        const float chance = (static_cast<float>(static_cast<std::int32_t>(noise)) + 0.5f) * 0x1p-16f;
+        const float part = beyond < 0.0f ? beyond + 1.0f : beyond;
+        return nearest - (beyond < 0.0f ? 1 : 0) + (chance < part ? 1 : 0);
     }
     return nearest;
 }
 
 template <bool is_stochastic>
-static inline void encode_integers(const float* ZCORE_RESTRICT values, const std::uint32_t* ZCORE_RESTRICT noise,
+static inline void encode_integers(const float* ZCORE_RESTRICT values, const std::uint16_t* ZCORE_RESTRICT noise,
                                    std::size_t count, float inverse, Integers range, std::int32_t zero_point,
-                                   std::uint8_t* ZCORE_RESTRICT codes) {
+                                   std::uint32_t* ZCORE_RESTRICT codes) {
     const float lowest = range.lowest - static_cast<float>(zero_point);
     const float highest = range.highest - static_cast<float>(zero_point);
     for (std::size_t at = 0; at < count; ++at) {
@@ -99,25 +100,27 @@ static inline void encode_integers(const float* ZCORE_RESTRICT values, const std
         value = value < lowest ? lowest : value;
         value = value > highest ? highest : value;
         const std::int32_t code = integer_near<is_stochastic>(value, is_stochastic ? noise[at] : 0u) + zero_point;
-        codes[at] = static_cast<std::uint8_t>(code);
+        codes[at] = static_cast<std::uint32_t>(code);
     }
 }
 
 // fp8 with `mantissa` bits, whose exponent is 0 at `bias`. Above the smallest normal number, 2^(1 - bias), bits of fp32
-// are dropped; below, numbers are multiples of 2^(1 - bias - mantissa).
-template <int mantissa, int bias>
+// are dropped; below, numbers are multiples of 2^(1 - bias - mantissa). From `special` on codes are no finite numbers.
+template <int mantissa, int bias, std::uint32_t special_code>
 struct Float8 {
     static constexpr int dropped = 23 - mantissa;
     static constexpr std::uint32_t rebias = static_cast<std::uint32_t>(127 - bias) << 23;
+    static constexpr std::uint32_t first_normal = 1u << mantissa;
+    static constexpr std::uint32_t special = special_code;
     static constexpr float smallest_normal = 1.0f / static_cast<float>(1 << (bias - 1));
     static constexpr float quantum = smallest_normal / static_cast<float>(1 << mantissa);
 };
-using E4m3 = Float8<3, 7>;
-using E5m2 = Float8<2, 15>;
+using E4m3 = Float8<3, 7, 0x7f>;
+using E5m2 = Float8<2, 15, 0x7c>;
 
 template <typename Float, bool is_stochastic>
-static inline void encode_floats(const float* ZCORE_RESTRICT values, const std::uint32_t* ZCORE_RESTRICT noise,
-                                 std::size_t count, float inverse, float largest, std::uint8_t* ZCORE_RESTRICT codes) {
+static inline void encode_floats(const float* ZCORE_RESTRICT values, const std::uint16_t* ZCORE_RESTRICT noise,
+                                 std::size_t count, float inverse, float largest, std::uint32_t* ZCORE_RESTRICT codes) {
     constexpr std::uint32_t half = 1u << (Float::dropped - 1);
     constexpr float per_quantum = 1.0f / Float::quantum;
     for (std::size_t at = 0; at < count; ++at) {
@@ -126,149 +129,165 @@ static inline void encode_floats(const float* ZCORE_RESTRICT values, const std::
         magnitude = magnitude > largest ? largest : magnitude;
         const std::uint32_t bits = bits_of_float(magnitude);
         const std::uint32_t random = is_stochastic ? noise[at] : 0u;
-        const std::uint32_t added =
-            is_stochastic ? random >> (32 - Float::dropped) : half - 1u + ((bits >> Float::dropped) & 1u);
+        const std::uint32_t added = is_stochastic ? (2u * random + 1u) << (Float::dropped - 17)
+                                                  : half - 1u + ((bits >> Float::dropped) & 1u);
         const std::uint32_t normal = (bits + added - Float::rebias) >> Float::dropped;
         const bool is_small = magnitude < Float::smallest_normal;
         const float multiple = is_small ? magnitude * per_quantum : 0.0f;
         const auto small = static_cast<std::uint32_t>(integer_near<is_stochastic>(multiple, random));
-        codes[at] = static_cast<std::uint8_t>(sign | (is_small ? small : normal));
+        codes[at] = sign | (is_small ? small : normal);
     }
 }
 
-// `count` bytes with a number of 4 bits each, the last of which may lack its neighbour, into half as many.
-static inline void pack_halves(const std::uint16_t* ZCORE_RESTRICT pairs, std::size_t count,
-                               std::uint8_t* ZCORE_RESTRICT codes) {
-    const std::size_t whole = count / 2;
-    for (std::size_t at = 0; at < whole; ++at) {
-        codes[at] = static_cast<std::uint8_t>((pairs[at] & 0x0fu) | ((pairs[at] >> 4) & 0xf0u));
-    }
-    if (count % 2 != 0) {
-        codes[whole] = static_cast<std::uint8_t>(pairs[whole] & 0x0fu);
-    }
-}
-
+// The part of one block that lies in a chunk.
 template <bool is_stochastic>
-static inline void encode_chunk(const float* values, const std::uint32_t* noise, std::size_t count, float inverse,
-                                bool is_symmetric, std::int32_t zero_point, Format format, std::uint8_t* codes) {
-    Integers range = integers_of(format);
-    range.lowest += is_symmetric ? 1.0f : 0.0f;
-    const float largest = largest_of(format);
-    switch (format) {
-        case Format::int8:
-            encode_integers<is_stochastic>(values, noise, count, inverse, range, zero_point, codes);
-            return;
-        case Format::int4: {
-            alignas(64) std::uint16_t pairs[block_numel / 2];
-            auto* const bytes = reinterpret_cast<std::uint8_t*>(pairs);
-            encode_integers<is_stochastic>(values, noise, count, inverse, range, zero_point, bytes);
-            pack_halves(pairs, count, codes);
-            return;
-        }
-        case Format::e4m3:
-            encode_floats<E4m3, is_stochastic>(values, noise, count, inverse, largest, codes);
-            return;
-        default: encode_floats<E5m2, is_stochastic>(values, noise, count, inverse, largest, codes);
-    }
-}
-
-// Quantises `count` values, the block `block` of `out`.
-static inline void quantize_block(const float* values, std::size_t count, std::size_t block, const Quantized& out,
-                                  const QuantizedLayout& layout, const Rounding& rounding) {
-    const bool is_symmetric = out.zero_points == nullptr;
-    const Integers range = integers_of(layout.format);
-    const Range extent = is_symmetric ? magnitude_of(values, count) : range_of(values, count);
-    const float levels = range.highest - range.lowest;
-    float scale = is_symmetric ? extent.high / largest_of(layout.format)
-                               : extent.high / levels - extent.low / levels;  // the difference itself may overflow
-    const std::size_t begin = block * layout.block_size;
-    std::uint8_t* const codes = codes_at(out, layout.format, begin);
-    if (!extent.is_finite) {
-        out.scales[block] = float_of_bits(0x7fc00000u);
-        if (!is_symmetric) {
-            out.zero_points[block] = 0;
-        }
-        std::memset(codes, 0, layout.format == Format::int4 ? (count + 1) / 2 : count);
+static inline void encode(const float* values, const std::uint16_t* noise, std::size_t count, float scale,
+                          bool is_symmetric, std::int32_t zero_point, Format format, std::uint32_t* codes) {
+    if (scale != scale) {
+        std::memset(codes, 0, count * sizeof *codes);
         return;
     }
-    scale = scale < smallest_scale ? smallest_scale : scale;
-    const float inverse = 1.0f / scale;
-    std::int32_t zero_point = 0;
-    if (!is_symmetric) {
-        float place = range.lowest - extent.low * inverse;
-        place = place > range.highest ? range.highest : place;
-        zero_point = integer_near<false>(place, 0u);
-        out.zero_points[block] = static_cast<std::int8_t>(zero_point);
+    const float inverse = 1.0f / scale, largest = largest_of(format);
+    switch (format) {
+        case Format::e4m3: encode_floats<E4m3, is_stochastic>(values, noise, count, inverse, largest, codes); return;
+        case Format::e5m2: encode_floats<E5m2, is_stochastic>(values, noise, count, inverse, largest, codes); return;
+        default: {
+            Integers range = integers_of(format);
+            range.lowest += is_symmetric ? 1.0f : 0.0f;
+            encode_integers<is_stochastic>(values, noise, count, inverse, range, zero_point, codes);
+        }
     }
-    out.scales[block] = scale;
-    alignas(64) std::uint32_t noise[block_numel];
-    for (std::size_t at = 0; at < count; at += block_numel) {
-        const std::size_t chunk = block_at(at, count);
-        std::uint8_t* const to = codes + (layout.format == Format::int4 ? at / 2 : at);
+}
+
+static inline void narrow_bytes(const std::uint32_t* ZCORE_RESTRICT codes, std::size_t count,
+                                std::uint8_t* ZCORE_RESTRICT out) {
+    for (std::size_t at = 0; at < count; ++at) {
+        out[at] = static_cast<std::uint8_t>(codes[at]);
+    }
+}
+
+// Two to a byte; the last of an odd `count` has a zero for a neighbour.
+static inline void narrow_halves(const std::uint32_t* codes, std::size_t count, std::uint8_t* ZCORE_RESTRICT out) {
+    alignas(64) std::uint16_t pairs[block_numel / 2];
+    narrow_bytes(codes, count, reinterpret_cast<std::uint8_t*>(pairs));
+    for (std::size_t at = 0; at < count / 2; ++at) {
+        out[at] = static_cast<std::uint8_t>((pairs[at] & 0x0fu) | ((pairs[at] >> 4) & 0xf0u));
+    }
+    if (count % 2 != 0) {
+        out[count / 2] = static_cast<std::uint8_t>(codes[count - 1] & 0x0fu);
+    }
+}
+
+// Finds and stores the scale of a block, and its zero point if it has one.
+static inline void measure_block(const float* values, std::size_t count, std::size_t block, const Quantized& out,
+                                 Format format) {
+    const bool is_symmetric = out.zero_points == nullptr;
+    const Integers range = integers_of(format);
+    const Range extent = is_symmetric ? magnitude_of(values, count) : range_of(values, count);
+    const float levels = range.highest - range.lowest;
+    float scale = is_symmetric ? extent.high / largest_of(format)
+                               : extent.high / levels - extent.low / levels;  // the difference itself may overflow
+    scale = scale < smallest_scale ? smallest_scale : scale;
+    out.scales[block] = extent.is_finite ? scale : float_of_bits(0x7fc00000u);
+    if (!is_symmetric) {
+        float place = range.lowest - extent.low * (1.0f / scale);
+        place = place > range.highest ? range.highest : place;
+        out.zero_points[block] = static_cast<std::int8_t>(extent.is_finite ? integer_near<false>(place, 0u) : 0);
+    }
+}
+
+// Quantises the values of a group, whose first block is `block`.
+static inline void quantize_group(const float* values, Group group, std::size_t block, const Quantized& out,
+                                  const QuantizedLayout& layout, const Rounding& rounding) {
+    const bool is_symmetric = out.zero_points == nullptr;
+    for_each_block(block, group.count, layout.block_size, [&](std::size_t each, std::size_t start, std::size_t size) {
+        measure_block(values + start, size, each, out, layout.format);
+    });
+    alignas(64) std::uint32_t codes[block_numel];
+    alignas(64) std::uint16_t noise[block_numel];
+    for (std::size_t at = 0; at < group.count; at += block_numel) {
+        const std::size_t chunk = block_at(at, group.count);
         if (rounding.is_stochastic) {
-            fill_noise(rounding.seed, rounding.offset + begin + at, chunk, noise);
-            encode_chunk<true>(values + at, noise, chunk, inverse, is_symmetric, zero_point, layout.format, to);
+            fill_noise(rounding.seed, rounding.offset + group.begin + at, chunk, noise);
+        }
+        for_each_block(block, chunk, layout.block_size, [&](std::size_t each, std::size_t start, std::size_t size) {
+            const auto encode_block = rounding.is_stochastic ? encode<true> : encode<false>;
+            encode_block(values + at + start, noise + start, size, out.scales[each], is_symmetric,
+                         is_symmetric ? 0 : out.zero_points[each], layout.format, codes + start);
+        });
+        std::uint8_t* const to = codes_at(out, layout.format, group.begin + at);
+        if (layout.format == Format::int4) {
+            narrow_halves(codes, chunk, to);
         } else {
-            encode_chunk<false>(values + at, noise, chunk, inverse, is_symmetric, zero_point, layout.format, to);
+            narrow_bytes(codes, chunk, to);
         }
     }
 }
 
 // ---- Reading codes, a chunk of at most block_numel at a time
 
-static inline void decode_integers(const std::int8_t* ZCORE_RESTRICT codes, std::size_t count, float scale,
-                                   std::int32_t zero_point, float* ZCORE_RESTRICT values) {
+static inline void widen_bytes(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count,
+                               float* ZCORE_RESTRICT values) {
     for (std::size_t at = 0; at < count; ++at) {
-        values[at] = static_cast<float>(codes[at] - zero_point) * scale;
+        values[at] = static_cast<float>(static_cast<std::int8_t>(codes[at]));
     }
 }
 
-// `count` numbers of 4 bits into a byte each, from 0 to 15: 8 more than they are, as a borrow would cross bytes.
-static inline void unpack_halves(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count,
-                                 std::uint16_t* ZCORE_RESTRICT pairs) {
+static inline void widen_halves(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count,
+                                float* ZCORE_RESTRICT values) {
+    alignas(64) std::uint16_t pairs[block_numel / 2];
     for (std::size_t at = 0; at < (count + 1) / 2; ++at) {
         const std::uint32_t both = codes[at];
-        pairs[at] = static_cast<std::uint16_t>(((both & 0x0fu) | (both & 0xf0u) << 4) ^ 0x0808u);
+        pairs[at] = static_cast<std::uint16_t>((both & 0x0fu) | (both & 0xf0u) << 4);
+    }
+    const auto* const halves = reinterpret_cast<const std::uint8_t*>(pairs);
+    for (std::size_t at = 0; at < count; ++at) {
+        values[at] = static_cast<float>((halves[at] ^ 8) - 8);
     }
 }
 
-template <typename Float, std::uint32_t first_special, std::uint32_t special_bits>
-static inline void decode_floats(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count, float scale,
-                                 float* ZCORE_RESTRICT values) {
-    constexpr std::uint32_t first_normal = 1u << (23 - Float::dropped);
+template <typename Float>
+static inline void widen_floats(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count,
+                                float* ZCORE_RESTRICT values) {
     for (std::size_t at = 0; at < count; ++at) {
         const std::uint32_t code = codes[at], magnitude = code & 0x7fu;
         const float small = static_cast<float>(static_cast<std::int32_t>(magnitude)) * Float::quantum;
         std::uint32_t bits = (magnitude << Float::dropped) + Float::rebias;
-        bits = magnitude < first_normal ? bits_of_float(small) : bits;
-        bits = magnitude == first_special ? special_bits : bits;
-        bits = magnitude > first_special ? 0x7fc00000u : bits;
-        values[at] = float_of_bits(bits | (code & 0x80u) << 24) * scale;
+        bits = magnitude < Float::first_normal ? bits_of_float(small) : bits;
+        bits |= magnitude >= Float::special ? 0x7f800000u : 0u;
+        values[at] = float_of_bits(bits | (code & 0x80u) << 24);
     }
 }
 
-static inline void decode_chunk(const std::uint8_t* codes, std::size_t count, float scale, std::int32_t zero_point,
-                                Format format, float* values) {
+// What codes stand for before zero point and scale.
+static inline void widen(const std::uint8_t* codes, std::size_t count, Format format, float* values) {
     switch (format) {
-        case Format::int8:
-            decode_integers(reinterpret_cast<const std::int8_t*>(codes), count, scale, zero_point, values);
-            return;
-        case Format::int4: {
-            alignas(64) std::uint16_t pairs[block_numel / 2];
-            unpack_halves(codes, count, pairs);
-            decode_integers(reinterpret_cast<const std::int8_t*>(pairs), count, scale, zero_point + 8, values);
-            return;
-        }
-        case Format::e4m3: decode_floats<E4m3, 0x7fu, 0x7fc00000u>(codes, count, scale, values); return;
-        default: decode_floats<E5m2, 0x7cu, 0x7f800000u>(codes, count, scale, values);
+        case Format::int8: widen_bytes(codes, count, values); return;
+        case Format::int4: widen_halves(codes, count, values); return;
+        case Format::e4m3: widen_floats<E4m3>(codes, count, values); return;
+        default: widen_floats<E5m2>(codes, count, values);
     }
 }
 
-// The elements [at, at + count) of `from`, all of one block, and `at` a multiple of block_numel after its first.
+template <bool adds>
+static inline void scale_values(const float* ZCORE_RESTRICT values, std::size_t count, float scale, float zero_point,
+                                float* ZCORE_RESTRICT out) {
+    for (std::size_t at = 0; at < count; ++at) {
+        const float value = (values[at] - zero_point) * scale;
+        out[at] = adds ? out[at] + value : value;
+    }
+}
+
+// Elements [at, at + count) of `from`, the first of which is one of `block`: written, or added to what is in `out`.
+template <bool adds>
 static inline void dequantize_chunk(const Quantized& from, const QuantizedLayout& layout, std::size_t block,
-                                    std::size_t at, std::size_t count, float* values) {
-    const std::int32_t zero_point = from.zero_points == nullptr ? 0 : from.zero_points[block];
-    decode_chunk(codes_at(from, layout.format, at), count, from.scales[block], zero_point, layout.format, values);
+                                    std::size_t at, std::size_t count, float* out) {
+    alignas(64) float values[block_numel];
+    widen(codes_at(from, layout.format, at), count, layout.format, values);
+    for_each_block(block, count, layout.block_size, [&](std::size_t each, std::size_t start, std::size_t size) {
+        const float zero_point = from.zero_points == nullptr ? 0.0f : static_cast<float>(from.zero_points[each]);
+        scale_values<adds>(values + start, size, from.scales[each], zero_point, out + start);
+    });
 }
 
 }  // namespace zcore::ZCORE_ISA

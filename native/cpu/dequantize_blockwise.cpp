@@ -10,13 +10,13 @@ namespace zcore::ZCORE_ISA {
 void dequantize_part(const Quantized& from, const QuantizedLayout& layout, Flat out, std::size_t begin,
                      std::size_t end) {
     alignas(64) float buffer[block_numel];
-    for (std::size_t block = begin; block < end; ++block) {
-        const std::size_t first = block * layout.block_size, rest = layout.numel - first;
-        const std::size_t stop = first + (rest < layout.block_size ? rest : layout.block_size);
-        for (std::size_t at = first; at < stop; at += block_numel) {
+    for (std::size_t block = begin; block < end; block += blocks_together(layout.block_size)) {
+        const Group group = group_at(layout.numel, layout.block_size, block, end);
+        const std::size_t stop = group.begin + group.count;
+        for (std::size_t at = group.begin; at < stop; at += block_numel) {
             const std::size_t count = block_at(at, stop);
             float* const values = out.type == Type::f32 ? static_cast<float*>(out.data) + at : buffer;
-            dequantize_chunk(from, layout, block, at, count, values);
+            dequantize_chunk<false>(from, layout, block, at, count, values);
             store_block(out, at, count, values);
         }
     }

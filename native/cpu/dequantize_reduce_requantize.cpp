@@ -6,12 +6,6 @@
 
 namespace zcore::ZCORE_ISA {
 
-static void add(const float* ZCORE_RESTRICT values, std::size_t count, float* ZCORE_RESTRICT sums) {
-    for (std::size_t at = 0; at < count; ++at) {
-        sums[at] += values[at];
-    }
-}
-
 static void multiply(float* values, std::size_t count, float factor) {
     for (std::size_t at = 0; at < count; ++at) {
         values[at] *= factor;
@@ -21,20 +15,18 @@ static void multiply(float* values, std::size_t count, float factor) {
 // Blocks [begin, end).
 void reduce_part(const Quantized* shards, std::size_t num_shards, float factor, const Quantized& out,
                  const QuantizedLayout& layout, const Rounding& rounding, std::size_t begin, std::size_t end) {
-    alignas(64) float sums[largest_block_size], values[block_numel];
-    for (std::size_t block = begin; block < end; ++block) {
-        const std::size_t first = block * layout.block_size, rest = layout.numel - first;
-        const std::size_t count = rest < layout.block_size ? rest : layout.block_size;
-        for (std::size_t at = 0; at < count; at += block_numel) {
-            const std::size_t chunk = block_at(at, count);
-            dequantize_chunk(shards[0], layout, block, first + at, chunk, sums + at);
+    alignas(64) float sums[largest_block_size];
+    for (std::size_t block = begin; block < end; block += blocks_together(layout.block_size)) {
+        const Group group = group_at(layout.numel, layout.block_size, block, end);
+        for (std::size_t at = 0; at < group.count; at += block_numel) {
+            const std::size_t chunk = block_at(at, group.count);
+            dequantize_chunk<false>(shards[0], layout, block, group.begin + at, chunk, sums + at);
             for (std::size_t shard = 1; shard < num_shards; ++shard) {
-                dequantize_chunk(shards[shard], layout, block, first + at, chunk, values);
-                add(values, chunk, sums + at);
+                dequantize_chunk<true>(shards[shard], layout, block, group.begin + at, chunk, sums + at);
             }
             multiply(sums + at, chunk, factor);
         }
-        quantize_block(sums, count, block, out, layout, rounding);
+        quantize_group(sums, group, block, out, layout, rounding);
     }
 }
 

@@ -6,11 +6,11 @@
 
 namespace zcore::ZCORE_ISA {
 
-static void round_chunk(const float* ZCORE_RESTRICT values, const std::uint32_t* ZCORE_RESTRICT noise,
+static void round_chunk(const float* ZCORE_RESTRICT values, const std::uint16_t* ZCORE_RESTRICT noise,
                         std::size_t count, std::uint16_t* ZCORE_RESTRICT out) {
     for (std::size_t at = 0; at < count; ++at) {
         const std::uint32_t bits = bits_of_float(values[at]);
-        const std::uint32_t rounded = (bits + (noise[at] >> 16)) >> 16;
+        const std::uint32_t rounded = (bits + noise[at]) >> 16;
         const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;  // noise could carry it into the sign
         out[at] = static_cast<std::uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
     }
@@ -18,7 +18,7 @@ static void round_chunk(const float* ZCORE_RESTRICT values, const std::uint32_t*
 
 void round_part(const float* values, std::uint16_t* out, std::uint64_t seed, std::uint64_t offset, std::size_t begin,
                 std::size_t end) {
-    alignas(64) std::uint32_t noise[block_numel];
+    alignas(64) std::uint16_t noise[block_numel];
     for (std::size_t at = begin; at < end; at += block_numel) {
         const std::size_t count = block_at(at, end);
         fill_noise(seed, offset + at, count, noise);

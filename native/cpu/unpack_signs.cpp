@@ -2,17 +2,24 @@
 
 #if defined(ZCORE_ISA)  // compiled once for each instruction set
 
-#include "cpu/blocks.hpp"
+#include "cpu/groups.hpp"
 
 namespace zcore::ZCORE_ISA {
 
-static void unpack_whole(const std::uint8_t* ZCORE_RESTRICT signs, std::size_t bytes, std::uint32_t scale,
-                         float* ZCORE_RESTRICT values) {
+static void spread_signs(const std::uint8_t* ZCORE_RESTRICT signs, std::size_t bytes,
+                         std::uint32_t* ZCORE_RESTRICT bits) {
     for (std::size_t at = 0; at < bytes; ++at) {
         for (std::uint32_t bit = 0; bit < 8; ++bit) {
-            const std::uint32_t sign = (signs[at] & (1u << bit)) != 0u ? 0x80000000u : 0u;
-            values[8 * at + bit] = float_of_bits(scale | sign);
+            bits[8 * at + bit] = (signs[at] & (1u << bit)) != 0u ? 0x80000000u : 0u;
         }
+    }
+}
+
+static void scale_signs(const std::uint32_t* ZCORE_RESTRICT bits, std::size_t count, float scale,
+                        float* ZCORE_RESTRICT values) {
+    const std::uint32_t magnitude = bits_of_float(scale);
+    for (std::size_t at = 0; at < count; ++at) {
+        values[at] = float_of_bits(magnitude | bits[at]);
     }
 }
 
@@ -20,18 +27,17 @@ static void unpack_whole(const std::uint8_t* ZCORE_RESTRICT signs, std::size_t b
 void unpack_part(const std::uint8_t* signs, const float* scales, const SignsLayout& layout, Flat out,
                  std::size_t begin, std::size_t end) {
     alignas(64) float buffer[block_numel];
-    for (std::size_t block = begin; block < end; ++block) {
-        const std::size_t first = block * layout.block_size, rest = layout.numel - first;
-        const std::size_t stop = first + (rest < layout.block_size ? rest : layout.block_size);
-        const std::uint32_t scale = bits_of_float(scales[block]);
-        for (std::size_t at = first; at < stop; at += block_numel) {
+    alignas(64) std::uint32_t bits[block_numel];
+    for (std::size_t block = begin; block < end; block += blocks_together(layout.block_size)) {
+        const Group group = group_at(layout.numel, layout.block_size, block, end);
+        const std::size_t stop = group.begin + group.count;
+        for (std::size_t at = group.begin; at < stop; at += block_numel) {
             const std::size_t count = block_at(at, stop);
             float* const values = out.type == Type::f32 ? static_cast<float*>(out.data) + at : buffer;
-            unpack_whole(signs + at / 8, count / 8, scale, values);
-            for (std::size_t last = count - count % 8; last < count; ++last) {
-                const std::uint32_t sign = static_cast<std::uint32_t>(signs[(at + last) / 8]) >> (last % 8) << 31;
-                values[last] = float_of_bits(scale | sign);
-            }
+            spread_signs(signs + at / 8, (count + 7) / 8, bits);
+            for_each_block(block, count, layout.block_size, [&](std::size_t each, std::size_t start, std::size_t size) {
+                scale_signs(bits + start, size, scales[each], values + start);
+            });
             store_block(out, at, count, values);
         }
     }

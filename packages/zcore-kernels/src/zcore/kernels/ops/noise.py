@@ -1,6 +1,6 @@
 """Noise for stochastic rounding from a counter: a function of seed and index alone, as native/cpu/noise.hpp has it.
 
-32 bits of (seed, index), whoever asks, in whatever order: ranks, threads and devices round alike
+Ranks, threads and devices round alike, whoever asks and in whatever order. Not for sampling, nor for cryptography.
 """
 
 import torch
@@ -13,18 +13,21 @@ MASK_64 = (1 << 64) - 1
 
 
 def noise_at(offset: int, numel: int, *, seed: int, device: torch.device) -> Tensor:
-    """Noise of the elements `offset`, `offset` + 1 ...: [numel] int64, uniform in [0, 2^32)."""
+    """Noise of the elements `offset`, `offset` + 1 ...: [numel] int32, uniform in [0, 2^16)."""
     parts = [torch.empty(0, dtype=torch.int64, device=device)]
-    while numel > 0:
-        key = _mix(_mix(word_of(seed)) ^ (offset >> 32))
-        first = offset & MASK_32
-        run = min(numel, (1 << 32) - first)  # up to where the upper half of the index changes
+    pair, num_pairs = offset // 2, numel // 2 + 1  # one word is the noise of two, the even one below
+    while num_pairs > 0:
+        key = _mix(_mix(word_of(seed)) ^ (pair >> 32))
+        first = pair & MASK_32
+        run = min(num_pairs, (1 << 32) - first)  # up to where the upper half changes
         x = torch.arange(first, first + run, device=device) ^ (key & MASK_32)
         x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK_32
         x = (((x ^ (x >> 15)) + (key >> 32)) & MASK_32) * 0x846CA68B & MASK_32  # int64 wraps; its lower half is right
         parts.append(x ^ (x >> 16))
-        offset, numel = offset + run, numel - run
-    return torch.cat(parts)
+        pair, num_pairs = pair + run, num_pairs - run
+    words = torch.cat(parts)
+    halves = torch.stack((words & 0xFFFF, words >> 16), 1).reshape(-1)
+    return halves[offset % 2 : offset % 2 + numel].to(torch.int32)
 
 
 def round_to_neighbour(values: Tensor, noise: Tensor | None) -> Tensor:
@@ -32,7 +35,7 @@ def round_to_neighbour(values: Tensor, noise: Tensor | None) -> Tensor:
     if noise is None:
         return values.round()
     below = values.floor()
-    return below + ((noise >> 8).float() * 2.0**-24 < values - below)
+    return below + ((noise.float() + 0.5) * 2.0**-16 < values - below)
 
 
 def word_of(seed: int) -> int:

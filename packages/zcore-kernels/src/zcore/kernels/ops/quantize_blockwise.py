@@ -78,7 +78,7 @@ def _to_float8(scaled: Tensor, kind: Format, noise: Tensor | None) -> Tensor:
         return scaled.to(kind.dtype)
     dropped = 23 - kind.mantissa_bits
     magnitude = scaled.abs()
-    bits = magnitude.view(torch.int32) + (noise >> (32 - dropped)).to(torch.int32)
+    bits = magnitude.view(torch.int32) + ((2 * noise + 1) << (dropped - 17))
     normal = bits.bitwise_and(-1 << dropped).view(torch.float32)
     quantum = kind.smallest_normal * 2.0**-kind.mantissa_bits
     small = round_to_neighbour(magnitude / quantum, noise) * quantum

@@ -1,11 +1,13 @@
 """Quantised blocks: the formats, and how codes, scales and zero points of a flat tensor lie in memory.
 
-numel 600, block_size 256    | block 0: 256 | block 1: 256 | block 2: 88 |
-codes        [600] int8 or fp8; int4: [300] uint8, two to a byte, the even element in the low half
-scales       [3] fp32
-zero_points  [3] int8; [0] where blocks are symmetric
+Blocks are of neighbours, and each has a scale; the last may be short:
 
-x ~ scale (code - zero_point)      a block with a NaN or an infinity has the scale NaN, and all of it reads as NaN
+    numel 600, block_size 256    | block 0: 256 | block 1: 256 | block 2: 88 |
+    codes        [600] int8 or fp8; int4: [300] uint8, two to a byte, the even element in the low half
+    scales       [3] fp32
+    zero_points  [3] int8; [0] where blocks are symmetric
+
+    x ~ scale (code - zero_point)      a block with a NaN or an infinity has the scale NaN, and all of it reads as NaN
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ from zcore.kernels.ops.registering import register
 __all__ = ["reference", "round_stochastic", "write_rounded"]
 
 OP = "round_stochastic"
-DROPPED_BITS = 16  # of fp32's 32, so that bf16 is left
+DROPPED_BITS = 16  # of fp32's 32, so that bf16 is left; noise has as many
 
 
 def reference(values: Tensor, *, seed: int, offset: int = 0) -> Tensor:
@@ -27,7 +27,7 @@ def reference(values: Tensor, *, seed: int, offset: int = 0) -> Tensor:
     tensor([1., inf], dtype=torch.bfloat16)
     """
     noise = noise_at(offset, values.numel(), seed=seed, device=values.device).view(values.shape)
-    bits = values.view(torch.int32) + (noise >> (32 - DROPPED_BITS)).to(torch.int32)  # of the magnitude
+    bits = values.view(torch.int32) + noise  # of the magnitude; a carry into the kept bits rounds it up
     rounded = bits.bitwise_and(-1 << DROPPED_BITS).view(torch.float32)
     return torch.where(values.isnan(), values, rounded).to(torch.bfloat16)
 

@@ -1,8 +1,10 @@
 """How signs of a flat tensor and a scale for each block lie in memory; refusals of what is no such layout.
 
-numel 20, block_size 16    | block 0: 16 | block 1: 4 |
-signs   [3] uint8: element i in bit i % 8 of byte i / 8; 1 is negative; bits past the end are 0
-scales  [2] fp32: the mean magnitude of the block, NaN where it holds a NaN or an infinity
+Blocks are of neighbours, and each has a scale; the last may be short:
+
+    numel 20, block_size 16    | block 0: 16 | block 1: 4 |
+    signs   [3] uint8: element i in bit i % 8 of byte i / 8; 1 is negative; bits past the end are 0
+    scales  [2] fp32: the mean magnitude of the block, NaN where it holds a NaN or an infinity
 """
 
 from dataclasses import dataclass

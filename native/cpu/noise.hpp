@@ -14,7 +14,7 @@
 // 32 to 64 bits for 32 bits, and then rounding costs several times what reading does: it resists tests of randomness
 // that are far beyond the need of a rounding. This is no generator for sampling, and none for cryptography.
 //
-// 16 bits are exact for what drops 16 (fp32 to bf16); elsewhere a chance is a multiple of 2^-16, and off by half of that.
+// 16 bits are exact for what drops 16 (fp32 to bf16); elsewhere a chance is a multiple of 2^-16.
 #pragma once
 
 #include <cstddef>

@@ -31,11 +31,13 @@ def noise_at(offset: int, numel: int, *, seed: int, device: torch.device) -> Ten
 
 
 def round_to_neighbour(values: Tensor, noise: Tensor | None) -> Tensor:
-    """`values` (fp32) as integers: the nearest, ties to even; with noise the upper neighbour as often as it is near."""
+    """`values` (fp32) as integers: the nearest, ties to even; with noise the upper neighbour as often as it is near.
+
+    noise: as of `noise_at`, added to as many bits after the point; values of less than 2^14.
+    """
     if noise is None:
         return values.round()
-    below = values.floor()
-    return below + ((noise.float() + 0.5) * 2.0**-16 < values - below)
+    return (((values * 2.0**16).to(torch.int32) + noise) >> 16).float()
 
 
 def word_of(seed: int) -> int:

@@ -6,9 +6,12 @@
 
 #include "cpu/each_set.hpp"
 #include "tests/quantized_blocks.hpp"
+#include "zcore/round_with_noise.hpp"
 
 namespace zcore {
 ZCORE_IN_EACH_SET(void round_part(const float*, std::uint16_t*, std::uint64_t, std::uint64_t, std::size_t, std::size_t))
+ZCORE_IN_EACH_SET(void round_with_noise_part(const float*, const std::int32_t*, std::uint16_t*, std::size_t,
+                                             std::size_t))
 }  // namespace zcore
 
 namespace {
@@ -90,3 +93,30 @@ TEST(RoundStochastic, DependsOnSeedAndPlaceAlone) {
 }
 
 TEST(RoundStochastic, TakesNothing) { zcore::round_stochastic(nullptr, nullptr, 0, 7, 0, 2); }
+
+TEST(RoundWithNoise, GoesUpWhereNoiseExceedsWhatIsMissing) {
+    const std::vector<float> values = random_values(70001, 1);
+    std::vector<std::int32_t> noise(values.size());
+    std::mt19937 random(2);
+    for (std::int32_t& each : noise) {
+        each = static_cast<std::int32_t>(random() >> 16);
+    }
+    std::vector<std::uint16_t> out(values.size()), baseline = out;
+    zcore::round_with_noise(values.data(), noise.data(), out.data(), values.size(), 3);
+    zcore::baseline::round_with_noise_part(values.data(), noise.data(), baseline.data(), 0, values.size());
+    EXPECT_EQ(out, baseline);
+    for (std::size_t at = 0; at < values.size(); ++at) {
+        std::uint32_t bits;
+        std::memcpy(&bits, &values[at], sizeof bits);
+        const std::uint32_t raised = (bits & 0xffffu) + static_cast<std::uint32_t>(noise[at]) > 0xffffu ? 1 : 0;
+        ASSERT_EQ(out[at], (bits >> 16) + raised);
+    }
+}
+
+TEST(RoundWithNoise, KeepsNan) {
+    const float nan = float_of(0xffff);
+    std::uint16_t out = 0;
+    const std::int32_t noise = 0xffff;
+    zcore::round_with_noise(&nan, &noise, &out, 1, 1);
+    EXPECT_TRUE(std::isnan(float_of(out)));
+}

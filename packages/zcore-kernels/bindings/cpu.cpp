@@ -18,6 +18,7 @@
 #include "zcore/pack_signs.hpp"
 #include "zcore/quantize_blockwise.hpp"
 #include "zcore/round_stochastic.hpp"
+#include "zcore/round_with_noise.hpp"
 #include "zcore/sgd_step.hpp"
 #include "zcore/squared_norm.hpp"
 #include "zcore/unpack_signs.hpp"
@@ -190,6 +191,11 @@ void round_stochastic(std::uintptr_t values, std::uintptr_t out, int threads, st
     zcore::round_stochastic(floats(values), pointer<std::uint16_t>(out), numel, seed, offset, threads);
 }
 
+void round_with_noise(std::uintptr_t values, std::uintptr_t noise, std::uintptr_t out, int threads,
+                      std::size_t numel) {
+    zcore::round_with_noise(floats(values), pointer<std::int32_t>(noise), pointer<std::uint16_t>(out), numel, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, module) {
@@ -223,4 +229,6 @@ NB_MODULE(_cpu, module) {
                nb::kw_only(), "numel"_a, "block_size"_a);
     module.def("round_stochastic", &round_stochastic, unlocked, "values"_a, "out"_a, "threads"_a, nb::kw_only(),
                "numel"_a, "seed"_a, "offset"_a);
+    module.def("round_with_noise", &round_with_noise, unlocked, "values"_a, "noise"_a, "out"_a, "threads"_a,
+               nb::kw_only(), "numel"_a);
 }

@@ -38,8 +38,7 @@ static inline std::uint8_t* codes_at(const Quantized& of, Format format, std::si
     return static_cast<std::uint8_t*>(of.codes) + (format == Format::int4 ? at / 2 : at);
 }
 
-// ---- The extremes of a block
-
+// The extremes of a block.
 struct Range {
     float low, high;  // zero lies between
     bool is_finite;
@@ -71,8 +70,6 @@ static inline Range range_of(const float* values, std::size_t count) {
     const std::int32_t minus_infinity = ordered(static_cast<std::int32_t>(0xff800000u));
     return {float_of_ordered(low), float_of_ordered(high), low > minus_infinity && high < infinity_bits};
 }
-
-// ---- Rounding to codes, of 32 bits at first: they are narrowed a chunk at a time
 
 // An integer near |value| < 2^14: the nearest, or one of its neighbours by 16 bits of noise, which are added to as many
 // bits after the point; what lies beyond these is less than fp32 shows of the largest number in a block.
@@ -134,7 +131,7 @@ static inline void encode_floats(const float* ZCORE_RESTRICT values, const std::
     }
 }
 
-// The part of one block that lies in a chunk.
+// The part of one block that lies in a chunk, to codes of 32 bits: they are narrowed a chunk at a time.
 template <bool is_stochastic>
 static inline void encode(const float* values, const std::uint16_t* noise, std::size_t count, float scale,
                           bool is_symmetric, std::int32_t zero_point, Format format, std::uint32_t* codes) {
@@ -218,8 +215,6 @@ static inline void quantize_group(const float* values, Group group, std::size_t 
         }
     }
 }
-
-// ---- Reading codes, a chunk of at most block_numel at a time
 
 static inline void widen_bytes(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count,
                                float* ZCORE_RESTRICT values) {

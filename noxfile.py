@@ -1,11 +1,13 @@
 """What developers and CI run: `nox -l` lists the sessions, `nox -s tests` runs every test.
 
 `quickstart`, `finetune`, `alone-*` and `matrix` build wheels and install the files, as a user would; `wheels` only
-builds them; `tests`, `types` and `docs` install the tree in editable form. With uv as backend all environments share
+builds them; `tests`, `types` and `docs` install the tree in editable form, but for the wheel that is compiled. Its file
+is built once from the same sources, and all sessions but `wheels` share it. With uv as backend all environments share
 one torch through hard links (uv's cache and `.nox` must lie on one file system), and a warm environment takes about a
 second.
 """
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import nox
 
 ROOT = Path(__file__).parent
 WHEELS = ("zcore-core", "zcore-comm", "zcore-zero", "zcore-pipe", "zcore-offload", "zcore-infer", "zcore-kernels")
+COMPILED = {"zcore-kernels": ("packages/zcore-kernels", "native")}  # what each is built from; that takes a minute
 # The extras that a wheel's own tests use, and those that docs/examples use.
 TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[bench,cli]"}
 TESTED_WITH = {"zcore-comm": ("torchx[kubernetes]",), "zcore-zero": ("torchao",)}  # what docs name, no extra holds
@@ -67,19 +70,34 @@ def build(session: nox.Session, wheel: str, folder: Path) -> Path:
     return file
 
 
+def built_once(session: nox.Session, wheel: str, folder: Path) -> Path:
+    """The file of `wheel`: one that is compiled as it was built from the same sources before, else built anew."""
+    if wheel not in COMPILED:
+        return build(session, wheel, folder / wheel)
+    digest = hashlib.sha256(str(session.run("python", "-VV", silent=True)).encode())
+    for source in COMPILED[wheel]:
+        for file in sorted(
+            each for each in (ROOT / source).rglob("*") if each.is_file() and "__pycache__" not in each.parts
+        ):
+            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    shared = ROOT / ".nox" / "built" / digest.hexdigest()[:16]
+    return next(shared.glob("*.whl"), None) or build(session, wheel, shared)
+
+
 def install_built(session: nox.Session, *wheels: str, extras: dict[str, str], beside: tuple[str, ...] = ()) -> None:
     """Build each wheel and install the files, with `extras`, and what is `beside`."""
     folder = Path(session.create_tmp()).resolve()
-    files = {wheel: build(session, wheel, folder / wheel) for wheel in wheels}
+    files = {wheel: built_once(session, wheel, folder) for wheel in wheels}
     requirements = [f"{wheel}{extras.get(wheel, '')} @ {file.as_uri()}" for wheel, file in files.items()]
     install(session, *requirements, *beside)
 
 
 def install_editable(session: nox.Session, *beside: str) -> None:
     """Install the whole tree in editable form, with all extras and what stands `beside`."""
-    extras = EXAMPLE_EXTRAS | TEST_EXTRAS
-    folders = (f"{ROOT / 'packages' / wheel}{extras.get(wheel, '')}" for wheel in WHEELS)
-    install(session, *(argument for folder in folders for argument in ("--editable", folder)), *beside)
+    extras, folder = EXAMPLE_EXTRAS | TEST_EXTRAS, Path(session.create_tmp()).resolve()
+    folders = (f"{ROOT / 'packages' / wheel}{extras.get(wheel, '')}" for wheel in WHEELS if wheel not in COMPILED)
+    files = (str(built_once(session, wheel, folder)) for wheel in COMPILED)
+    install(session, *(argument for folder in folders for argument in ("--editable", folder)), *files, *beside)
 
 
 @nox.session

@@ -22,7 +22,7 @@ struct State {
     }
 
     zcore::AdamWPiece piece(std::size_t begin, std::size_t end) {
-        return {&p[begin], {&g[begin]}, {&m[begin]}, {&v[begin]}, {}, end - begin};
+        return {{&p[begin]}, {&g[begin]}, {&m[begin]}, {&v[begin]}, {}, end - begin};
     }
 };
 

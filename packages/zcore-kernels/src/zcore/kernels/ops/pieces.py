@@ -116,9 +116,7 @@ def _refusal(operand: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> Ex
     if not tensor.is_cpu:
         return LayoutError(f"{operand} is on {tensor.device}; expected all on the CPU. Move it there.")
     if tensor.dtype is not dtype:
-        return ConfigError(
-            f"{operand} is {tensor.dtype}, and {name}[0] {dtype}; pass each dtype by itself."
-        )
+        return ConfigError(f"{operand} is {tensor.dtype}, the first {dtype}; pass each dtype by itself.")
     if tensor.numel() != numel:
         return LayoutError(f"{operand} has {tensor.numel()} elements; expected {numel}, as its piece has.")
     return LayoutError(

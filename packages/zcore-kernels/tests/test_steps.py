@@ -123,17 +123,19 @@ def assert_same(left: Tensor, right: Tensor) -> None:
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(
     numels=st.lists(st.sampled_from(SIZES), max_size=4),
-    param=st.sampled_from([torch.float32, torch.bfloat16]),
-    grad=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    state=st.sampled_from([torch.float32, torch.bfloat16]),
-    with_copies=st.booleans(),
+    kinds=st.fixed_dictionaries(
+        {
+            "param": st.sampled_from([torch.float32, torch.bfloat16]),
+            "grad": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+            "state": st.sampled_from([torch.float32, torch.bfloat16]),
+            "with_copies": st.booleans(),
+        }
+    ),
 )
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_is_its_reference_in_fp64(
-    name: str, numels: list[int], param: torch.dtype, grad: torch.dtype, state: torch.dtype, with_copies: bool
-) -> None:
+def test_a_step_is_its_reference_in_fp64(name: str, numels: list[int], kinds: dict[str, Any]) -> None:
     step = STEPS[name]
-    mine = operands_of(step, numels, param=param, grad=grad, state=state, with_copies=with_copies)
+    mine = operands_of(step, numels, **kinds)
     exact = cloned(mine, floats=torch.float64)
     returned = step.call(**mine, **step.settings)
     expected = step.module.reference(**exact, **step.settings)

@@ -1,8 +1,8 @@
 """The sum of squares of one flat tensor, for a global norm: it is finite only where every element is.
 
 Squares are summed in fp64, in 16 lanes for each 32,768 elements, and these sums in order, whatever the number of
-threads: equal from run to run to the bit. The sum is rounded to fp32 once, so above 3.4e38 it is infinite, as the reference's.
-The op belongs to whoever clips gradients; its reference here stands in until the user's is imported.
+threads: equal from run to run to the bit. The sum is rounded to fp32 once, so above 3.4e38 it is infinite, as the
+reference's. The op belongs to whoever clips gradients; its reference here stands in until the user's is imported.
 """
 
 import torch

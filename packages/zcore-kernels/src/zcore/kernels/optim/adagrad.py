@@ -19,7 +19,7 @@ class Adagrad(FlatOptimizer):
 
     signs: ClassVar[Mapping[str, bool]] = {"sum": False}
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - torch's signature
         self,
         params: Params,
         lr: float | Tensor = 1e-2,

@@ -16,7 +16,7 @@ class AdamW(FlatOptimizer):
 
     signs: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - torch's signature
         self,
         params: Params,
         lr: float | Tensor = 1e-3,

@@ -6,9 +6,11 @@
     "8bit"           exp_avg (uint8 codes), exp_avg_scale       1 + 1/64; a block that has a NaN is NaN
 
 Parameters of a group are of one kind where the dtypes of both parameter and gradient and the number of the step agree.
-The ops come from the registry, so that `ZCORE_OPS=reference`, and another device than the CPU, takes references. Parameters in bf16 and fp16 are
-stepped in fp32 and rounded to the nearest in the same pass, as torch's fused optimizers do; what is too small for their
-dtype is lost, as there. For a master in fp32 keep parameters in fp32 and compute under autocast.
+The ops come from the registry, so that `ZCORE_OPS=reference`, and another device than the CPU, takes references.
+
+Parameters in bf16 and fp16 are stepped in fp32 and rounded to the nearest in the same pass, as torch's fused optimizers
+do; what is too small for their dtype is lost, as there. For a master in fp32 keep parameters in fp32 and compute under
+autocast.
 """
 
 from collections import defaultdict
@@ -53,7 +55,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     signs: ClassVar[Mapping[str, bool]]  # of each state, whether it has values below 0
 
-    def states_of(self, group: Mapping[str, Any]) -> Iterable[str]:  # noqa: ARG002 - for those whose settings matter
+    def states_of(self, group: Mapping[str, Any]) -> Iterable[str]:
         """The states that parameters of `group` need."""
         return self.signs
 
@@ -61,7 +63,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Step `pieces`, whose states are in `pieces.states`, under their names and, scales, `name_scale`."""
         raise NotImplementedError
 
-    def initial(self, group: Mapping[str, Any]) -> float:  # noqa: ARG002 - for those whose settings matter
+    def initial(self, group: Mapping[str, Any]) -> float:
         """What a state begins with."""
         return 0.0
 
@@ -197,7 +199,7 @@ def refuse(name: str, **asked: object) -> None:
     for argument, value in asked.items():
         if value is False if argument == "fused" else value:
             raise ConfigError(
-                f"{name}: {argument}={value!r} is not served: the step is always fused, in fp32 and not differentiable. "
+                f"{name}: {argument}={value!r} is not served; the step is always fused, and not differentiable. "
                 f"Leave {argument} out, or take torch.optim."
             )
 

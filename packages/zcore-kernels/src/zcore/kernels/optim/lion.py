@@ -1,4 +1,4 @@
-"""Lion (arXiv 2302.06675, algorithm 2), in one pass over each parameter; its signature is torch.optim's where it can be."""
+"""Lion (arXiv 2302.06675, algorithm 2), in one pass over each parameter; its settings are named as torch's are."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -17,7 +17,7 @@ class SGD(FlatOptimizer):
 
     signs: ClassVar[Mapping[str, bool]] = {"momentum_buffer": True}
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - torch's signature
         self,
         params: Params,
         lr: float | Tensor = 1e-3,

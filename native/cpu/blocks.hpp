@@ -119,11 +119,10 @@ static inline void floats_of_codes(const std::uint8_t* ZCORE_RESTRICT in, float 
     }
 }
 
-// The nearest code of each element, of two as near the lower, found by halving. Returns the scale.
+// The nearest code of each element, of two as near the lower. Returns the scale.
 static inline float codes_of_floats(const float* ZCORE_RESTRICT in, const DynamicCode& code,
                                     std::uint8_t* ZCORE_RESTRICT out, std::size_t count) {
     alignas(64) float relative[block_numel];
-    alignas(64) std::int32_t codes[block_numel] = {};
     float scale = 0.0f;
     bool is_finite = true;
     for (std::size_t at = 0; at < count; ++at) {
@@ -135,13 +134,9 @@ static inline float codes_of_floats(const float* ZCORE_RESTRICT in, const Dynami
     for (std::size_t at = 0; at < count; ++at) {
         relative[at] = has_values ? in[at] / scale : 0.0f;
     }
-    for (std::int32_t half = code_count / 2; half > 0; half /= 2) {
-        for (std::size_t at = 0; at < count; ++at) {
-            codes[at] += relative[at] > code.bounds[codes[at] + half - 1] ? half : 0;
-        }
-    }
     for (std::size_t at = 0; at < count; ++at) {
-        out[at] = static_cast<std::uint8_t>(codes[at]);
+        const std::uint8_t lowest = code.lowest[bits_of_float(relative[at]) >> 16];
+        out[at] = static_cast<std::uint8_t>(lowest + (relative[at] > code.bounds[lowest]));
     }
     return is_finite ? scale : float_of_bits(0x7fc00000u);
 }

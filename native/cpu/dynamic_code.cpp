@@ -1,8 +1,18 @@
 #include "cpu/dynamic_code.hpp"
 
+#include <bit>
+#include <limits>
+
 namespace zcore {
 
 namespace {
+
+constexpr int advance(const DynamicCode& code, int at, float value) {
+    while (value > code.bounds[at]) {
+        ++at;
+    }
+    return at;
+}
 
 // Each value is a quotient of whole numbers, rounded once: the same wherever it is computed.
 constexpr DynamicCode make(bool is_signed) {
@@ -32,6 +42,17 @@ constexpr DynamicCode make(bool is_signed) {
     }
     if (!is_signed) {
         code.bounds[0] = 0.0f;  // what is above 0 stays so
+    }
+    code.bounds[code_count - 1] = std::numeric_limits<float>::infinity();
+    constexpr std::uint32_t sign = 0x8000, end = 0x7f80;  // of finite values
+    int at = 0;
+    for (std::uint32_t upper = sign + end - 1; upper >= sign; --upper) {  // from the lowest value to the highest
+        at = advance(code, at, std::bit_cast<float>(upper << 16 | 0xffffu));
+        code.lowest[upper] = static_cast<std::uint8_t>(at);
+    }
+    for (std::uint32_t upper = 0; upper < end; ++upper) {
+        at = advance(code, at, std::bit_cast<float>(upper << 16));
+        code.lowest[upper] = static_cast<std::uint8_t>(at);
     }
     return code;
 }

@@ -26,9 +26,12 @@ namespace zcore {
 
 constexpr std::int32_t code_count = 256;
 
+// A value is coded without a search, whose branches nobody foresees: its upper 16 bits tell the code of the lowest value
+// that begins so, and as no two bounds begin alike, what is left is one comparison.
 struct DynamicCode {
     float values[code_count];      // ascending
-    float bounds[code_count - 1];  // code n stands for what is above bounds[n - 1] and not above bounds[n]
+    float bounds[code_count];      // code n stands for what is above bounds[n - 1] and not above bounds[n]
+    std::uint8_t lowest[1 << 16];  // code of the lowest value with these upper bits
 };
 
 extern const DynamicCode signed_dynamic_code, unsigned_dynamic_code;

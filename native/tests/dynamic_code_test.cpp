@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -58,6 +59,15 @@ TEST(DynamicCode, AscendsFromOneEndToTheOther) {
     EXPECT_EQ(zcore::signed_dynamic_code.values[0], -1.0f);
     EXPECT_EQ(zcore::signed_dynamic_code.values[127], 0.0f);
     EXPECT_EQ(zcore::unsigned_dynamic_code.values[0], 0.0f);
+}
+
+TEST(DynamicCode, HasNoTwoBoundsWithTheSameUpperBits) {
+    for (const zcore::DynamicCode* code : {&zcore::signed_dynamic_code, &zcore::unsigned_dynamic_code}) {
+        for (int each = 0; each < 254; ++each) {
+            const auto upper = [&](int at) { return std::bit_cast<std::uint32_t>(code->bounds[at]) >> 16; };
+            EXPECT_NE(upper(each), upper(each + 1));
+        }
+    }
 }
 
 TEST(DynamicCode, KeepsTheLargestOfABlockAndWhatIsAboveZero) {

@@ -26,7 +26,8 @@ void for_each_part(std::span<const Piece> pieces, int threads, Function&& functi
         total += (piece.numel + code_block_numel - 1) / code_block_numel * code_block_numel;
     }
     parallel_for(total, piece_grain, threads, [&](std::size_t begin, std::size_t end) {
-        auto index = static_cast<std::size_t>(std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin()) - 1;
+        const auto next = std::upper_bound(starts.begin(), starts.end(), begin);
+        auto index = static_cast<std::size_t>(next - starts.begin()) - 1;
         for (; index < pieces.size() && starts[index] < end; ++index) {
             const std::size_t first = std::max(begin, starts[index]) - starts[index];
             const std::size_t last = std::min(end - starts[index], pieces[index].numel);

@@ -91,7 +91,8 @@ std::vector<std::pair<double, double>> lamb_average(const Words& words, const Ty
                             grad_factor};
     const Table table(words, types);  // param, grad, two states, the scales of the states
     const auto pieces = table.pieces<zcore::LambPiece>([&](std::size_t row) -> zcore::LambPiece {
-        return {table.flat(row, 0), table.flat(row, 1), table.flat(row, 2, 4), table.flat(row, 3, 5), {}, table.numel(row)};
+        return {table.flat(row, 0),    table.flat(row, 1), table.flat(row, 2, 4),
+                table.flat(row, 3, 5), {},                 table.numel(row)};
     });
     std::vector<std::pair<double, double>> squares;
     for (const zcore::LambSquares& each : zcore::lamb_average(pieces, hyper, threads)) {
@@ -104,7 +105,8 @@ void lamb_apply(const Words& words, const Types& types, int threads, const std::
                 double eps, double weight_decay, double bias_correction1, double bias_correction2) {
     const Table table(words, types);  // param, two states, copy, the scales of the states
     const auto pieces = table.pieces<zcore::LambPiece>([&](std::size_t row) -> zcore::LambPiece {
-        return {table.flat(row, 0), {}, table.flat(row, 1, 4), table.flat(row, 2, 5), table.flat(row, 3), table.numel(row)};
+        return {table.flat(row, 0),    {},                 table.flat(row, 1, 4),
+                table.flat(row, 2, 5), table.flat(row, 3), table.numel(row)};
     });
     if (ratios.size() != pieces.size()) {
         throw std::invalid_argument("lamb_apply got " + std::to_string(pieces.size()) + " params and " +

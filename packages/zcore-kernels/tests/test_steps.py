@@ -15,7 +15,7 @@ from torch import Tensor
 from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels.ops import adagrad_step, adamw_step, lamb_apply, lamb_average, lion_step, sgd_step, squared_norm
-from zcore.kernels.ops.dynamic_code import decode, encode, num_blocks
+from zcore.kernels.ops.dynamic_code import bounds, decode, encode, num_blocks
 from zcore.kernels.ops.registering import register
 
 ADAM = {"eps": 1e-8, "weight_decay": 0.1, "bias_correction1": 0.271, "bias_correction2": 0.0297}
@@ -300,6 +300,32 @@ def test_the_registry_finds_the_ops() -> None:
     assert ops.get("adamw_step", device=cpu, dtype=torch.float32) is adamw_step.adamw_step
     with ops.force("reference"):
         assert ops.get("adamw_step", device=cpu, dtype=torch.float32) is adamw_step.reference
+
+
+def test_compiled_codes_are_the_references_to_the_bit_at_every_bound() -> None:
+    at = bounds(is_signed=True)
+    near = [
+        at,
+        torch.nextafter(at, torch.tensor(2.0)),
+        torch.nextafter(at, torch.tensor(-2.0)),
+        torch.logspace(-9, 0, 5),
+    ]
+    rows = torch.cat([each[:255] for each in [*near, *(-each for each in near)]])
+    rows = torch.cat([rows[: rows.numel() // 255 * 255].view(-1, 255), torch.ones(rows.numel() // 255, 1)], dim=1)
+    grads = rows.reshape(-1)  # each block has a 1, so that the scale is 1
+    codes, scales = torch.zeros(grads.numel(), dtype=torch.uint8), torch.zeros(rows.shape[0])
+    lion_step.lion_step(
+        [torch.zeros_like(grads)],
+        [grads],
+        [codes],
+        exp_avg_scales=[scales],
+        lr=0.0,
+        beta1=0.0,
+        beta2=0.0,  # the state becomes the gradient
+        weight_decay=0.0,
+    )
+    assert_same(scales, torch.ones_like(scales))
+    assert_same(codes, encode(grads, is_signed=True)[0])
 
 
 @pytest.mark.parametrize("is_signed", [True, False])

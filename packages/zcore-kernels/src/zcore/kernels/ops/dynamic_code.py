@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_NUMEL", "decode", "encode", "num_blocks", "read_state", "write_state"]
+__all__ = ["BLOCK_NUMEL", "bounds", "decode", "encode", "num_blocks", "read_state", "values", "write_state"]
 
 BLOCK_NUMEL = 256
 DECADES = 7

@@ -52,7 +52,7 @@ def encode(tensor: Tensor, *, is_signed: bool) -> tuple[Tensor, Tensor]:
 
     >>> codes, scales = encode(torch.tensor([0.0, -2.0, 1.0]), is_signed=True)
     >>> codes.tolist(), scales.tolist()
-    ([127, 0, 191], [2.0])
+    ([127, 0, 219], [2.0])
     """
     flat = tensor.reshape(-1).float()
     rows = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK_NUMEL)).view(-1, BLOCK_NUMEL)

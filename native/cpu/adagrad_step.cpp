@@ -10,7 +10,8 @@ namespace zcore::ZCORE_ISA {
 
 static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT grad, float* ZCORE_RESTRICT sum,
                        std::size_t count, const Adagrad& hyper) {
-    const float lr = hyper.lr, eps = hyper.eps, penalty = hyper.weight_decay, factor = hyper.grad_factor;
+    const float lr = rounded(hyper.lr), eps = rounded(hyper.eps);
+    const float penalty = rounded(hyper.weight_decay), factor = rounded(hyper.grad_factor);
     const bool is_penalised = penalty != 0.0f;  // else an infinite parameter would become NaN
     for (std::size_t at = 0; at < count; ++at) {
         const float g = is_penalised ? grad[at] * factor + penalty * param[at] : grad[at] * factor;
@@ -21,14 +22,16 @@ static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT 
 }
 
 void adagrad_part(const AdagradPiece& piece, std::size_t begin, std::size_t end, const Adagrad& hyper) {
-    alignas(64) float grads[block_numel], sums[block_numel];
+    alignas(64) float params[block_numel], grads[block_numel], sums[block_numel];
     for (std::size_t at = begin; at < end; at += block_numel) {
         const std::size_t count = block_at(at, end);
+        float* const param = load_block(piece.param, at, count, params);
         const float* const grad = load_block(piece.grad, at, count, grads);
         float* const sum = load_block(piece.sum, at, count, sums);
-        step_block(piece.param + at, grad, sum, count, hyper);
+        step_block(param, grad, sum, count, hyper);
         store_block(piece.sum, at, count, sum);
-        store_block(piece.copy, at, count, piece.param + at);
+        store_block(piece.param, at, count, param);
+        store_block(piece.copy, at, count, param);
     }
 }
 

@@ -13,18 +13,22 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/dynamic_code.hpp"
 #include "zcore/flat.hpp"
 
 #define ZCORE_RESTRICT __restrict__
 
 namespace zcore::ZCORE_ISA {
 
-constexpr std::size_t block_numel = 256;
+constexpr std::size_t block_numel = code_block_numel;  // so that a block has one scale
 
 // How many elements the block at `at` has, of a range that ends at `end`.
 static inline std::size_t block_at(std::size_t at, std::size_t end) {
     return end - at < block_numel ? end - at : block_numel;
 }
+
+// A hyper-parameter, kept in double until 1 - beta and its like are computed: 1.0f - 0.999f is off by 5e-5.
+static inline float rounded(double value) { return static_cast<float>(value); }
 
 static inline float float_of_bits(std::uint32_t bits) {
     float value;
@@ -104,7 +108,41 @@ static inline void f16_of_floats(const float* ZCORE_RESTRICT in, std::uint16_t* 
     }
 }
 
+static inline const DynamicCode& code_of(Type type) {
+    return type == Type::signed_code ? signed_dynamic_code : unsigned_dynamic_code;
+}
+
+static inline void floats_of_codes(const std::uint8_t* ZCORE_RESTRICT in, float scale, const DynamicCode& code,
+                                   float* ZCORE_RESTRICT out, std::size_t count) {
+    for (std::size_t at = 0; at < count; ++at) {
+        out[at] = code.values[in[at]] * scale;
+    }
+}
+
+// The nearest code of each element, of two as near the lower. Returns the scale.
+static inline float codes_of_floats(const float* ZCORE_RESTRICT in, const DynamicCode& code,
+                                    std::uint8_t* ZCORE_RESTRICT out, std::size_t count) {
+    alignas(64) float relative[block_numel];
+    float scale = 0.0f;
+    bool is_finite = true;
+    for (std::size_t at = 0; at < count; ++at) {
+        const float magnitude = in[at] < 0.0f ? -in[at] : in[at];
+        is_finite &= magnitude <= 3.402823466e38f;  // false for NaN too
+        scale = magnitude > scale ? magnitude : scale;
+    }
+    const bool has_values = is_finite && scale > 0.0f;
+    for (std::size_t at = 0; at < count; ++at) {
+        relative[at] = has_values ? in[at] / scale : 0.0f;
+    }
+    for (std::size_t at = 0; at < count; ++at) {
+        const std::uint8_t lowest = code.lowest[bits_of_float(relative[at]) >> 16];
+        out[at] = static_cast<std::uint8_t>(lowest + (relative[at] > code.bounds[lowest]));
+    }
+    return is_finite ? scale : float_of_bits(0x7fc00000u);
+}
+
 // Elements [begin, begin + count) of `from` in fp32: where they lie, or in `buffer`, of `block_numel`.
+// `begin` is a whole number of blocks where `from` is of codes.
 static inline float* load_block(Flat from, std::size_t begin, std::size_t count, float* ZCORE_RESTRICT buffer) {
     switch (from.type) {
         case Type::f32: return static_cast<float*>(from.data) + begin;
@@ -115,7 +153,11 @@ static inline float* load_block(Flat from, std::size_t begin, std::size_t count,
             }
             return buffer;
         }
-        default: floats_of_f16(static_cast<const std::uint16_t*>(from.data) + begin, buffer, count); return buffer;
+        case Type::f16: floats_of_f16(static_cast<const std::uint16_t*>(from.data) + begin, buffer, count); return buffer;
+        default:
+            floats_of_codes(static_cast<const std::uint8_t*>(from.data) + begin, from.scales[begin / block_numel],
+                            code_of(from.type), buffer, count);
+            return buffer;
     }
 }
 
@@ -139,7 +181,10 @@ static inline void store_block(Flat to, std::size_t begin, std::size_t count, co
             }
             return;
         }
-        default: f16_of_floats(values, static_cast<std::uint16_t*>(to.data) + begin, count);
+        case Type::f16: f16_of_floats(values, static_cast<std::uint16_t*>(to.data) + begin, count); return;
+        default:
+            to.scales[begin / block_numel] = codes_of_floats(
+                values, code_of(to.type), static_cast<std::uint8_t*>(to.data) + begin, count);
     }
 }
 

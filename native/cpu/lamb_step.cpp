@@ -12,8 +12,8 @@ constexpr std::size_t lanes = 16;  // of partial sums, the same in each instruct
 
 static void average_block(const float* ZCORE_RESTRICT grad, float* ZCORE_RESTRICT exp_avg,
                           float* ZCORE_RESTRICT exp_avg_sq, std::size_t count, const Lamb& hyper) {
-    const float factor = hyper.grad_factor, beta2 = hyper.beta2;
-    const float rest1 = 1.0f - hyper.beta1, rest2 = 1.0f - hyper.beta2;
+    const float factor = rounded(hyper.grad_factor), beta2 = rounded(hyper.beta2);
+    const float rest1 = rounded(1.0 - hyper.beta1), rest2 = rounded(1.0 - hyper.beta2);
     for (std::size_t at = 0; at < count; ++at) {
         const float g = grad[at] * factor;
         exp_avg[at] += rest1 * (g - exp_avg[at]);
@@ -24,8 +24,8 @@ static void average_block(const float* ZCORE_RESTRICT grad, float* ZCORE_RESTRIC
 static void update_block(const float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT exp_avg,
                          const float* ZCORE_RESTRICT exp_avg_sq, float* ZCORE_RESTRICT update, std::size_t count,
                          const Lamb& hyper) {
-    const float decay = hyper.weight_decay, eps = hyper.eps;
-    const float unbias1 = 1.0f / hyper.bias_correction1, unbias2 = 1.0f / hyper.bias_correction2_sqrt;
+    const float decay = rounded(hyper.weight_decay), eps = rounded(hyper.eps);
+    const float unbias1 = rounded(1.0 / hyper.bias_correction1), unbias2 = rounded(1.0 / hyper.bias_correction2_sqrt);
     for (std::size_t at = 0; at < count; ++at) {
         update[at] = exp_avg[at] * unbias1 / (std::sqrt(exp_avg_sq[at]) * unbias2 + eps) + decay * param[at];
     }
@@ -55,36 +55,39 @@ static double total(const double* sums) {
 
 void lamb_average_part(const LambPiece& piece, std::size_t begin, std::size_t end, const Lamb& hyper,
                        LambSquares& squares) {
-    alignas(64) float grads[block_numel], first[block_numel], second[block_numel], update[block_numel];
+    alignas(64) float params[block_numel], grads[block_numel], first[block_numel], second[block_numel];
+    alignas(64) float update[block_numel];
     double of_param[lanes] = {}, of_update[lanes] = {};
     for (std::size_t at = begin; at < end; at += block_numel) {
         const std::size_t count = block_at(at, end);
+        float* const param = load_block(piece.param, at, count, params);
         const float* const grad = load_block(piece.grad, at, count, grads);
         float* const exp_avg = load_block(piece.exp_avg, at, count, first);
         float* const exp_avg_sq = load_block(piece.exp_avg_sq, at, count, second);
         average_block(grad, exp_avg, exp_avg_sq, count, hyper);
         store_block(piece.exp_avg, at, count, exp_avg);
         store_block(piece.exp_avg_sq, at, count, exp_avg_sq);
-        update_block(piece.param + at, exp_avg, exp_avg_sq, update, count, hyper);
-        add_squares(piece.param + at, count, of_param);
+        update_block(param, exp_avg, exp_avg_sq, update, count, hyper);
+        add_squares(param, count, of_param);
         add_squares(update, count, of_update);
     }
     squares.param += total(of_param);
     squares.update += total(of_update);
 }
 
-void lamb_apply_part(const LambPiece& piece, std::size_t begin, std::size_t end, const Lamb& hyper, float ratio) {
-    alignas(64) float first[block_numel], second[block_numel], update[block_numel];
-    const float step_size = hyper.lr * ratio;
+void lamb_apply_part(const LambPiece& piece, std::size_t begin, std::size_t end, const Lamb& hyper, double ratio) {
+    alignas(64) float params[block_numel], first[block_numel], second[block_numel], update[block_numel];
+    const float step_size = rounded(hyper.lr * ratio);
     for (std::size_t at = begin; at < end; at += block_numel) {
         const std::size_t count = block_at(at, end);
+        float* const param = load_block(piece.param, at, count, params);
         const float* const exp_avg = load_block(piece.exp_avg, at, count, first);
         const float* const exp_avg_sq = load_block(piece.exp_avg_sq, at, count, second);
-        float* ZCORE_RESTRICT param = piece.param + at;
         update_block(param, exp_avg, exp_avg_sq, update, count, hyper);
         for (std::size_t each = 0; each < count; ++each) {
             param[each] -= step_size * update[each];
         }
+        store_block(piece.param, at, count, param);
         store_block(piece.copy, at, count, param);
     }
 }
@@ -99,7 +102,7 @@ void lamb_apply_part(const LambPiece& piece, std::size_t begin, std::size_t end,
 namespace zcore {
 
 ZCORE_IN_EACH_SET(void lamb_average_part(const LambPiece&, std::size_t, std::size_t, const Lamb&, LambSquares&);
-                  void lamb_apply_part(const LambPiece&, std::size_t, std::size_t, const Lamb&, float))
+                  void lamb_apply_part(const LambPiece&, std::size_t, std::size_t, const Lamb&, double))
 
 std::vector<LambSquares> lamb_average(std::span<const LambPiece> pieces, const Lamb& hyper, int threads) {
     const auto average = ZCORE_CHOOSE(lamb_average_part);
@@ -121,7 +124,7 @@ std::vector<LambSquares> lamb_average(std::span<const LambPiece> pieces, const L
     return squares;
 }
 
-void lamb_apply(std::span<const LambPiece> pieces, std::span<const float> ratios, const Lamb& hyper, int threads) {
+void lamb_apply(std::span<const LambPiece> pieces, std::span<const double> ratios, const Lamb& hyper, int threads) {
     const auto apply = ZCORE_CHOOSE(lamb_apply_part);
     for_each_part(pieces, threads, [&](std::size_t index, std::size_t begin, std::size_t end) {
         apply(pieces[index], begin, end, hyper, ratios[index]);

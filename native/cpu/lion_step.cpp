@@ -13,8 +13,9 @@ static inline float sign(float value) {
 
 static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT grad, float* ZCORE_RESTRICT exp_avg,
                        std::size_t count, const Lion& hyper) {
-    const float decay = 1.0f - hyper.lr * hyper.weight_decay, lr = hyper.lr, factor = hyper.grad_factor;
-    const float rest1 = 1.0f - hyper.beta1, rest2 = 1.0f - hyper.beta2;
+    const float decay = rounded(1.0 - hyper.lr * hyper.weight_decay), lr = rounded(hyper.lr);
+    const float factor = rounded(hyper.grad_factor);
+    const float rest1 = rounded(1.0 - hyper.beta1), rest2 = rounded(1.0 - hyper.beta2);
     for (std::size_t at = 0; at < count; ++at) {
         const float g = grad[at] * factor, m = exp_avg[at];
         param[at] = param[at] * decay - lr * sign(m + rest1 * (g - m));
@@ -23,14 +24,16 @@ static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT 
 }
 
 void lion_part(const LionPiece& piece, std::size_t begin, std::size_t end, const Lion& hyper) {
-    alignas(64) float grads[block_numel], averages[block_numel];
+    alignas(64) float params[block_numel], grads[block_numel], averages[block_numel];
     for (std::size_t at = begin; at < end; at += block_numel) {
         const std::size_t count = block_at(at, end);
+        float* const param = load_block(piece.param, at, count, params);
         const float* const grad = load_block(piece.grad, at, count, grads);
         float* const exp_avg = load_block(piece.exp_avg, at, count, averages);
-        step_block(piece.param + at, grad, exp_avg, count, hyper);
+        step_block(param, grad, exp_avg, count, hyper);
         store_block(piece.exp_avg, at, count, exp_avg);
-        store_block(piece.copy, at, count, piece.param + at);
+        store_block(piece.param, at, count, param);
+        store_block(piece.copy, at, count, param);
     }
 }
 

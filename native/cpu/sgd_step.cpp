@@ -8,7 +8,8 @@ namespace zcore::ZCORE_ISA {
 
 static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT grad, std::size_t count,
                        const Sgd& hyper) {
-    const float lr = hyper.lr, penalty = hyper.weight_decay, factor = hyper.grad_factor;
+    const float lr = rounded(hyper.lr), penalty = rounded(hyper.weight_decay);
+    const float factor = rounded(hyper.grad_factor);
     const bool is_penalised = penalty != 0.0f;  // else an infinite parameter would become NaN
     for (std::size_t at = 0; at < count; ++at) {
         const float g = is_penalised ? grad[at] * factor + penalty * param[at] : grad[at] * factor;
@@ -18,8 +19,9 @@ static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT 
 
 static void momentum_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT grad,
                            float* ZCORE_RESTRICT momentum_buffer, std::size_t count, const Sgd& hyper) {
-    const float lr = hyper.lr, penalty = hyper.weight_decay, factor = hyper.grad_factor, momentum = hyper.momentum;
-    const float fresh = 1.0f - hyper.dampening;
+    const float lr = rounded(hyper.lr), penalty = rounded(hyper.weight_decay);
+    const float factor = rounded(hyper.grad_factor), momentum = rounded(hyper.momentum);
+    const float fresh = rounded(1.0 - hyper.dampening);
     const bool is_penalised = penalty != 0.0f, is_first = hyper.is_first, is_nesterov = hyper.is_nesterov;
     for (std::size_t at = 0; at < count; ++at) {
         const float g = is_penalised ? grad[at] * factor + penalty * param[at] : grad[at] * factor;
@@ -30,18 +32,20 @@ static void momentum_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTR
 }
 
 void sgd_part(const SgdPiece& piece, std::size_t begin, std::size_t end, const Sgd& hyper) {
-    alignas(64) float grads[block_numel], buffers[block_numel];
+    alignas(64) float params[block_numel], grads[block_numel], buffers[block_numel];
     for (std::size_t at = begin; at < end; at += block_numel) {
         const std::size_t count = block_at(at, end);
+        float* const param = load_block(piece.param, at, count, params);
         const float* const grad = load_block(piece.grad, at, count, grads);
         if (piece.momentum_buffer) {
             float* const momentum_buffer = load_block(piece.momentum_buffer, at, count, buffers);
-            momentum_block(piece.param + at, grad, momentum_buffer, count, hyper);
+            momentum_block(param, grad, momentum_buffer, count, hyper);
             store_block(piece.momentum_buffer, at, count, momentum_buffer);
         } else {
-            step_block(piece.param + at, grad, count, hyper);
+            step_block(param, grad, count, hyper);
         }
-        store_block(piece.copy, at, count, piece.param + at);
+        store_block(piece.param, at, count, param);
+        store_block(piece.copy, at, count, param);
     }
 }
 

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr zcore::AdamW hyper{1e-2f, 0.9f, 0.99f, 1e-8f, 0.1f, 0.271f, 0.172338f, 0.5f, true};
+constexpr zcore::AdamW hyper{1e-2, 0.9, 0.99, 1e-8, 0.1, 0.271, 0.172338, 0.5, true};
 
 struct State {
     std::vector<float> p, g, m, v;
@@ -22,17 +22,17 @@ struct State {
     }
 
     zcore::AdamWPiece piece(std::size_t begin, std::size_t end) {
-        return {&p[begin], {&g[begin]}, {&m[begin]}, {&v[begin]}, {}, end - begin};
+        return {{&p[begin]}, {&g[begin]}, {&m[begin]}, {&v[begin]}, {}, end - begin};
     }
 };
 
 // In double, straight from the formula.
 void expect_step(const State& before, const State& after, const zcore::AdamW& h) {
     for (std::size_t at = 0; at < before.p.size(); ++at) {
-        const double p = before.p[at] * (h.is_decoupled ? 1.0 - double(h.lr) * h.weight_decay : 1.0);
+        const double p = before.p[at] * (h.is_decoupled ? 1.0 - h.lr * h.weight_decay : 1.0);
         const double g = double(before.g[at]) * h.grad_factor + (h.is_decoupled ? 0.0 : h.weight_decay * p);
         const double m = before.m[at] + (1.0 - h.beta1) * (g - before.m[at]);
-        const double v = double(h.beta2) * before.v[at] + (1.0 - h.beta2) * g * g;
+        const double v = h.beta2 * before.v[at] + (1.0 - h.beta2) * g * g;
         const double stepped = p - h.lr / h.bias_correction1 * m / (std::sqrt(v) / h.bias_correction2_sqrt + h.eps);
         ASSERT_NEAR(after.m[at], m, 1e-6 * (1 + std::abs(m)));
         ASSERT_NEAR(after.v[at], v, 1e-6 * (1 + v));

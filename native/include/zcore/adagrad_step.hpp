@@ -14,14 +14,14 @@
 namespace zcore {
 
 struct Adagrad {
-    float lr;
-    float eps;
-    float weight_decay;
-    float grad_factor = 1.0f;
+    double lr;
+    double eps;
+    double weight_decay;
+    double grad_factor = 1.0;
 };
 
 struct AdagradPiece {
-    float* param;
+    Flat param;
     Flat grad;
     Flat sum;
     Flat copy;

@@ -18,20 +18,20 @@
 namespace zcore {
 
 struct AdamW {
-    float lr;
-    float beta1;
-    float beta2;
-    float eps;
-    float weight_decay;
-    float bias_correction1;       // 1 - beta1^t
-    float bias_correction2_sqrt;  // sqrt(1 - beta2^t)
-    float grad_factor = 1.0f;
+    double lr;
+    double beta1;
+    double beta2;
+    double eps;
+    double weight_decay;
+    double bias_correction1;       // 1 - beta1^t
+    double bias_correction2_sqrt;  // sqrt(1 - beta2^t)
+    double grad_factor = 1.0;
     bool is_decoupled = true;  // AdamW; else Adam
 };
 
 // `copy` is the parameter in the type that modules compute with; none where they take `param` itself.
 struct AdamWPiece {
-    float* param;
+    Flat param;
     Flat grad;
     Flat exp_avg;
     Flat exp_avg_sq;

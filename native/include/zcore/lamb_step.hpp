@@ -18,18 +18,18 @@
 namespace zcore {
 
 struct Lamb {
-    float lr;
-    float beta1;
-    float beta2;
-    float eps;
-    float weight_decay;
-    float bias_correction1;       // 1 - beta1^t
-    float bias_correction2_sqrt;  // sqrt(1 - beta2^t)
-    float grad_factor = 1.0f;
+    double lr;
+    double beta1;
+    double beta2;
+    double eps;
+    double weight_decay;
+    double bias_correction1;       // 1 - beta1^t
+    double bias_correction2_sqrt;  // sqrt(1 - beta2^t)
+    double grad_factor = 1.0;
 };
 
 struct LambPiece {
-    float* param;
+    Flat param;
     Flat grad;
     Flat exp_avg;
     Flat exp_avg_sq;
@@ -46,6 +46,6 @@ struct LambSquares {
 std::vector<LambSquares> lamb_average(std::span<const LambPiece> pieces, const Lamb& hyper, int threads);
 
 // p <- p - lr ratio u, with one ratio for each piece.
-void lamb_apply(std::span<const LambPiece> pieces, std::span<const float> ratios, const Lamb& hyper, int threads);
+void lamb_apply(std::span<const LambPiece> pieces, std::span<const double> ratios, const Lamb& hyper, int threads);
 
 }  // namespace zcore

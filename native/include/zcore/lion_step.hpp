@@ -15,15 +15,15 @@
 namespace zcore {
 
 struct Lion {
-    float lr;
-    float beta1;
-    float beta2;
-    float weight_decay;
-    float grad_factor = 1.0f;
+    double lr;
+    double beta1;
+    double beta2;
+    double weight_decay;
+    double grad_factor = 1.0;
 };
 
 struct LionPiece {
-    float* param;
+    Flat param;
     Flat grad;
     Flat exp_avg;
     Flat copy;

@@ -14,17 +14,17 @@
 namespace zcore {
 
 struct Sgd {
-    float lr;
-    float momentum;
-    float dampening;
-    float weight_decay;
+    double lr;
+    double momentum;
+    double dampening;
+    double weight_decay;
     bool is_nesterov;
     bool is_first;
-    float grad_factor = 1.0f;
+    double grad_factor = 1.0;
 };
 
 struct SgdPiece {
-    float* param;
+    Flat param;
     Flat grad;
     Flat momentum_buffer;
     Flat copy;

@@ -5,6 +5,8 @@
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -31,8 +33,6 @@ namespace {
 using Words = std::vector<std::uintptr_t>;  // one row of numel and addresses for each piece
 using Types = std::vector<int>;             // of the columns after numel
 
-float* floats(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
-
 // A table of words and the types of its columns, row by row.
 class Table {
 public:
@@ -40,9 +40,11 @@ public:
 
     std::size_t size() const { return words_.size() / width_; }
     std::size_t numel(std::size_t row) const { return words_[row * width_]; }
-    std::uintptr_t address(std::size_t row, std::size_t column) const { return words_[row * width_ + column + 1]; }
     zcore::Flat flat(std::size_t row, std::size_t column) const {
-        return {reinterpret_cast<void*>(address(row, column)), static_cast<zcore::Type>(types_[column])};
+        return {memory<void>(row, column), static_cast<zcore::Type>(types_[column])};
+    }
+    zcore::Flat flat(std::size_t row, std::size_t column, std::size_t scales) const {
+        return {memory<void>(row, column), static_cast<zcore::Type>(types_[column]), memory<float>(row, scales)};
     }
 
     template <typename Piece, typename Make>
@@ -56,77 +58,83 @@ public:
     }
 
 private:
+    template <typename T>
+    T* memory(std::size_t row, std::size_t column) const {
+        return reinterpret_cast<T*>(words_[row * width_ + column + 1]);
+    }
+
     const Words& words_;
     const Types& types_;
     std::size_t width_;
 };
 
-template <typename Piece>
-std::vector<Piece> two_states(const Words& words, const Types& types) {
-    const Table table(words, types);
-    return table.pieces<Piece>([&](std::size_t row) -> Piece {
-        return {floats(table.address(row, 0)), table.flat(row, 1), table.flat(row, 2), table.flat(row, 3),
-                table.flat(row, 4), table.numel(row)};
-    });
-}
-
+// Columns: param, grad, state, copy, the scales of the state.
 template <typename Piece>
 std::vector<Piece> one_state(const Words& words, const Types& types) {
     const Table table(words, types);
     return table.pieces<Piece>([&](std::size_t row) -> Piece {
-        return {floats(table.address(row, 0)), table.flat(row, 1), table.flat(row, 2), table.flat(row, 3),
-                table.numel(row)};
+        return {table.flat(row, 0), table.flat(row, 1), table.flat(row, 2, 4), table.flat(row, 3), table.numel(row)};
     });
 }
 
-float root(double square) { return static_cast<float>(std::sqrt(square)); }
-
-void adamw_step(const Words& words, const Types& types, int threads, float lr, float beta1, float beta2, float eps,
-                float weight_decay, double bias_correction1, double bias_correction2, float grad_factor,
+void adamw_step(const Words& words, const Types& types, int threads, double lr, double beta1, double beta2, double eps,
+                double weight_decay, double bias_correction1, double bias_correction2, double grad_factor,
                 bool is_decoupled) {
-    const zcore::AdamW hyper{lr, beta1, beta2, eps, weight_decay, static_cast<float>(bias_correction1),
-                             root(bias_correction2), grad_factor, is_decoupled};
-    zcore::adamw_step(two_states<zcore::AdamWPiece>(words, types), hyper, threads);
+    const zcore::AdamW hyper{lr, beta1, beta2, eps, weight_decay, bias_correction1, std::sqrt(bias_correction2),
+                             grad_factor, is_decoupled};
+    const Table table(words, types);  // param, grad, two states, copy, the scales of the states
+    const auto pieces = table.pieces<zcore::AdamWPiece>([&](std::size_t row) -> zcore::AdamWPiece {
+        return {table.flat(row, 0),    table.flat(row, 1), table.flat(row, 2, 5),
+                table.flat(row, 3, 6), table.flat(row, 4), table.numel(row)};
+    });
+    zcore::adamw_step(pieces, hyper, threads);
 }
 
-zcore::Lamb lamb(float lr, float beta1, float beta2, float eps, float weight_decay, double bias_correction1,
-                 double bias_correction2, float grad_factor) {
-    return {lr, beta1, beta2, eps, weight_decay, static_cast<float>(bias_correction1), root(bias_correction2),
-            grad_factor};
-}
-
-std::vector<std::pair<double, double>> lamb_average(const Words& words, const Types& types, int threads, float beta1,
-                                                    float beta2, float eps, float weight_decay,
+std::vector<std::pair<double, double>> lamb_average(const Words& words, const Types& types, int threads, double beta1,
+                                                    double beta2, double eps, double weight_decay,
                                                     double bias_correction1, double bias_correction2,
-                                                    float grad_factor) {
-    const zcore::Lamb hyper =
-        lamb(0.0f, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, grad_factor);
+                                                    double grad_factor) {
+    const zcore::Lamb hyper{0.0, beta1, beta2, eps, weight_decay, bias_correction1, std::sqrt(bias_correction2),
+                            grad_factor};
+    const Table table(words, types);  // param, grad, two states, the scales of the states
+    const auto pieces = table.pieces<zcore::LambPiece>([&](std::size_t row) -> zcore::LambPiece {
+        return {table.flat(row, 0),    table.flat(row, 1), table.flat(row, 2, 4),
+                table.flat(row, 3, 5), {},                 table.numel(row)};
+    });
     std::vector<std::pair<double, double>> squares;
-    for (const zcore::LambSquares& each :
-         zcore::lamb_average(two_states<zcore::LambPiece>(words, types), hyper, threads)) {
+    for (const zcore::LambSquares& each : zcore::lamb_average(pieces, hyper, threads)) {
         squares.emplace_back(each.param, each.update);
     }
     return squares;
 }
 
-void lamb_apply(const Words& words, const Types& types, const std::vector<float>& ratios, int threads, float lr,
-                float eps, float weight_decay, double bias_correction1, double bias_correction2) {
-    const zcore::Lamb hyper = lamb(lr, 0.0f, 0.0f, eps, weight_decay, bias_correction1, bias_correction2, 1.0f);
-    zcore::lamb_apply(two_states<zcore::LambPiece>(words, types), ratios, hyper, threads);
+void lamb_apply(const Words& words, const Types& types, int threads, const std::vector<double>& ratios, double lr,
+                double eps, double weight_decay, double bias_correction1, double bias_correction2) {
+    const Table table(words, types);  // param, two states, copy, the scales of the states
+    const auto pieces = table.pieces<zcore::LambPiece>([&](std::size_t row) -> zcore::LambPiece {
+        return {table.flat(row, 0),    {},                 table.flat(row, 1, 4),
+                table.flat(row, 2, 5), table.flat(row, 3), table.numel(row)};
+    });
+    if (ratios.size() != pieces.size()) {
+        throw std::invalid_argument("lamb_apply got " + std::to_string(pieces.size()) + " params and " +
+                                    std::to_string(ratios.size()) + " ratios; expected one for each.");
+    }
+    const zcore::Lamb hyper{lr, 0.0, 0.0, eps, weight_decay, bias_correction1, std::sqrt(bias_correction2)};
+    zcore::lamb_apply(pieces, ratios, hyper, threads);
 }
 
-void lion_step(const Words& words, const Types& types, int threads, float lr, float beta1, float beta2,
-               float weight_decay, float grad_factor) {
+void lion_step(const Words& words, const Types& types, int threads, double lr, double beta1, double beta2,
+               double weight_decay, double grad_factor) {
     zcore::lion_step(one_state<zcore::LionPiece>(words, types), {lr, beta1, beta2, weight_decay, grad_factor}, threads);
 }
 
-void adagrad_step(const Words& words, const Types& types, int threads, float lr, float eps, float weight_decay,
-                  float grad_factor) {
+void adagrad_step(const Words& words, const Types& types, int threads, double lr, double eps, double weight_decay,
+                  double grad_factor) {
     zcore::adagrad_step(one_state<zcore::AdagradPiece>(words, types), {lr, eps, weight_decay, grad_factor}, threads);
 }
 
-void sgd_step(const Words& words, const Types& types, int threads, float lr, float momentum, float dampening,
-              float weight_decay, bool is_nesterov, bool is_first, float grad_factor) {
+void sgd_step(const Words& words, const Types& types, int threads, double lr, double momentum, double dampening,
+              double weight_decay, bool is_nesterov, bool is_first, double grad_factor) {
     zcore::sgd_step(one_state<zcore::SgdPiece>(words, types),
                     {lr, momentum, dampening, weight_decay, is_nesterov, is_first, grad_factor}, threads);
 }
@@ -206,8 +214,8 @@ NB_MODULE(_cpu, module) {
                "grad_factor"_a, "is_decoupled"_a);
     module.def("lamb_average", &lamb_average, unlocked, "words"_a, "types"_a, "threads"_a, nb::kw_only(), "beta1"_a,
                "beta2"_a, "eps"_a, "weight_decay"_a, "bias_correction1"_a, "bias_correction2"_a, "grad_factor"_a);
-    module.def("lamb_apply", &lamb_apply, unlocked, "words"_a, "types"_a, "ratios"_a, "threads"_a, nb::kw_only(),
-               "lr"_a, "eps"_a, "weight_decay"_a, "bias_correction1"_a, "bias_correction2"_a);
+    module.def("lamb_apply", &lamb_apply, unlocked, "words"_a, "types"_a, "threads"_a, nb::kw_only(),
+               "ratios"_a, "lr"_a, "eps"_a, "weight_decay"_a, "bias_correction1"_a, "bias_correction2"_a);
     module.def("lion_step", &lion_step, unlocked, "words"_a, "types"_a, "threads"_a, nb::kw_only(), "lr"_a, "beta1"_a,
                "beta2"_a, "weight_decay"_a, "grad_factor"_a);
     module.def("adagrad_step", &adagrad_step, unlocked, "words"_a, "types"_a, "threads"_a, nb::kw_only(), "lr"_a,

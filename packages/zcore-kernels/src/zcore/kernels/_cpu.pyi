@@ -1,7 +1,7 @@
-"""What bindings/cpu.cpp offers. Addresses are those of flat tensors on the CPU; whoever calls has checked them.
+"""The numeric functions of native/ on the CPU: bindings/cpu.cpp.
 
-words: a row of numel and addresses for each piece, as ops/pieces.py makes them; types: of the columns, as in FLOATS.
-Of quantised blocks, the addresses of codes, scales and zero points, the last 0 where blocks are symmetric.
+words and types: see `zcore.kernels.ops.pieces`. Other addresses are those of flat tensors on the CPU; whoever calls has
+checked them. Of quantised blocks they are those of codes, scales and zero points, the last 0 where blocks are symmetric.
 """
 
 from collections.abc import Sequence
@@ -40,9 +40,9 @@ def lamb_average(
 def lamb_apply(
     words: Sequence[int],
     types: Sequence[int],
-    ratios: Sequence[float],
     threads: int,
     *,
+    ratios: Sequence[float],
     lr: float,
     eps: float,
     weight_decay: float,

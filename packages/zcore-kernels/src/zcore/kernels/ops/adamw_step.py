@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from zcore.kernels import _cpu
-from zcore.kernels.ops.pieces import Column, tabulate
-from zcore.kernels.ops.registering import register
+from zcore.kernels.ops.dynamic_code import read_state, write_state
+from zcore.kernels.ops.pieces import Column, scales, state
+from zcore.kernels.ops.registering import flat_op
 
 __all__ = ["adamw_step", "reference"]
 
@@ -22,6 +23,8 @@ def reference(
     exp_avg_sqs: Sequence[Tensor],
     copies: Sequence[Tensor] = (),
     *,
+    exp_avg_scales: Sequence[Tensor] = (),
+    exp_avg_sq_scales: Sequence[Tensor] = (),
     lr: float,
     beta1: float,
     beta2: float,
@@ -32,76 +35,41 @@ def reference(
     grad_factor: float = 1.0,
     is_decoupled: bool = True,
 ) -> None:
-    """Step `params` (fp32, or fp64) in place, with states and gradients of any floating-point dtype.
+    """Step `params` in place, computing in fp32, or in fp64 where they are.
 
-    bias_correction1, bias_correction2: 1 - beta^t. grad_factor: what gradients are multiplied by first. copies: written
-    with the new parameters in their own dtype; may be empty.
+    States are of any floating dtype, or codes (uint8) with scales, see `dynamic_code`. bias_correction1,
+    bias_correction2: 1 - beta^t. grad_factor: what gradients are multiplied by first. copies: written with the new
+    parameters in their own dtype; may be empty.
     """
-    for index, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        scaled = grad.to(param.dtype) * grad_factor
+    for index, param in enumerate(params):
+        value = param.to(torch.promote_types(param.dtype, torch.float32))
+        grad = grads[index].to(value.dtype) * grad_factor
         if is_decoupled:
-            param.mul_(1.0 - lr * weight_decay)
+            value = value * (1.0 - lr * weight_decay)
         elif weight_decay:
-            scaled = scaled + weight_decay * param
-        average = exp_avg.to(param.dtype).lerp(scaled, 1.0 - beta1)
-        square = exp_avg_sq.to(param.dtype) * beta2 + scaled * scaled * (1.0 - beta2)
-        param.sub_(lr / bias_correction1 * average / (square.sqrt() / bias_correction2**0.5 + eps))
-        exp_avg.copy_(average)
-        exp_avg_sq.copy_(square)
+            grad = grad + weight_decay * value
+        average = read_state(exp_avgs, exp_avg_scales, index, value.dtype, is_signed=True).lerp(grad, 1.0 - beta1)
+        square = read_state(exp_avg_sqs, exp_avg_sq_scales, index, value.dtype, is_signed=False)
+        square = square * beta2 + grad * grad * (1.0 - beta2)
+        value = value - lr / bias_correction1 * average / (square.sqrt() / bias_correction2**0.5 + eps)
+        param.copy_(value)
+        write_state(exp_avgs, exp_avg_scales, index, average, is_signed=True)
+        write_state(exp_avg_sqs, exp_avg_sq_scales, index, square, is_signed=False)
         if copies:
-            copies[index].copy_(param)
+            copies[index].copy_(value)
 
 
-def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    copies: Sequence[Tensor] = (),
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    bias_correction1: float,
-    bias_correction2: float,
-    grad_factor: float = 1.0,
-    is_decoupled: bool = True,
-) -> None:
-    """See `reference`; on the CPU, for parameters in fp32. Raises LayoutError and ConfigError for other operands."""
-    table = tabulate(
-        "adamw_step",
-        {
-            "params": Column(params, (torch.float32,)),
-            "grads": Column(grads),
-            "exp_avgs": Column(exp_avgs),
-            "exp_avg_sqs": Column(exp_avg_sqs),
-            "copies": Column(copies, is_optional=True),
-        },
-    )
-    _cpu.adamw_step(
-        *table,
-        torch.get_num_threads(),
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        bias_correction1=bias_correction1,
-        bias_correction2=bias_correction2,
-        grad_factor=grad_factor,
-        is_decoupled=is_decoupled,
-    )
-
-
-register(
+adamw_step = flat_op(
     "adamw_step",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] copies, *,"
-    " float lr, float beta1, float beta2, float eps, float weight_decay, float bias_correction1,"
-    " float bias_correction2, float grad_factor=1.0, bool is_decoupled=True) -> ()",
-    reference=reference,
-    cpu=adamw_step,
-    fake=lambda *args, **kwargs: None,
-    dtypes=(torch.float32,),
+    reference,
+    columns=(
+        Column("params", is_written=True),
+        Column("grads"),
+        state("exp_avgs", is_signed=True),
+        state("exp_avg_sqs", is_signed=False),
+        Column("copies", is_written=True, is_optional=True),
+        scales("exp_avg_scales", of="exp_avgs"),
+        scales("exp_avg_sq_scales", of="exp_avg_sqs"),
+    ),
+    compiled=_cpu.adamw_step,
 )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from zcore.kernels import _cpu
 from zcore.kernels.ops.operands import require_flat
-from zcore.kernels.ops.pieces import FLOATS
+from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.quantized import FORMATS, QuantizedLayout, format_named
 from zcore.kernels.ops.registering import register
 
@@ -61,7 +61,7 @@ def dequantize_blockwise(
     _cpu.dequantize_blockwise(
         layout.addresses((codes, scales, zero_points)),
         values.data_ptr(),
-        FLOATS[dtype],
+        TYPES[dtype],
         torch.get_num_threads(),
         numel=numel,
         block_size=block_size,

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from zcore.kernels import _cpu
 from zcore.kernels.ops.operands import require_flat
-from zcore.kernels.ops.pieces import FLOATS
+from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.registering import register
 from zcore.kernels.ops.signs import SignsLayout
 
@@ -52,7 +52,7 @@ def pack_signs(values: Tensor, error: Tensor, *, block_size: int) -> tuple[Tenso
     signs, scales = _fake(values, error, block_size=block_size)
     _cpu.pack_signs(
         values.data_ptr(),
-        FLOATS[values.dtype],
+        TYPES[values.dtype],
         error.data_ptr(),
         signs.data_ptr(),
         scales.data_ptr(),
@@ -75,5 +75,5 @@ register(
     reference=reference,
     cpu=pack_signs,
     fake=_fake,
-    dtypes=tuple(FLOATS),
+    dtypes=FLOATS,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from zcore.kernels import _cpu
 from zcore.kernels.ops.noise import noise_at, round_to_neighbour, word_of
 from zcore.kernels.ops.operands import require_flat, require_place
-from zcore.kernels.ops.pieces import FLOATS
+from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.quantized import Format, Quantized, QuantizedLayout, format_named
 from zcore.kernels.ops.registering import register
 
@@ -102,7 +102,7 @@ def quantize_blockwise(
     made = layout.empty(values.device)
     _cpu.quantize_blockwise(
         values.data_ptr(),
-        FLOATS[values.dtype],
+        TYPES[values.dtype],
         layout.addresses(made),
         torch.get_num_threads(),
         numel=layout.numel,
@@ -134,5 +134,5 @@ register(
     reference=reference,
     cpu=quantize_blockwise,
     fake=_fake,
-    dtypes=tuple(FLOATS),
+    dtypes=FLOATS,
 )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from zcore.kernels import _cpu
 from zcore.kernels.ops.operands import require_flat
-from zcore.kernels.ops.pieces import FLOATS
+from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.registering import register
 from zcore.kernels.ops.signs import SignsLayout
 
@@ -41,7 +41,7 @@ def unpack_signs(
         signs.data_ptr(),
         scales.data_ptr(),
         values.data_ptr(),
-        FLOATS[dtype],
+        TYPES[dtype],
         torch.get_num_threads(),
         numel=numel,
         block_size=block_size,

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "layers.hpp"
 #include "zcore/adagrad_step.hpp"
 #include "zcore/adamw_step.hpp"
 #include "zcore/instruction_set.hpp"
@@ -151,4 +152,5 @@ NB_MODULE(_cpu, module) {
     module.def("sgd_step", &sgd_step, unlocked, "words"_a, "types"_a, "threads"_a, nb::kw_only(), "lr"_a,
                "momentum"_a, "dampening"_a, "weight_decay"_a, "is_nesterov"_a, "is_first"_a, "grad_factor"_a);
     module.def("squared_norm", &squared_norm, unlocked, "words"_a, "types"_a, "threads"_a);
+    bind_layers(module);
 }

@@ -1,0 +1,48 @@
+"""What functions of layers take: whole contiguous tensors, checked here by name, handed on as (address, type).
+
+Addresses are read from the tensors, so whoever holds one holds its tensor.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zcore.core.errors import ConfigError, LayoutError
+from zcore.kernels.ops.pieces import FLOATS
+
+__all__ = ["Operand", "check", "operand", "rows_of"]
+
+Operand = tuple[int, int]  # address and zcore::Type
+
+
+def rows_of(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
+    """How many rows and how many elements in each `tensor`, [..., hidden], has; checks it as `check` does."""
+    if tensor.ndim == 0:
+        raise LayoutError(f"{op}: {name} has no dimension; expected [..., hidden].")
+    check(op, name, tensor, shape=tensor.shape)
+    hidden = tensor.shape[-1]
+    return (tensor.numel() // hidden if hidden else 0), hidden
+
+
+def check(
+    op: str, name: str, tensor: Tensor, *, shape: Sequence[int], dtypes: Sequence[torch.dtype] = tuple(FLOATS)
+) -> None:
+    """Raise LayoutError unless `tensor` is contiguous on the CPU and of `shape`, ConfigError unless of one of `dtypes`."""
+    if not tensor.is_cpu:
+        raise LayoutError(f"{op}: {name} is on {tensor.device}; expected the CPU. Move it there.")
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(map(str, dtypes))
+        raise ConfigError(f"{op}: {name} is {tensor.dtype}; expected {expected}. Convert it, or use the reference.")
+    if tensor.shape != tuple(shape):
+        raise LayoutError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}.")
+    if not tensor.is_contiguous():
+        raise LayoutError(
+            f"{op}: {name}, of shape {tuple(tensor.shape)}, has strides {tensor.stride()}; expected contiguous memory. "
+            "Pass `tensor.contiguous()`."
+        )
+
+
+def operand(tensor: Tensor | None) -> Operand:
+    """The address of a checked tensor and its type; (0, 0) for none, or for one without elements."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), FLOATS[tensor.dtype])

@@ -11,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import zcore.kernels.ops.bias_dropout_residual
+import zcore.kernels.ops.bias_gelu
+import zcore.kernels.ops.geglu
 import zcore.kernels.ops.layer_norm
-import zcore.kernels.ops.rms_norm  # noqa: F401 - registers
+import zcore.kernels.ops.rms_norm
+import zcore.kernels.ops.rotary
+import zcore.kernels.ops.swiglu  # noqa: F401 - each registers its op
 from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError, StateError
 
@@ -43,6 +48,13 @@ class Op:
         return as_tuple(found.function(*arguments))
 
 
+def rotary_operands(draw: Callable[..., Tensor], rows: int, hidden: int) -> Arguments:
+    """Two heads of queries and one of keys; all but two elements of a head are turned, by angles of 5 positions."""
+    width = max(hidden - 2, 0)
+    tables = [draw(5, width).detach() for _ in range(2)]
+    return draw(rows, 2, hidden), draw(rows, 1, hidden), *tables, torch.arange(rows) * 3 % 5
+
+
 OPS = [
     Op("rms_norm", lambda draw, rows, hidden: (draw(rows, hidden), draw(hidden), EPS)),
     Op("rms_norm", lambda draw, rows, hidden: (draw(rows, hidden), draw(hidden), EPS, 1.0), " offset"),
@@ -54,6 +66,24 @@ OPS = [
     Op(
         "layer_norm_residual",
         lambda draw, rows, hidden: (draw(rows, hidden), draw(rows, hidden), draw(hidden), draw(hidden), EPS),
+    ),
+    Op("swiglu", lambda draw, rows, hidden: (draw(rows, hidden), draw(rows, hidden))),
+    Op("swiglu_packed", lambda draw, rows, hidden: (draw(rows, hidden),)),
+    Op("geglu", lambda draw, rows, hidden: (draw(rows, hidden), draw(rows, hidden), "none")),
+    Op("geglu", lambda draw, rows, hidden: (draw(rows, hidden), draw(rows, hidden), "tanh"), " tanh"),
+    Op("geglu_packed", lambda draw, rows, hidden: (draw(rows, hidden), "tanh")),
+    Op("bias_gelu", lambda draw, rows, hidden: (draw(rows, hidden), draw(hidden), "none")),
+    Op("bias_gelu", lambda draw, rows, hidden: (draw(rows, hidden), None, "tanh"), " tanh, no bias"),
+    Op("rotary", rotary_operands),
+    Op("rotary", lambda draw, rows, hidden: (*rotary_operands(draw, rows, hidden), True), " interleaved"),
+    Op(
+        "bias_dropout_residual",
+        lambda draw, rows, hidden: (draw(rows, hidden), draw(hidden), draw(rows, hidden), torch.tensor([-3]), 0.3),
+    ),
+    Op(
+        "bias_dropout_residual",
+        lambda draw, rows, hidden: (draw(rows, hidden), None, draw(rows, hidden), torch.tensor([2**40]), 0.5),
+        " no bias",
     ),
 ]
 every_op = pytest.mark.parametrize("op", OPS, ids=str)
@@ -75,12 +105,14 @@ def floats(arguments: Arguments) -> list[Tensor]:
 def gradients(results: tuple[Tensor, ...], arguments: Arguments) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(11)
     seeds = [torch.randn(each.shape, generator=generator).to(torch.bfloat16).to(each.dtype) for each in results]
-    return torch.autograd.grad(results, floats(arguments), seeds)
+    return torch.autograd.grad(results, [each for each in floats(arguments) if each.requires_grad], seeds)
 
 
 def widened(arguments: Arguments) -> Arguments:
     return tuple(
-        each.detach().double().requires_grad_() if isinstance(each, Tensor) and each.is_floating_point() else each
+        each.detach().double().requires_grad_(each.requires_grad)
+        if isinstance(each, Tensor) and each.is_floating_point()
+        else each
         for each in arguments
     )
 
@@ -172,7 +204,7 @@ def test_the_reference_has_the_gradients_that_differences_show(op: Op) -> None:
 @every_op
 def test_torch_compile_passes_without_a_graph_break(op: Op) -> None:
     arguments = op.make(drawing(torch.float32), 3, 10)
-    compiled = torch.compile(lambda *given: op(*given), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     results, expected = compiled(*arguments), op(*arguments)
     for one, two in zip(
         (*results, *gradients(results, arguments)), (*expected, *gradients(expected, arguments)), strict=True
@@ -213,3 +245,32 @@ def test_a_weight_of_another_shape_or_dtype_than_rows() -> None:
         torch.ops.zcore.rms_norm(x, torch.ones(9), EPS)
     halves = torch.ops.zcore.rms_norm(x.bfloat16(), torch.ones(10), EPS)
     assert halves.dtype == torch.bfloat16
+
+
+def test_the_random_words_are_those_of_the_paper() -> None:
+    first = zcore.kernels.ops.bias_dropout_residual.words(256, 0)[::64]
+    assert [f"{word:08x}" for word in first.tolist()] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+
+
+def test_all_and_nothing_can_be_dropped() -> None:
+    x, bias, residual, seed = torch.randn(3, 10), torch.randn(10), torch.randn(3, 10), torch.tensor([1])
+    assert torch.equal(torch.ops.zcore.bias_dropout_residual(x, bias, residual, seed, 1.0), residual)
+    torch.testing.assert_close(
+        torch.ops.zcore.bias_dropout_residual(x, bias, residual, seed, 0.0), x + bias + residual
+    )
+
+
+def test_a_position_beyond_the_tables_is_refused() -> None:
+    q, tables = torch.randn(2, 1, 4), torch.randn(5, 4)
+    with pytest.raises(LayoutError, match="positions are from 0 to 5; expected 0 to 4"):
+        torch.ops.zcore.rotary(q, q, tables, tables, torch.tensor([0, 5]))
+
+
+def test_an_odd_last_dimension_has_no_halves() -> None:
+    with pytest.raises(LayoutError, match=r"expected \[\.\.\., 2 \* hidden\]"):
+        torch.ops.zcore.swiglu_packed(torch.randn(3, 5))
+
+
+def test_an_unknown_form_of_gelu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="approximate is 'erf'; expected 'none'"):
+        torch.ops.zcore.bias_gelu(torch.randn(3, 5), None, "erf")

@@ -17,7 +17,7 @@ import zcore.kernels.ops.geglu
 import zcore.kernels.ops.layer_norm
 import zcore.kernels.ops.rms_norm
 import zcore.kernels.ops.rotary
-import zcore.kernels.ops.swiglu  # noqa: F401 - each registers its op
+import zcore.kernels.ops.swiglu
 from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError, StateError
 
@@ -255,9 +255,7 @@ def test_the_random_words_are_those_of_the_paper() -> None:
 def test_all_and_nothing_can_be_dropped() -> None:
     x, bias, residual, seed = torch.randn(3, 10), torch.randn(10), torch.randn(3, 10), torch.tensor([1])
     assert torch.equal(torch.ops.zcore.bias_dropout_residual(x, bias, residual, seed, 1.0), residual)
-    torch.testing.assert_close(
-        torch.ops.zcore.bias_dropout_residual(x, bias, residual, seed, 0.0), x + bias + residual
-    )
+    torch.testing.assert_close(torch.ops.zcore.bias_dropout_residual(x, bias, residual, seed, 0.0), x + bias + residual)
 
 
 def test_a_position_beyond_the_tables_is_refused() -> None:

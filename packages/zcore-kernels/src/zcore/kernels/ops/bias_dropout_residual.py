@@ -46,7 +46,7 @@ def _upper(word: Tensor, factor: int) -> Tensor:
 
 
 def reference(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor, drop: float) -> Tensor:
-    """residual + factor * (x + bias), where factor is 0 with probability `drop` and else 1 / (1 - drop).
+    """The sum residual + factor * (x + bias), where factor is 0 with probability `drop` and else 1 / (1 - drop).
 
     Computed in fp32 at least, in x's dtype at the end.
     """
@@ -67,7 +67,7 @@ def bias_dropout_residual(x: Tensor, bias: Tensor | None, residual: Tensor, seed
         check(op, "bias", bias, shape=(hidden,))
     number = _number(op, seed, drop)
     out = torch.empty_like(x)
-    operands = [operand(each) for each in (x, bias, residual, out)]
+    operands = (operand(x), operand(bias), operand(residual), operand(out))
     _cpu.bias_dropout_residual(*operands, rows, hidden, drop, number, torch.get_num_threads())
     return out
 
@@ -80,7 +80,7 @@ def bias_dropout_residual_backward(
     rows, hidden = rows_of(op, "dout", dout)
     number = _number(op, seed, drop)
     dx, dbias = fake_backward(dout, bias, seed, drop)
-    operands = [operand(each) for each in (dout, dx, None if bias is None else dbias)]
+    operands = (operand(dout), operand(dx), operand(None if bias is None else dbias))
     _cpu.bias_dropout_residual_backward(*operands, rows, hidden, drop, number, torch.get_num_threads())
     return dx, dbias
 

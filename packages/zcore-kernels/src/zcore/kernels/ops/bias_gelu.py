@@ -1,4 +1,4 @@
-"""gelu(x + bias), without writing the sum; the formulas stand in native/include/zcore/bias_gelu.hpp (arXiv 1606.08415)."""
+"""gelu(x + bias), the sum never written (arXiv 1606.08415); formulas in native/include/zcore/bias_gelu.hpp."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def bias_gelu_backward(dout: Tensor, x: Tensor, bias: Tensor | None, approximate
     if bias is not None:
         check("bias_gelu_backward", "bias", bias, shape=(hidden,))
     dx, dbias = fake_backward(dout, x, bias, approximate)
-    operands = [operand(each) for each in (dout, x, bias, dx, None if bias is None else dbias)]
+    operands = (operand(dout), operand(x), operand(bias), operand(dx), operand(None if bias is None else dbias))
     _cpu.bias_gelu_backward(*operands, rows, hidden, form, torch.get_num_threads())
     return dx, dbias
 

@@ -27,7 +27,7 @@ def register_differentiable(
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
 ) -> None:
-    """Make `op` known. fake: what it returns of tensors without data. setup_context, backward: as torch.library has them."""
+    """Make `op` known. fake: what it returns of tensors without data. The last two are as torch.library has them."""
     _define(op, schema, cpu, fake)
     torch.library.register_autograd(f"zcore::{op}", backward, setup_context=setup_context, lib=LIBRARY)
     ops.reference(op)(reference)

@@ -39,7 +39,7 @@ def gate_backward(op: str, dout: Tensor, gate: Tensor, up: Tensor, form: int) ->
     check(op, "up", up, shape=gate.shape, dtypes=(gate.dtype,))
     check(op, "dout", dout, shape=gate.shape, dtypes=(gate.dtype,))
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    parts = [_whole(each) for each in (dout, gate, up, dgate, dup)]
+    parts = (_whole(dout), _whole(gate), _whole(up), _whole(dgate), _whole(dup))
     _cpu.glu_backward(*parts, 1, gate.numel(), form, torch.get_num_threads())
     return dgate, dup
 

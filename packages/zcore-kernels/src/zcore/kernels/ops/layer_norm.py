@@ -1,4 +1,4 @@
-"""LayerNorm, alone or after adding a residual; the formulas stand in native/include/zcore/layer_norm.hpp (arXiv 1607.06450).
+"""LayerNorm, alone or after adding a residual (arXiv 1607.06450); formulas in native/include/zcore/layer_norm.hpp.
 
 layer_norm(x, weight, bias, eps) -> y
 layer_norm_residual(x, residual, weight, bias, eps) -> y, sum      sum = x + residual, the next residual
@@ -17,7 +17,7 @@ __all__ = ["layer_norm", "layer_norm_residual", "reference", "reference_residual
 
 
 def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Rows of `x`, [..., hidden], less their mean, over their deviation, times `weight`, plus `bias`; either may be none.
+    """Rows of `x`, [..., hidden], less their mean, over their deviation, times `weight`, plus `bias`; or without these.
 
     Computed in fp32 at least, in x's dtype at the end.
     """
@@ -64,12 +64,12 @@ def layer_norm_residual(
     check("layer_norm_residual", "residual", residual, shape=x.shape, dtypes=(x.dtype,))
     _check_affine("layer_norm_residual", weight, bias, hidden)
     y, added = torch.empty_like(x), torch.empty_like(x)
-    operands = [operand(each) for each in (x, residual, weight, bias, added, y)]
+    operands = (operand(x), operand(residual), operand(weight), operand(bias), operand(added), operand(y))
     _cpu.layer_norm(*operands, rows, hidden, eps, torch.get_num_threads())
     return y, added
 
 
-def layer_norm_backward(
+def layer_norm_backward(  # noqa: PLR0917 - as the schema has it
     dy: Tensor, s: Tensor, weight: Tensor | None, bias: Tensor | None, dsum: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of what was normalised, of the weight and of the bias (these empty where there is none)."""
@@ -79,13 +79,13 @@ def layer_norm_backward(
         check("layer_norm_backward", "dsum", dsum, shape=s.shape, dtypes=(s.dtype,))
     _check_affine("layer_norm_backward", weight, bias, hidden)
     ds, dweight, dbias = fake_backward(dy, s, weight, bias, dsum, eps)
-    written = (None if weight is None else dweight, None if bias is None else dbias)
-    operands = [operand(each) for each in (dy, s, weight, dsum, ds, *written)]
-    _cpu.layer_norm_backward(*operands, rows, hidden, eps, torch.get_num_threads())
+    operands = (operand(dy), operand(s), operand(weight), operand(dsum), operand(ds))
+    written = (operand(None if weight is None else dweight), operand(None if bias is None else dbias))
+    _cpu.layer_norm_backward(*operands, *written, rows, hidden, eps, torch.get_num_threads())
     return ds, dweight, dbias
 
 
-def fake_backward(
+def fake_backward(  # noqa: PLR0917 - as the schema has it
     dy: Tensor, s: Tensor, weight: Tensor | None, bias: Tensor | None, dsum: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `layer_norm_backward` returns, unwritten."""

@@ -28,7 +28,7 @@ def rows_of(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
 def check(
     op: str, name: str, tensor: Tensor, *, shape: Sequence[int], dtypes: Sequence[torch.dtype] = tuple(FLOATS)
 ) -> None:
-    """Raise LayoutError unless `tensor` is contiguous on the CPU and of `shape`, ConfigError unless of one of `dtypes`."""
+    """Raise LayoutError unless `tensor` is contiguous, on the CPU, of `shape`; ConfigError unless one of `dtypes`."""
     if not tensor.is_cpu:
         raise LayoutError(f"{op}: {name} is on {tensor.device}; expected the CPU. Move it there.")
     if tensor.dtype not in dtypes:

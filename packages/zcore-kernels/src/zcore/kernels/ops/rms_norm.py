@@ -1,4 +1,4 @@
-"""RMSNorm, alone or after adding a residual; the formulas stand in native/include/zcore/rms_norm.hpp (arXiv 1910.07467).
+"""RMSNorm, alone or after adding a residual (arXiv 1910.07467); formulas in native/include/zcore/rms_norm.hpp.
 
 rms_norm(x, weight, eps, offset) -> y
 rms_norm_residual(x, residual, weight, eps, offset) -> y, sum      sum = x + residual, the next residual
@@ -55,12 +55,12 @@ def rms_norm_residual(
     if weight is not None:
         check("rms_norm_residual", "weight", weight, shape=(hidden,))
     y, added = torch.empty_like(x), torch.empty_like(x)
-    operands = [operand(each) for each in (x, residual, weight, added, y)]
+    operands = (operand(x), operand(residual), operand(weight), operand(added), operand(y))
     _cpu.rms_norm(*operands, rows, hidden, eps, offset, torch.get_num_threads())
     return y, added
 
 
-def rms_norm_backward(
+def rms_norm_backward(  # noqa: PLR0917 - as the schema has it
     dy: Tensor, s: Tensor, weight: Tensor | None, dsum: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     """The gradients of what was normalised and of the weight (empty where there is none)."""
@@ -72,12 +72,12 @@ def rms_norm_backward(
         check("rms_norm_backward", "weight", weight, shape=(hidden,))
     ds, dweight = fake_backward(dy, s, weight, dsum, eps, offset)
     written = None if weight is None else dweight
-    operands = [operand(each) for each in (dy, s, weight, dsum, ds, written)]
+    operands = (operand(dy), operand(s), operand(weight), operand(dsum), operand(ds), operand(written))
     _cpu.rms_norm_backward(*operands, rows, hidden, eps, offset, torch.get_num_threads())
     return ds, dweight
 
 
-def fake_backward(
+def fake_backward(  # noqa: PLR0917 - as the schema has it
     dy: Tensor, s: Tensor, weight: Tensor | None, dsum: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     """What `rms_norm_backward` returns, unwritten."""

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys; the formulas stand in native/include/zcore/rotary.hpp (arXiv 2104.09864).
+"""Rotary position embedding of queries and keys (arXiv 2104.09864); formulas in native/include/zcore/rotary.hpp.
 
     rotary(q, k, cos, sin, positions, is_interleaved) -> q, k, turned
 
@@ -22,7 +22,7 @@ from zcore.kernels.ops.operands import check, operand
 __all__ = ["reference", "rotary"]
 
 
-def reference(
+def reference(  # noqa: PLR0917 - as the schema has it
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, is_interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Turn q and k as the header says; computed in fp32 at least, in their dtype at the end.
@@ -44,21 +44,21 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, is_interleaved
     return torch.cat(((turned * at[0] + partner * at[1]).to(x.dtype), x[..., width:]), -1)
 
 
-def rotary(
+def rotary(  # noqa: PLR0917 - as the schema has it
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, is_interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `reference`; on the CPU, for fp32, bf16 and fp16. Raises LayoutError and ConfigError for other operands."""
     return _rotate("rotary", {"q": q, "k": k}, cos, sin, positions, is_interleaved, is_backward=False)
 
 
-def rotary_backward(
+def rotary_backward(  # noqa: PLR0917 - as the schema has it
     dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, is_interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of q and k from those of what they became."""
     return _rotate("rotary_backward", {"dq": dq, "dk": dk}, cos, sin, positions, is_interleaved, is_backward=True)
 
 
-def _rotate(
+def _rotate(  # noqa: PLR0917 - as the schema has it
     op: str,
     tensors: dict[str, Tensor],
     cos: Tensor,
@@ -83,17 +83,21 @@ def _rotate(
     for name, tensor in tensors.items():
         if tensor.ndim < 2 or tensor.shape[-1] < width or tensor.shape[:-2] != positions.shape:
             raise LayoutError(
-                f"{op}: {name} has shape {tuple(tensor.shape)}; expected {(*positions.shape, 'heads', 'dim')}, the shape "
-                f"of positions before heads and dim, and dim {width} or more, the width of cos."
+                f"{op}: {name} has shape {tuple(tensor.shape)}; expected {(*positions.shape, 'heads', 'dim')}, the "
+                f"shape of positions before heads and dim, and dim {width} or more, the width of cos."
             )
         check(op, name, tensor, shape=tensor.shape)
         out = torch.empty_like(tensor)
         if out.numel():
             _cpu.rotary(
-                *(operand(each) for each in (tensor, out, cos, sin)),
+                operand(tensor),
+                operand(out),
+                operand(cos),
+                operand(sin),
                 positions.data_ptr(),
                 positions.numel(),
-                *tensor.shape[-2:],
+                tensor.shape[-2],
+                tensor.shape[-1],
                 width,
                 is_interleaved,
                 is_backward,

@@ -138,7 +138,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 @every_op
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     rows=st.sampled_from([0, 1, 2, 7, 33]),
     hidden=st.sampled_from([0, 2, 6, 14, 32, 66, 258]) | st.integers(1, 150).map(lambda half: 2 * half),
@@ -203,6 +203,7 @@ def test_the_reference_has_the_gradients_that_differences_show(op: Op) -> None:
 
 @every_op
 def test_torch_compile_passes_without_a_graph_break(op: Op) -> None:
+    torch.compiler.reset()  # else all ops count as recompilations of one function
     arguments = op.make(drawing(torch.float32), 3, 10)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     results, expected = compiled(*arguments), op(*arguments)

@@ -93,6 +93,9 @@ def test_layers_compile_without_a_graph_break() -> None:
 
 
 def test_the_registry_finds_the_ops_by_itself() -> None:
-    command = "import torch; from zcore.core import ops; print(ops.get('swiglu', device=torch.device('cpu'), dtype=torch.half))"
+    command = (
+        "import torch; from zcore.core import ops;"
+        "print(ops.get('swiglu', device=torch.device('cpu'), dtype=torch.half))"
+    )
     found = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "zcore.swiglu"

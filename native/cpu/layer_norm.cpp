@@ -90,13 +90,10 @@ void layer_norm_backward_part(const LayerNormBackward& norm, std::size_t begin, 
         RowSum values, scaled, squares, products;
         for (std::size_t at = 0; at < norm.hidden; at += block_numel) {
             const std::size_t count = block_at(at, norm.hidden);
-            const float* const dy = load_block(norm.dy, start + at, count, first);
             const float* const s = load_block(norm.s, start + at, count, second);
-            const float* const scale = scale_block(norm.weight, 0.0f, at, count, third);
             values.add(count, [s](auto get) { return get(s); });
-            scaled.add(count, [=](auto get) { return get(dy) * get(scale); });
         }
-        Means means{values.total() / hidden, 0.0f, scaled.total() / hidden, 0.0f};
+        Means means{values.total() / hidden, 0.0f, 0.0f, 0.0f};
         for (std::size_t at = 0; at < norm.hidden; at += block_numel) {
             const std::size_t count = block_at(at, norm.hidden);
             const float* const dy = load_block(norm.dy, start + at, count, first);
@@ -104,9 +101,11 @@ void layer_norm_backward_part(const LayerNormBackward& norm, std::size_t begin, 
             const float* const scale = scale_block(norm.weight, 0.0f, at, count, third);
             const float mean = means.s;
             squares.add(count, [=](auto get) { return (get(s) - mean) * (get(s) - mean); });
+            scaled.add(count, [=](auto get) { return get(dy) * get(scale); });
             products.add(count, [=](auto get) { return get(dy) * get(scale) * (get(s) - mean); });
         }
         means.root = 1.0f / std::sqrt(squares.total() / hidden + norm.eps);
+        means.u = scaled.total() / hidden;
         means.un = products.total() / hidden * means.root;
         for (std::size_t at = 0; at < norm.hidden; at += block_numel) {
             const std::size_t count = block_at(at, norm.hidden);

@@ -99,6 +99,22 @@ def test_what_only_looks_alike_is_left_and_said() -> None:
     assert str(report).count("\n") == 3
 
 
+def test_a_layer_that_cannot_be_tried_is_left_and_said() -> None:
+    class TimedNorm(nn.LayerNorm):
+        def forward(self, x: Tensor, *, time: Tensor) -> Tensor:
+            return super().forward(x * time)
+
+    class GatedMLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
+            self.act_fn = nn.Linear(6, 6)
+
+    report = patch(nn.Sequential(TimedNorm(8), GatedMLP(), nn.GroupNorm(2, 8)))
+    assert report.swapped == ()
+    assert ["cannot be tried" in each.why for each in report.left] == [True, False, True]
+
+
 def test_layers_in_two_places_with_hooks_or_in_fp64() -> None:
     shared, hooked, wide = nn.RMSNorm(8), nn.RMSNorm(8), nn.RMSNorm(8).double()
     hooked.register_forward_hook(lambda *_: None)

@@ -32,6 +32,9 @@ _log = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 ACTIVATION_TOLERANCE = 1e-5  # in fp32, for inputs from -6 to 6; the two forms of GELU lie 5e-4 apart
 
+# What a layer of somebody else's may raise when it is tried on an input it does not take.
+REFUSALS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 OURS = (RMSNorm, LayerNorm, GatedMLP, FusedGatedMLP, GPT2MLP)
 
 
@@ -125,15 +128,15 @@ def _replacement(module: nn.Module) -> nn.Module | str:
     if any(_has_hooks(each) for each in module.modules()):
         return "which has hooks that a swap would lose"
     proposals = list(_norms(module) if _is_norm(module) else _mlps(module))
-    hidden = _hidden(module)
-    if not proposals or hidden is None:
+    hidden = _hidden(module) if proposals else None
+    if hidden is None:
         return "whose parts are none of the known"
     apart = []
     for proposal in proposals:
         proposal.train(module.training)
         try:
             distance = _distance(module, proposal, hidden)
-        except (TypeError, RuntimeError, ValueError) as error:
+        except REFUSALS as error:
             return f"which cannot be tried on [2, 3, {hidden}]: {error}"
         if distance <= TOLERANCE[parameters[0].dtype]:
             return proposal
@@ -194,7 +197,12 @@ def _activation(function: object) -> str | None:
         "tanh": lambda x: functional.gelu(x, approximate="tanh"),
     }
     with torch.no_grad():
-        found = function(x)
+        try:
+            found = function(x)
+        except REFUSALS:
+            return None  # a gate or a learned activation, of another shape
+        if not isinstance(found, Tensor) or found.shape != x.shape:
+            return None
         return next(
             (name for name, each in known.items() if (found - each(x)).abs().max() <= ACTIVATION_TOLERANCE), None
         )

@@ -70,13 +70,9 @@ def _refusal(op: str, name: str, index: int, tensor: Tensor, dtype: torch.dtype,
     if not tensor.is_cpu:
         return LayoutError(f"{op}: {name}[{index}] is on {tensor.device}; expected all on the CPU. Move it there.")
     if tensor.dtype is not dtype:
-        return ConfigError(
-            f"{op}: {name}[{index}] is {tensor.dtype}, and {name}[0] {dtype}; pass each dtype by itself."
-        )
+        return ConfigError(f"{op}: {name}[{index}] is {tensor.dtype}, and {name}[0] {dtype}; pass each dtype by itself.")
     if tensor.numel() != numel:
-        return LayoutError(
-            f"{op}: {name}[{index}] has {tensor.numel()} elements; expected {numel} as the first operand."
-        )
+        return LayoutError(f"{op}: {name}[{index}] has {tensor.numel()} elements; expected {numel} as the first operand.")
     return LayoutError(
         f"{op}: {name}[{index}], of shape {tuple(tensor.shape)}, has strides {tensor.stride()}; expected contiguous "
         "memory. Pass `tensor.contiguous()`, and copy back what is written."

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "layers.hpp"
 #include "zcore/adagrad_step.hpp"
 #include "zcore/adamw_step.hpp"
 #include "zcore/dequantize_blockwise.hpp"
@@ -239,4 +240,5 @@ NB_MODULE(_cpu, module) {
                "numel"_a, "seed"_a, "offset"_a);
     module.def("round_with_noise", &round_with_noise, unlocked, "values"_a, "noise"_a, "out"_a, "threads"_a,
                nb::kw_only(), "numel"_a);
+    bind_layers(module);
 }

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zcore.kernels import _cpu
-from zcore.kernels.ops.operands import require_flat
+from zcore.kernels.ops.operands import check
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.quantized import FORMATS, QuantizedLayout, format_named
 from zcore.kernels.ops.registering import register
@@ -57,7 +57,7 @@ def dequantize_blockwise(
     layout.require(OP)
     layout.require_operands(OP, codes, scales, zero_points)
     values = torch.empty(numel, dtype=dtype)
-    require_flat(OP, "the result", values, dtypes=FLOATS)
+    check(OP, "the result", values, dtypes=FLOATS)
     _cpu.dequantize_blockwise(
         layout.addresses((codes, scales, zero_points)),
         values.data_ptr(),

@@ -12,7 +12,7 @@ from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels import _cpu
 from zcore.kernels.ops.dequantize_blockwise import reference as dequantize
 from zcore.kernels.ops.noise import word_of
-from zcore.kernels.ops.operands import require_place
+from zcore.kernels.ops.operands import check_place
 from zcore.kernels.ops.quantize_blockwise import reference as quantize
 from zcore.kernels.ops.quantized import FORMATS, Quantized, QuantizedLayout, format_named
 from zcore.kernels.ops.registering import register
@@ -76,7 +76,7 @@ def dequantize_reduce_requantize(
         )
     layout = QuantizedLayout(numel, block_size, format_named(OP, format), zero_points[0].numel() == 0)
     layout.require(OP)
-    require_place(OP, offset)
+    check_place(OP, offset)
     shards = list(zip(codes, scales, zero_points, strict=True))
     for index, shard in enumerate(shards):
         layout.require_operands(OP, *shard, index=f"[{index}]")

@@ -1,26 +1,50 @@
-"""One operand of an op, checked by name before its address is handed on."""
+"""What functions of layers and blocks take: contiguous tensors, checked here by name, handed on by address.
 
-from collections.abc import Iterable
+Addresses are read from the tensors, so whoever holds one holds its tensor.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from zcore.core.errors import ConfigError, LayoutError
+from zcore.kernels.ops.pieces import FLOATS, TYPES
 
-__all__ = ["require_flat", "require_place"]
+__all__ = ["Operand", "check", "check_place", "operand", "rows_of"]
+
+Operand = tuple[int, int]  # address and zcore::Type
 
 
-def require_flat(
-    op: str, name: str, tensor: Tensor, *, dtypes: Iterable[torch.dtype], numel: int | None = None
+def rows_of(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
+    """How many rows and how many elements in each `tensor`, [..., hidden], has; checks it as `check` does."""
+    if tensor.ndim == 0:
+        raise LayoutError(f"{op}: {name} has no dimension; expected [..., hidden].")
+    check(op, name, tensor)
+    hidden = tensor.shape[-1]
+    return (tensor.numel() // hidden if hidden else 0), hidden
+
+
+def check(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    *,
+    shape: Sequence[int] | None = None,
+    numel: int | None = None,
+    dtypes: Sequence[torch.dtype] = FLOATS,
 ) -> None:
-    """Raise unless `tensor` is contiguous memory on the CPU, of one of `dtypes` and, where given, of `numel` elements.
+    """Raise unless `tensor` is contiguous memory on the CPU, of one of `dtypes`, and where given of `shape`, `numel`.
 
-    LayoutError says where it lies or how long it is, ConfigError of which dtype it is.
+    LayoutError says where and how it lies, ConfigError of which dtype it is.
     """
     if not tensor.is_cpu:
         raise LayoutError(f"{op}: {name} is on {tensor.device}; expected the CPU. Move it there.")
-    if tensor.dtype not in (served := tuple(dtypes)):
-        raise ConfigError(f"{op}: {name} is {tensor.dtype}; expected {', '.join(map(str, served))}.")
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(map(str, dtypes))
+        raise ConfigError(f"{op}: {name} is {tensor.dtype}; expected {expected}. Convert it, or use the reference.")
+    if shape is not None and tensor.shape != tuple(shape):
+        raise LayoutError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}.")
     if not tensor.is_contiguous():
         raise LayoutError(
             f"{op}: {name}, of shape {tuple(tensor.shape)}, has strides {tensor.stride()}; expected contiguous memory. "
@@ -30,7 +54,12 @@ def require_flat(
         raise LayoutError(f"{op}: {name} has {tensor.numel()} elements; expected {numel}.")
 
 
-def require_place(op: str, offset: int) -> None:
+def check_place(op: str, offset: int) -> None:
     """Raise ConfigError unless `offset` is the place of an element in something larger."""
     if offset < 0:
         raise ConfigError(f"{op}: offset is {offset}; expected the place of the first element, 0 or more.")
+
+
+def operand(tensor: Tensor | None) -> Operand:
+    """The address of a checked tensor and its type; (0, 0) for none, or for one without elements."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), TYPES[tensor.dtype])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from zcore.kernels import _cpu
-from zcore.kernels.ops.operands import require_flat
+from zcore.kernels.ops.operands import check
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.registering import register
 from zcore.kernels.ops.signs import SignsLayout
@@ -47,8 +47,8 @@ def pack_signs(values: Tensor, error: Tensor, *, block_size: int) -> tuple[Tenso
     """See `reference`; on the CPU, of contiguous memory. Raises LayoutError and ConfigError for other operands."""
     layout = SignsLayout(values.numel(), block_size)
     layout.require(OP)
-    require_flat(OP, "values", values, dtypes=FLOATS)
-    require_flat(OP, "error", error, dtypes=(torch.float32,), numel=layout.numel)
+    check(OP, "values", values, dtypes=FLOATS)
+    check(OP, "error", error, dtypes=(torch.float32,), numel=layout.numel)
     signs, scales = _fake(values, error, block_size=block_size)
     _cpu.pack_signs(
         values.data_ptr(),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zcore.kernels import _cpu
 from zcore.kernels.ops.noise import noise_at, round_to_neighbour, word_of
-from zcore.kernels.ops.operands import require_flat, require_place
+from zcore.kernels.ops.operands import check, check_place
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.quantized import Format, Quantized, QuantizedLayout, format_named
 from zcore.kernels.ops.registering import register
@@ -97,8 +97,8 @@ def quantize_blockwise(
     """See `reference`; on the CPU, of contiguous memory. Raises LayoutError and ConfigError for other operands."""
     layout = QuantizedLayout(values.numel(), block_size, format_named(OP, format), is_symmetric)
     layout.require(OP)
-    require_place(OP, offset)
-    require_flat(OP, "values", values, dtypes=FLOATS)
+    check_place(OP, offset)
+    check(OP, "values", values, dtypes=FLOATS)
     made = layout.empty(values.device)
     _cpu.quantize_blockwise(
         values.data_ptr(),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zcore.core.errors import ConfigError, nearest
 from zcore.kernels import _cpu
-from zcore.kernels.ops.operands import require_flat
+from zcore.kernels.ops.operands import check
 
 __all__ = ["FORMATS", "Format", "Quantized", "QuantizedLayout", "format_named"]
 
@@ -94,10 +94,10 @@ class QuantizedLayout:
 
     def require_operands(self, op: str, codes: Tensor, scales: Tensor, zero_points: Tensor, *, index: str = "") -> None:
         """Raise unless the tensors are of this layout; `index` is what follows their names in messages."""
-        require_flat(op, f"codes{index}", codes, dtypes=(self.format.dtype,), numel=self.num_codes)
-        require_flat(op, f"scales{index}", scales, dtypes=(torch.float32,), numel=self.num_blocks)
+        check(op, f"codes{index}", codes, dtypes=(self.format.dtype,), numel=self.num_codes)
+        check(op, f"scales{index}", scales, dtypes=(torch.float32,), numel=self.num_blocks)
         num_points = 0 if self.is_symmetric else self.num_blocks
-        require_flat(op, f"zero_points{index}", zero_points, dtypes=(torch.int8,), numel=num_points)
+        check(op, f"zero_points{index}", zero_points, dtypes=(torch.int8,), numel=num_points)
 
     def empty(self, device: torch.device) -> Quantized:
         """Memory for it: codes, scales, zero points."""

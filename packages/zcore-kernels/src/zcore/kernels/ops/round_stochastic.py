@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zcore.kernels import _cpu
 from zcore.kernels.ops.noise import noise_at, word_of
-from zcore.kernels.ops.operands import require_flat, require_place
+from zcore.kernels.ops.operands import check, check_place
 from zcore.kernels.ops.registering import register
 
 __all__ = ["reference", "round_stochastic", "write_rounded"]
@@ -41,9 +41,9 @@ def round_stochastic(values: Tensor, *, seed: int, offset: int = 0) -> Tensor:
 
 def write_rounded(op: str, target: Tensor, values: Tensor, *, seed: int, offset: int) -> None:
     """Check the operands of `op`, and write into `target` what `reference` makes of `values`."""
-    require_flat(op, "values", values, dtypes=(torch.float32,))
-    require_flat(op, "target", target, dtypes=(torch.bfloat16,), numel=values.numel())
-    require_place(op, offset)
+    check(op, "values", values, dtypes=(torch.float32,))
+    check(op, "target", target, dtypes=(torch.bfloat16,), numel=values.numel())
+    check_place(op, offset)
     _cpu.round_stochastic(
         values.data_ptr(),
         target.data_ptr(),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zcore.kernels import _cpu
-from zcore.kernels.ops.operands import require_flat
+from zcore.kernels.ops.operands import check
 from zcore.kernels.ops.registering import register
 
 __all__ = ["reference", "round_with_noise"]
@@ -31,8 +31,8 @@ def reference(values: Tensor, noise: Tensor) -> Tensor:
 
 def round_with_noise(values: Tensor, noise: Tensor) -> Tensor:
     """See `reference`; on the CPU, of contiguous memory. Raises LayoutError and ConfigError for other operands."""
-    require_flat(OP, "values", values, dtypes=(torch.float32,))
-    require_flat(OP, "noise", noise, dtypes=(torch.int32,), numel=values.numel())
+    check(OP, "values", values, dtypes=(torch.float32,))
+    check(OP, "noise", noise, dtypes=(torch.int32,), numel=values.numel())
     rounded = torch.empty(values.shape, dtype=torch.bfloat16)
     _cpu.round_with_noise(
         values.data_ptr(), noise.data_ptr(), rounded.data_ptr(), torch.get_num_threads(), numel=values.numel()

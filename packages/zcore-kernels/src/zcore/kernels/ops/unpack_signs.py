@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zcore.kernels import _cpu
-from zcore.kernels.ops.operands import require_flat
+from zcore.kernels.ops.operands import check
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.registering import register
 from zcore.kernels.ops.signs import SignsLayout
@@ -33,10 +33,10 @@ def unpack_signs(
     """See `reference`; on the CPU, of contiguous memory. Raises LayoutError and ConfigError for other operands."""
     layout = SignsLayout(numel, block_size)
     layout.require(OP)
-    require_flat(OP, "signs", signs, dtypes=(torch.uint8,), numel=layout.num_bytes)
-    require_flat(OP, "scales", scales, dtypes=(torch.float32,), numel=layout.num_blocks)
+    check(OP, "signs", signs, dtypes=(torch.uint8,), numel=layout.num_bytes)
+    check(OP, "scales", scales, dtypes=(torch.float32,), numel=layout.num_blocks)
     values = torch.empty(numel, dtype=dtype)
-    require_flat(OP, "the result", values, dtypes=FLOATS)
+    check(OP, "the result", values, dtypes=FLOATS)
     _cpu.unpack_signs(
         signs.data_ptr(),
         scales.data_ptr(),

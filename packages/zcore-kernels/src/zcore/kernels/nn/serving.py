@@ -1,0 +1,23 @@
+"""Which function a layer calls: what the registry says, or inside a graph of torch.compile the op by its name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zcore.core import ops
+from zcore.kernels.ops.pieces import FLOATS
+
+__all__ = ["serving"]
+
+
+def serving(op: str, reference: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """The function that serves `op` for `x`: compiled code where there is some, else `reference`.
+
+    The registry's look-up reads the environment, which a graph cannot hold: ZCORE_OPS counts outside graphs only.
+    """
+    if not torch.compiler.is_compiling():
+        return ops.get(op, device=x.device, dtype=x.dtype)
+    function: Callable[..., Any] = getattr(torch.ops.zcore, op)
+    return function if x.device.type == "cpu" and x.dtype in FLOATS else reference

@@ -1,0 +1,54 @@
+"""How an op with a gradient becomes known: to torch by schema, fake and formula of the gradient, and to the registry.
+
+It is always called through torch, so that autograd, torch.compile and FakeTensors see it. Its backward is an op of its
+own, which can be compiled and faked but not differentiated once more: that is refused, never silently zero.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from zcore.core import ops
+from zcore.core.errors import StateError
+from zcore.kernels.ops.pieces import FLOATS
+from zcore.kernels.ops.registering import LIBRARY, PRIORITY
+
+__all__ = ["register_backward", "register_differentiable"]
+
+
+def register_differentiable(
+    op: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+) -> None:
+    """Make `op` known. fake: what it returns of tensors without data. The last two are as torch.library has them."""
+    _define(op, schema, cpu, fake)
+    torch.library.register_autograd(f"zcore::{op}", backward, setup_context=setup_context, lib=LIBRARY)
+    ops.reference(op)(reference)
+    function = getattr(torch.ops.zcore, op)
+    ops.implementation(op, source="cpp", priority=PRIORITY, devices=("cpu",), dtypes=FLOATS)(function)
+
+
+def register_backward(op: str, schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make known what the `backward` of another op calls."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise StateError(
+            f"zcore::{op} cannot be differentiated again; compiled ops have first derivatives only. "
+            "For higher ones set ZCORE_OPS=reference, which computes in plain torch."
+        )
+
+    _define(op, schema, cpu, fake)
+    torch.library.register_autograd(f"zcore::{op}", refuse, lib=LIBRARY)
+
+
+def _define(op: str, schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    LIBRARY.define(op + schema)
+    LIBRARY.impl(op, cpu, "CPU")
+    torch.library.register_fake(f"zcore::{op}", fake, lib=LIBRARY)

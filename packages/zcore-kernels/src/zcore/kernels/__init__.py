@@ -3,24 +3,24 @@
     ops/      one op a file: its schema for torch, its reference in torch, and what serves it
     nn/       layers over these ops
     patch()   swaps layers of a Hugging Face model for those of nn/, in place
-    optim     optimizers for any training loop
-    aio       reads and writes between tensors and files, many at a time
+    optim/    optimizers for any training loop
+    aio/      reads and writes between tensors and files, many at a time
 
 Each is imported by itself; this package imports nothing.
 """
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from zcore.kernels.patching import PatchReport
-
 __all__ = ["patch"]
 
 
-def patch(model: "nn.Module") -> "PatchReport":
-    """Swap layers of `model` in place for compiled ones with the same parameters; see zcore.kernels.patching."""
-    from zcore.kernels import patching
+def patch(model: "nn.Module") -> Any:
+    """Swap layers of `model` in place for compiled ones with the same parameters, and tell which.
 
-    return patching.patch(model)
+    See `zcore.kernels.patching`, which this loads: layers need torch, and importing this package brings none.
+    """
+    return import_module("zcore.kernels.patching").patch(model)

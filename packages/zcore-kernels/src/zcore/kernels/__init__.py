@@ -9,18 +9,18 @@
 Each is imported by itself; this package imports nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from zcore.kernels.patching import PatchReport
+
 __all__ = ["patch"]
 
 
-def patch(model: "nn.Module") -> Any:
-    """Swap layers of `model` in place for compiled ones with the same parameters, and tell which.
+def patch(model: "nn.Module") -> "PatchReport":
+    """Swap layers of `model` in place for compiled ones with the same parameters; see zcore.kernels.patching."""
+    from zcore.kernels import patching  # brings torch, which importing this package does not
 
-    See `zcore.kernels.patching`, which this loads: layers need torch, and importing this package brings none.
-    """
-    return import_module("zcore.kernels.patching").patch(model)
+    return patching.patch(model)

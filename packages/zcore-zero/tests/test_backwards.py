@@ -1,6 +1,7 @@
 """Whatever backward of autograd's gradients come from, they count in the step as those of `engine.backward(loss)`."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ from tiny_models import TinyModel, batch, digest, listen, refusal, settings, tra
 from torch import Tensor, nn
 
 from zcore import zero
+from zcore.core.errors import StateError
+from zcore.core.mesh import build_mesh
+from zcore.zero.sharding import sharding_of
 
 Ranks = Callable[..., Any]
 Backward = Callable[[zero.Engine, Tensor], object]
@@ -304,3 +308,53 @@ def test_steps_are_told_without_a_loss_that_the_engine_has_not_seen(ranks: Ranks
     assert others == []
     assert [line.partition(":")[0] for line in lines] == ["step 2", "step 4", "step 6"]
     assert all(line.partition(": ")[2].startswith("gradient norm ") for line in lines)
+
+
+class ThreeInARow(nn.Module):
+    """Parts of one bucket, whose gradients come from the last one on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, look: Callable[[Tensor], None]) -> Tensor:
+        hidden = self.b(torch.tanh(self.a(x)))
+        hidden.register_hook(look)
+        return self.c(torch.tanh(hidden)).square().mean()
+
+
+def change_inside_a_backward(stage: int, small_numel: int, syncs: bool) -> str:
+    torch.manual_seed(0)
+    options = zero.ShardingOptions(small_numel=small_numel)
+    model = zero.shard(ThreeInARow(), build_mesh(dp=-1), stage=stage, options=options)
+
+    def look(grad: Tensor) -> None:
+        for bucket in sharding_of(model).buckets:
+            bucket.memory.master.mul_(2)
+
+    with nullcontext() if syncs else zero.no_sync(model), pytest.raises(StateError) as refused:
+        model(torch.ones(2, 8), look).backward()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("syncs", [True, False])
+@pytest.mark.parametrize(("stage", "small_numel"), [(0, 0), (1, 0), (2, 0), (3, 5000)])
+def test_parameters_that_change_between_gradients_of_a_bucket_are_refused(
+    ranks: Ranks, stage: int, small_numel: int, syncs: bool
+) -> None:
+    for told in ranks(2, change_inside_a_backward, stage, small_numel, syncs):
+        assert "were changed, by an optimizer or in place, between this backward and its forward" in told
+
+
+def step_the_optimizer_by_itself() -> str:
+    engine = zero.initialize(TinyModel(), settings(2))
+    engine.backward(engine(**batch(0)))
+    assert engine.optimizer is not None
+    with pytest.raises(StateError) as refused:
+        engine.optimizer.step()
+    engine.step()  # goes on
+    return str(refused.value)
+
+
+def test_the_engines_optimizer_is_not_stepped_past_the_engine(ranks: Ranks) -> None:
+    assert all("Call `engine.step()`" in told for told in ranks(2, step_the_optimizer_by_itself))

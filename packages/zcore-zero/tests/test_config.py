@@ -90,6 +90,8 @@ OFF = [
     {"zero_optimization": {"offload_optimizer": {"device": "none"}}},
     {"zero_optimization": {"offload_param": {"device": "none", "pin_memory": True}}},
     {"flops_profiler": {"enabled": False, "profile_step": 1}},
+    {"zero_optimization": {"ignore_unused_parameters": True, "load_from_fp32_weights": True}},
+    {"bf16": {"immediate_grad_update": True, "check_grad_overflow": True}},
 ]
 
 

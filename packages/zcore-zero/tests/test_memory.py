@@ -192,7 +192,9 @@ def test_a_step_in_a_large_world_leaves_what_the_formula_says(world_size: int, s
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)  # gradients there are undefined
         model(torch.zeros(1, 1024)).sum().backward()
         optimizer.step()
-        own = measure_memory(sharding, [optimizer]).ranks[0]
+        report = measure_memory(sharding, [optimizer])
+        own = report.ranks[0]
+        assert str(report).splitlines()[1].split()[:3] == ["rank", "parameters", "gradients"]
         assert sharding.dp.size == world_size
         numel = sum(param.fragment.numel for bucket in sharding.buckets for param in bucket.params)
     formula = state_bytes(

@@ -115,6 +115,7 @@ def read_and_save_after_a_forward(folder):
     with zero.GatheredParameters(list(engine.module.parameters())) as whole:
         shapes = [tuple(param.shape) for param in whole]
     names = [metric.name for metric in sink.metrics]
+    assert {metric.rank for metric in sink.metrics} == {dist.get_rank()}
     return all(torch.equal(before[name], after[name]) for name in before), shapes, names
 
 

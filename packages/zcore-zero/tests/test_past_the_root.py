@@ -167,7 +167,7 @@ WAYS = {
 
 
 def rows_of(way: str) -> list[dict[str, int]]:
-    """Under stage 3 what passes through a module that is freed comes out as a copy (see passed.py)."""
+    """Under stage 3 what passes through a module that is freed comes out as a copy (see results.py)."""
     passes = "passes its input through" in way
     return [row for row in ROWS if not passes or row["stage"] < 3 or row["small_numel"]]
 

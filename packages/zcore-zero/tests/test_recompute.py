@@ -366,6 +366,9 @@ def train_turned(kind: str) -> list[Any]:
         x = torch.randn(16, 8, 24, requires_grad=True)
         if kind == "unlike":
             x = (x * (1 + group.rank)).detach().requires_grad_()
+        if kind == "other dropout":  # which the first block's input knows nothing of
+            torch.manual_seed(group.rank)
+            model.blocks[0].register_forward_hook(lambda block, args, result: nn.functional.dropout(result, 0.5))
         try:
             model(x).backward()
             found.append([param.grad for param in model.parameters()])
@@ -379,9 +382,10 @@ def test_views_that_blocks_are_handed_by_name_are_spread_and_come_back_as_they_w
         assert all(map(torch.equal, whole, in_parts))
 
 
-def test_inputs_that_are_not_alike_are_refused_at_once(ranks: Ranks) -> None:
-    for _, told in ranks(2, train_turned, "unlike"):
-        assert "have different ones" in told
+@pytest.mark.parametrize(("kind", "number"), [("unlike", 1), ("other dropout", 2)])
+def test_inputs_that_are_not_alike_are_refused_at_once(ranks: Ranks, kind: str, number: int) -> None:
+    for _, told in ranks(2, train_turned, kind):
+        assert f"have different ones; number {number} adds up to" in told
 
 
 def test_a_mask_that_is_edited_later_is_refused_as_without_parts() -> None:

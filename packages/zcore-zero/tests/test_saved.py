@@ -1,9 +1,11 @@
 """Weights that a backward reads where no module says so, under stage 3: equal to plain torch; and nothing is kept."""
 
+import contextlib
 import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from zcore import zero
-from zcore.core.errors import ZcoreError
+from zcore.core.errors import StateError, ZcoreError
 from zcore.core.mesh import build_mesh
 
 WIDTH = 24
@@ -175,6 +177,48 @@ class Program:
     input_has_gradient: bool = False
 
 
+class Stashing(torch.autograd.Function):
+    """Holds the weight by itself, and not as torch saves tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.x, ctx.weight = x, weight
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad @ ctx.weight, grad.t() @ ctx.x
+
+
+class Stashes(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Stashing.apply(x, self.weight)
+
+
+class PassedOn(nn.Module):
+    """Has a weight, and returns what its last part returns; there is no block, so each has a bucket of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.scale = nn.Parameter(torch.full((WIDTH,), 0.5))
+        self.first, self.second = Stashes(WIDTH, WIDTH), Stashes(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x * self.scale)))
+
+
+class PassedOnTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.first, self.inner = nn.Linear(WIDTH, WIDTH), PassedOn()
+        self.scale = nn.Parameter(torch.full((WIDTH,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.first(x) * self.scale).square().mean()
+
+
 class Shared(nn.Module):
     """One layer, three times through a reentrant checkpoint, and a weight used there and in the head."""
 
@@ -219,6 +263,7 @@ PROGRAMS = {
     "an inner weight taken out": Program(lambda: Stack(InnerWeightTakenOut)),
     "a module that returns its weight": Program(lambda: Stack(OwnWeightReturned)),
     "a borrowed weight in a function of the user's": Program(lambda: Stack(Borrowing)),
+    "weights held by functions, below who returns their results": Program(PassedOnTwice),
 }
 
 
@@ -281,6 +326,34 @@ def warnings_of_all() -> list[str]:
 
 def test_steps_that_are_alike_are_not_said_to_change_their_order(ranks):
     assert ranks(2, warnings_of_all) == [[], []]
+
+
+def read_after_a_failed_backward() -> list[str]:
+    model = zero.shard(Stack(Layer), build_mesh(dp=-1), stage=3, options=OPTIONS)
+    nodes: list[Any] = []
+
+    def fail(grad: Tensor) -> None:
+        raise ArithmeticError
+
+    def hook(module: nn.Module, args: object, result: Tensor) -> None:
+        nodes.append(result.grad_fn)
+        result.register_hook(fail)
+
+    model.layers[1].up.register_forward_hook(hook)
+    loss = model(batch(0))
+    with contextlib.suppress(ArithmeticError):
+        loss.backward()
+    told = []
+    for _ in range(3):
+        with pytest.raises(StateError) as refused:
+            nodes[0]._saved_mat2  # noqa: B018  # the weight
+        told.append(str(refused.value))
+    return told
+
+
+def test_a_saved_weight_is_refused_outside_of_a_backward_after_one_that_failed_too(ranks):
+    for told in ranks(2, read_after_a_failed_backward):
+        assert all("outside of a backward" in each for each in told)
 
 
 def evaluate_a_returned_weight() -> float:

@@ -110,3 +110,26 @@ def test_adapters_on_a_frozen_base_train_as_in_plain_torch_bit_for_bit(ranks):
         assert [name for name in weights if not torch.equal(weights[name], whole[name])] == []
         held = memory.ranks[0]
         assert held.gradients_bytes < held.parameters_bytes  # none of the base
+
+
+def generate_with_adapters(stage):
+    """From below the root, as PEFT does: adapters are cast to the dtype that those beside them show."""
+    engine = zero.initialize(with_adapters(torch.bfloat16), {**settings(stage), "bf16": {"enabled": True}}).eval()
+    engine.train().backward(engine(input_ids=rows_of(0, 0), labels=rows_of(0, 0)).loss)
+    engine.step()
+    engine.eval()
+    with torch.no_grad():
+        expected = engine(input_ids=rows_of(1, 0)).logits[:, -1].argmax(-1)
+    found = engine.module.generate(input_ids=rows_of(1, 0), max_new_tokens=1, do_sample=False)[:, -1]
+    return found.tolist(), expected.tolist()
+
+
+def generate_at_stages_1_and_3():
+    return [generate_with_adapters(stage) for stage in (1, 3)]
+
+
+def test_adapters_in_bf16_generate_what_the_engine_computes(ranks):
+    pytest.importorskip("peft")
+    for by_stage in ranks(2, generate_at_stages_1_and_3):
+        for found, expected in by_stage:
+            assert found == expected

@@ -32,8 +32,8 @@ class Config(BaseModel):
     """A configuration or a section of one; subclass it and declare the fields.
 
     A key in `known_unserved` is one that other tools accept and zcore does not serve; its value says why or what to do
-    instead. It is refused loudly, unless it is switched off (false, null, or a section whose `enabled` is false): then
-    it asks for nothing, and leaving it out does what it says.
+    instead. It is refused loudly, unless it is switched off (false, null, or a section whose `enabled` is false), or
+    asks by its value in `always` for what is so in any case: then leaving it out does what it says.
 
     >>> class Zero(Config):
     ...     stage: Literal[0, 1, 2, 3] = 0
@@ -49,6 +49,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
     known_unserved: ClassVar[Mapping[str, str]] = {}
+    always: ClassVar[Mapping[str, object]] = {}
 
     @classmethod
     def read(cls, source: "str | Path | Mapping[str, Any] | Config") -> Self:
@@ -115,7 +116,11 @@ class Config(BaseModel):
     def _drop_what_asks_for_nothing(cls, raw: object) -> object:
         if not isinstance(raw, Mapping):
             return raw
-        return {key: value for key, value in raw.items() if key not in cls.known_unserved or not _is_off(value)}
+        return {
+            key: value
+            for key, value in raw.items()
+            if key not in cls.known_unserved or not (_is_off(value) or value == cls.always.get(key))
+        }
 
     @field_validator("*", mode="before")
     @classmethod

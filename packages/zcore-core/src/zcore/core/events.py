@@ -76,9 +76,14 @@ class Events:
         self.sinks = tuple(sinks)
         self.rank = rank
 
-    def emit(self, name: str, value: SupportsFloat, *, unit: str, step: int | None = None) -> None:
-        """Send one number on; `value` is read to a Python float here, which waits for a tensor on an accelerator."""
-        metric = Metric(name, float(value), unit, step, self.rank)
+    def emit(
+        self, name: str, value: SupportsFloat, *, unit: str, step: int | None = None, rank: int | None = None
+    ) -> None:
+        """Send one number on; `value` is read to a Python float here, which waits for a tensor on an accelerator.
+
+        rank: of whom it is, by default `self.rank`.
+        """
+        metric = Metric(name, float(value), unit, step, self.rank if rank is None else rank)
         for sink in self.sinks:
             sink.write(metric)
 

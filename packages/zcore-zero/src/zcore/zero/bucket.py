@@ -335,9 +335,9 @@ class Bucket:
                     "so for evaluation (set dropout to 0 there)."
                 )
             raise StateError(
-                f"{param.shard.fqn} was given other memory inside a forward, as `module.to(dtype)` or "
-                "`param.data = ...` does, and would no longer follow the optimizer. Leave parameters in their dtype: "
-                "cast inputs and results, or compute under `torch_autocast` in place of `bf16` and `fp16`."
+                f"{param.shard.fqn} was given other memory, as `module.to(dtype)`, `param.data = ...` or resizing do, "
+                "and would no longer follow the optimizer. Resize before sharding, and leave parameters in their "
+                "dtype: cast inputs and results, or compute under `torch_autocast` in place of `bf16` and `fp16`."
             )
         trains = param.shard.requires_grad
         if trains and self.gradients is None:

@@ -57,6 +57,7 @@ class Bf16(Config):
         "immediate_grad_update": "Gradients move into their bucket at once.",
         "check_grad_overflow": "A step that is not finite is always refused.",
     }
+    always: ClassVar[Mapping[str, object]] = {"immediate_grad_update": True, "check_grad_overflow": True}
 
 
 class Fp16(Config):
@@ -203,6 +204,7 @@ class ZeroOptimization(Config):
         "elastic_checkpoint": "Leave it out.",
         "load_from_fp32_weights": "Checkpoints always hold the master weights.",
     }
+    always: ClassVar[Mapping[str, object]] = {"ignore_unused_parameters": True, "load_from_fp32_weights": True}
 
 
 # Several names of DeepSpeed's are one op here.
@@ -302,9 +304,9 @@ class TrainingConfig(Config):
         "tensorboard": "Log from the training loop.",
         "wandb": "Log from the training loop.",
         "csv_monitor": "Log from the training loop.",
-        "aio": "Nothing is read from disk.",
-        "pipeline": "One stage only.",
-        "tensor_parallel": "Data parallel only.",
+        "aio": "Nothing is offloaded to files: leave the section out.",
+        "pipeline": "The model is one stage: leave the section out.",
+        "tensor_parallel": "Build the mesh with an axis `tp`, and leave the section out.",
         "data_efficiency": "Sample in the data loader.",
         "curriculum_learning": "Sample in the data loader.",
         "compression_training": "Not served: leave it out.",
@@ -313,8 +315,8 @@ class TrainingConfig(Config):
         "elasticity": "Not served: leave it out.",
         "compile": "Call torch.compile on the blocks.",
         "disable_allgather": "Leave it out.",
-        "sequence_parallel_size": "Data parallel only.",
-        "seq_parallel_communication_data_type": "Data parallel only.",
+        "sequence_parallel_size": "Not served: leave it out.",
+        "seq_parallel_communication_data_type": "Not served: leave it out.",
         "progressive_layer_drop": "Not served: leave it out.",
         "sparse_attention": "Use torch's flex_attention.",
         "eigenvalue": "Not served: leave it out.",

@@ -2,8 +2,9 @@
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -76,6 +77,9 @@ class Engine:
         is_scaled = config.fp16.enabled or self._autocast_dtype is torch.float16
         self._scaler = LossScaler(config.fp16.loss_scaling) if is_scaled else None
         self._is_step_applied = False
+        self._is_stepping = False
+        if optimizer is not None:
+            optimizer.register_step_pre_hook(_refuse_step_past(weakref.ref(self)))
         self._accumulation = sharding.reducer.accumulation
         self._accumulation.steps = int(config.gradient_accumulation_steps or 1)
         self._accumulation.reduces_each = sharding.row.gradients is Placement.SHARD
@@ -182,7 +186,7 @@ class Engine:
             self._recorded.note_phase("outside the model")
             return
         assert self.optimizer is not None
-        self._is_step_applied = False
+        self._is_step_applied, self._is_stepping = False, True
         try:
             if not self._is_finite():
                 return
@@ -199,6 +203,7 @@ class Engine:
             if self._scaler is not None:
                 self._scaler.note_clean_step()
         finally:
+            self._is_stepping = False
             self.sharding.reducer.clear()
             self._micro_steps_before += accumulation.steps
             self._begin_step()
@@ -303,13 +308,14 @@ class Engine:
             log_visibly(logger, line, self.global_steps, seen, self._grad_norm, rates)
         if self._events is None:
             return
+        emit = partial(self._events.emit, unit="1", step=self.global_steps, rank=self.global_rank)
         if loss is not None:
-            self._events.emit("loss", loss, unit="1", step=self.global_steps)
-        self._events.emit("grad_norm", self._grad_norm or 0.0, unit="1", step=self.global_steps)
+            emit("loss", loss)
+        emit("grad_norm", self._grad_norm or 0.0)
         if self._scaler is not None:
-            self._events.emit("loss_scale", self._scaler.scale, unit="1", step=self.global_steps)
+            emit("loss_scale", self._scaler.scale)
         for index, lr in enumerate(self.get_lr()):
-            self._events.emit(f"lr/{index}", lr, unit="1", step=self.global_steps)
+            emit(f"lr/{index}", lr)
 
     def zero_grad(self) -> None:
         """Drop the gradients that this step has so far, as those another model's loss has left; its count goes on.
@@ -490,3 +496,15 @@ class Engine:
         self.sharding.close()
         if self.recording is not None:
             self.recording.stop()
+
+
+def _refuse_step_past(engine: "weakref.ref[Engine]") -> Callable[..., None]:
+    def refuse(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        alive = engine()
+        if alive is not None and not alive._is_stepping:
+            raise StateError(
+                "The engine's optimizer was stepped by itself, past the engine's clipping, schedule and counts. Call "
+                "`engine.step()`; for a loop of your own shard the model with `zero.shard` and build the optimizer."
+            )
+
+    return refuse

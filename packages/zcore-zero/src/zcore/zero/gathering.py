@@ -14,14 +14,13 @@ from time import perf_counter_ns
 import torch
 
 from zcore.core import compat
+from zcore.zero.backward_uses import BackwardUses
 from zcore.zero.bucket import Bucket, ParamState
 from zcore.zero.first_uses import FirstUses
 from zcore.zero.timeline import Kind, Recorder
 from zcore.zero.trace import Pass, Trace, Use, plan_prefetch
 
 __all__ = ["GatherLimits", "Gatherer"]
-
-Place = tuple[int, object | None]  # a backward of autograd, and its node that runs
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +49,7 @@ class Gatherer:
         self._kept: set[int] = set()  # a forward with autograd: until its backward is over, or the next such forward
         self._returned: set[int] = set()  # one without, or part of a result: until the next one, or end of a backward
         self._idle: dict[int, None] = {}  # left in a forward, not yet released; in order of leaving
-        self._backwards: list[Place] = []  # of autograd, each nested in the node of the one before
-        self._used_in: dict[int, Place] = {}  # where a bucket was used last
-        self._at_hand: tuple[Bucket, ...] = ()  # what a backward has asked for last, and nothing else happened since
+        self.backward_uses = BackwardUses()
         self.first_uses = FirstUses()  # of transient buckets
         self._ahead: dict[int, int] = {}  # elements of buckets gathered, or kept, ahead of their next use
         self._live: dict[int, Bucket] = {}  # transient ones with gathered memory
@@ -142,13 +139,13 @@ class Gatherer:
 
     def use(self, bucket: Bucket, during: Pass, *, module: str) -> None:
         """Make `bucket` AVAILABLE now."""
-        self._at_hand = ()
+        self.backward_uses.interrupt()
         if during is Pass.FORWARD:
             if self._is_at_rest and not compat.in_backward():  # a submodule is called by itself
                 self._begin_trace(training=torch.is_grad_enabled())
             self._drop_if_stale(bucket)
         else:
-            self._used_in[bucket.index] = self._innermost_backward()
+            self.backward_uses.note(bucket.index)
         if bucket.is_transient:
             in_hand = during is Pass.BACKWARD and self._is_in_hand(bucket)
             self._idle.pop(bucket.index, None)
@@ -175,46 +172,13 @@ class Gatherer:
     def release_all_but(self, needed: Set[int]) -> None:
         """A backward has come to where only `needed` buckets were in use: those of later modules are read no more.
 
-        But those that the running node of an enclosing backward has used stay: it may hold what it has read. And those
-        that return.
+        But those that return stay, and those that a node that runs has used.
         """
-        self._innermost_backward()
         for bucket in list(self._live.values()):
             if bucket.index in needed or not self._is_in_hand(bucket) or self._is_in_use(bucket):
                 continue
-            if self._used_in.get(bucket.index) not in self._backwards[:-1] and not self._returns(bucket, Pass.BACKWARD):
+            if not self.backward_uses.is_held(bucket.index) and not self._returns(bucket, Pass.BACKWARD):
                 self._reshard(bucket)
-
-    def note_use_of(self, buckets: tuple[Bucket, ...]) -> None:
-        """The backward has all of `buckets`, and nothing that only later modules read."""
-        self._at_hand = buckets
-
-    def goes_on_using(self, buckets: tuple[Bucket, ...]) -> bool:
-        """Whether the backward that asks for `buckets` has just asked for all of them, so that nothing is to be done.
-
-        Module after module of a block asks for the same.
-        """
-        for bucket in buckets:
-            if bucket not in self._at_hand:
-                return False
-        (before, _), here = self._backwards[-1], self._innermost_backward()
-        if before != here[0]:
-            return False
-        for bucket in buckets:
-            self._used_in[bucket.index] = here
-        return True
-
-    def _innermost_backward(self) -> Place:
-        """Where in which backward of autograd we are; those that have ended since are forgotten."""
-        here = backward, _ = compat.current_backward(), compat.current_node()
-        if len(self._backwards) == 1 and self._backwards[0][0] == backward:
-            self._backwards[0] = here
-            return here
-        known = [each for each, _ in self._backwards]
-        if backward in known:
-            del self._backwards[known.index(backward) :]
-        self._backwards.append(here)
-        return here
 
     def pin(self, bucket: Bucket) -> None:
         """Keep `bucket` AVAILABLE and shown until `unpin`, whatever runs in between."""
@@ -279,7 +243,7 @@ class Gatherer:
 
     def go_on_forward(self) -> None:
         """A backward inside the forward is over: what only it has used may go."""
-        self._forget_backwards()
+        self.backward_uses.clear()
         for bucket in self._live.values():
             if self._is_in_hand(bucket) and not self._is_in_use(bucket):
                 self._idle[bucket.index] = None
@@ -297,7 +261,7 @@ class Gatherer:
             self._returned |= returned
         self._depth.clear()
         self._ahead.clear()
-        self._forget_backwards()
+        self.backward_uses.clear()
         self._is_at_rest = True
         for bucket in self._buckets:
             if bucket.state is ParamState.INFLIGHT:
@@ -310,11 +274,6 @@ class Gatherer:
                     self._idle.setdefault(bucket.index)
                 else:
                     self._reshard(bucket)
-
-    def _forget_backwards(self) -> None:
-        self._backwards.clear()
-        self._used_in.clear()
-        self._at_hand = ()
 
     def _is_kept(self, index: int) -> bool:
         return index in self._kept or index in self._returned
@@ -350,7 +309,7 @@ class Gatherer:
             self._live_numel += bucket.plan.layout.numel
 
     def _reshard(self, bucket: Bucket) -> None:
-        self._at_hand = ()
+        self.backward_uses.interrupt()
         self._idle.pop(bucket.index, None)
         bucket.reshard()
         if self.recorder is not None:

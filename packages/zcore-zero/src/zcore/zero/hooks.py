@@ -23,9 +23,9 @@ from zcore.core import compat
 from zcore.core.errors import MismatchError, StateError
 from zcore.zero.bucket import Bucket
 from zcore.zero.gathering import Gatherer
-from zcore.zero.passed import own_results
 from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer
+from zcore.zero.results import nodes_of, own_results, tensors_in
 from zcore.zero.saved import SavedTensors, bucket_of, others_decide
 from zcore.zero.timeline import Kind, Recorder
 from zcore.zero.trace import Pass
@@ -78,7 +78,7 @@ class Conductor:
         self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
         self._saved = SavedTensors(buckets)
         self._saver: nn.Module | int | None = None  # whose forward opened `saved`, or the backward that recomputes
-        self._watch_at_hand: _Watch | None = None  # of the module that ended last
+        self._last_watch: Callable[[], _Watch | None] = lambda: None  # weak: the graph holds it, and it this
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for bucket in buckets:
             bucket.host = weakref.ref(self)
@@ -95,9 +95,8 @@ class Conductor:
             if bucket.gradients is None:
                 continue
             for index, param in enumerate(bucket.params):
-                param.full.requires_grad_(
-                    True
-                )  # or torch refuses the hook: one that is frozen now may be trained later
+                # Or torch refuses the hook: one that is frozen now may be trained later.
+                param.full.requires_grad_(True)
                 keep(
                     param.full.register_post_accumulate_grad_hook(_on_gradient(weakref.ref(self), bucket.index, index))
                 )
@@ -176,7 +175,6 @@ class Conductor:
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
-        self._watch_at_hand = None
         if self.recorder is not None:
             self.recorder.note(Kind.PHASE, SHOWN_PHASES[phase])
 
@@ -221,10 +219,10 @@ class Conductor:
                 for bucket, _ in site.buckets:
                     self.gatherer.leave(bucket, self._pass)
             if transient:
-                nodes = _made(result, began)
+                nodes = nodes_of(result, since=began)
                 if torch.is_grad_enabled() and not nodes:
                     result = own_results((args, kwargs), result, is_trained=is_trained)
-                    nodes = _made(result, began)
+                    nodes = nodes_of(result, since=began)
                 is_inner = is_in_place or all(map(self.gatherer.is_open, transient))  # whoever encloses it watches
                 if nodes and (not (is_inner and is_torchs) or others_decide()):
                     self._watch(transient, nodes)
@@ -249,7 +247,7 @@ class Conductor:
 
     def _come_to_rest(self, result: object) -> None:
         """A forward is over; with autograd a backward may follow, and memory stays, as that of weights in `result`."""
-        found = [bucket_of(tensor) for tensor in _tensors_in(result)]
+        found = [bucket_of(tensor) for tensor in tensors_in(result)]
         returned = {bucket.index for bucket in self._buckets if bucket in found}
         if torch.is_grad_enabled():
             self.gatherer.conceal(returned)
@@ -272,15 +270,17 @@ class Conductor:
     def _watch(self, buckets: tuple[Bucket, ...], nodes: Sequence[Node]) -> None:
         """Have `buckets` AVAILABLE before `nodes` of a module run, and what only later modules read released."""
         still_open = self.gatherer.open_buckets.union(bucket.index for bucket in buckets)
-        watch = self._watch_at_hand
+        watch = self._last_watch()
         if watch is None or watch.buckets != buckets or watch.still_open != still_open:
-            self._watch_at_hand = watch = _Watch(self, buckets, still_open)
+            watch = _Watch(self, buckets, still_open)
+            self._last_watch = weakref.ref(watch)
         for node in nodes:
             node.register_prehook(watch)
 
     def before_backward(self, watch: "_Watch") -> None:
         """Gradients are about to flow into what was made inside a module."""
-        if self._saver is None and self.gatherer.goes_on_using(watch.buckets):
+        uses = self.gatherer.backward_uses
+        if self._saver is None and uses.goes_on(watch.indices, watch.still_open):
             return
         self._refuse_second_backward()
         self._begin_backward()
@@ -288,18 +288,18 @@ class Conductor:
             self.gatherer.use(bucket, Pass.BACKWARD, module="the backward pass")
         # Autograd runs what was made later first: all that reads the buckets of later modules is done.
         self.gatherer.release_all_but(watch.still_open)
-        self.gatherer.note_use_of(watch.buckets)
+        uses.note_all(watch.indices, watch.still_open)
 
     def _keep_returned(self, buckets: Sequence[Bucket], result: object) -> None:
         """Keep those of `buckets` of which a module returns a weight, or a view of one."""
-        for tensor in _tensors_in(result):
+        for tensor in tensors_in(result):
             returned = bucket_of(tensor)
             if returned is not None and returned in buckets:
                 self.gatherer.keep(returned)
 
     def read_in_backward(self, bucket: Bucket) -> None:
         """See BucketHost."""
-        if self._saver is None and self.gatherer.goes_on_using((bucket,)):
+        if self._saver is None and self.gatherer.backward_uses.goes_on_reading(bucket.index):
             return
         if not compat.in_backward():
             raise StateError(
@@ -373,6 +373,9 @@ class Conductor:
                     self._reducer.clear()
                     self.gatherer.forget_order()
                     raise
+                except StateError:
+                    self._reducer.abandon()
+                    raise
         self._enter(self._phase)
 
     def abandon(self) -> None:
@@ -396,44 +399,16 @@ class Conductor:
 class _Watch:
     """Before gradients flow into what a module has made. Modules of one block that follow each other share it."""
 
-    __slots__ = ("_conductor", "buckets", "still_open")
+    __slots__ = ("__weakref__", "_conductor", "buckets", "indices", "still_open")
 
     def __init__(self, conductor: Conductor, buckets: tuple[Bucket, ...], still_open: frozenset[int]) -> None:
         self._conductor = conductor  # a graph keeps it alive
         self.buckets = buckets  # that the module reads
-        self.still_open = still_open  # those among the buckets' indices, and those of modules around it
+        self.indices = frozenset(bucket.index for bucket in buckets)
+        self.still_open = still_open  # these, and those of modules around it
 
     def __call__(self, grads: object) -> None:
         self._conductor.before_backward(self)
-
-
-def _made(result: object, since: int) -> list[Node]:
-    """The nodes of autograd that have made the tensors in `result`, each one once.
-
-    Not those from before `since`, as autograd counts: what they have made only passes through.
-    """
-    nodes: list[Node] = []
-    for tensor in _tensors_in(result):
-        node = tensor.grad_fn
-        if node is not None and node._sequence_nr() >= since and node not in nodes:
-            nodes.append(node)
-    return nodes
-
-
-def _tensors_in(value: object) -> Sequence[Tensor]:
-    """The tensors of nested containers, and of objects with attributes such as a dataclass, each one once."""
-    if isinstance(value, Tensor):
-        return (value,)
-    found: list[Tensor] = []
-    to_look_at, seen = [value], set[int]()
-    while to_look_at:
-        for leaf in compat.tree_leaves(to_look_at.pop()):
-            if isinstance(leaf, Tensor):
-                found.append(leaf)
-            elif not isinstance(leaf, nn.Module | type) and hasattr(leaf, "__dict__") and id(leaf) not in seen:
-                seen.add(id(leaf))
-                to_look_at.append(list(vars(leaf).values()))
-    return found
 
 
 def _on_gradient(conductor: "weakref.ref[Conductor]", bucket_index: int, index: int) -> Callable[[Tensor], None]:

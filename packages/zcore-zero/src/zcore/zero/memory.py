@@ -2,12 +2,18 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from zcore.core.quantities import shown_bytes
+from zcore.core.tables import Table, draw_tables, write_tables
 from zcore.zero.placement import Placement
 from zcore.zero.sharding import Sharding
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 __all__ = ["MemoryReport", "RankMemory", "measure_memory"]
 
@@ -33,6 +39,26 @@ class MemoryReport:
 
     ranks: tuple[RankMemory, ...]
     data_parallel: RankMemory
+
+    def __str__(self) -> str:
+        return write_tables([_table(self)])
+
+    def __rich__(self) -> "RenderableType":
+        return draw_tables([_table(self)])
+
+
+def _table(report: MemoryReport) -> Table:
+    named = {str(rank): each for rank, each in enumerate(report.ranks)} | {"data parallel": report.data_parallel}
+    rows = tuple(
+        (
+            name,
+            *map(shown_bytes, (each.parameters_bytes, each.gradients_bytes, each.optimizer_bytes, each.states_bytes)),
+            shown_bytes(each.gathered_peak_bytes) if each is not report.data_parallel else "-",
+        )
+        for name, each in named.items()
+    )
+    columns = ("rank", "parameters", "gradients", "optimizer", "together", "gathered at most")
+    return Table("Memory of model states", columns, rows, words=("rank",))
 
 
 def measure_memory(sharding: Sharding, optimizers: Iterable[torch.optim.Optimizer]) -> MemoryReport:

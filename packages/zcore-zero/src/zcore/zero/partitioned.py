@@ -21,6 +21,7 @@ from zcore.core.errors import MismatchError, StateError
 __all__ = ["partition_inputs"]
 
 LEAST_BYTES = 4096  # of an input that is spread
+COMPARED = 64  # inputs, from the first on: blocks that come after one with dropout are among them
 
 
 class _Part(NamedTuple):
@@ -51,17 +52,17 @@ def partition_inputs(
     """`run`, which is torch's checkpoint of a function and its inputs, with inputs kept in parts over `group`.
 
     Every rank of the group has the same inputs, and goes backward through the same blocks in the same order. Raises
-    MismatchError in the first forward if they differ. Tensors inside of containers stay whole.
+    MismatchError if one of the first 64 differs. Tensors inside of containers stay whole.
     """
-    has_compared = False
+    num_compared = 0
 
     def keep(tensor: Tensor, below: Any) -> _Part | _Whole | _Passed:
-        nonlocal has_compared
+        nonlocal num_compared
         if not tensor.requires_grad or tensor.numel() * tensor.element_size() < least_bytes:
             return _Whole(tensor, tensor._version) if below is None else _Passed(below[0](tensor), below[1])
-        if not has_compared:
-            _compare(tensor, group)
-            has_compared = True
+        if num_compared < COMPARED:
+            num_compared += 1
+            _compare(tensor, group, number=num_compared)
         dims = tuple(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride()[dim]))
         ordered = tensor.detach().permute(dims)
         part_numel = -(-tensor.numel() // group.size)
@@ -99,14 +100,14 @@ def partition_inputs(
     return run_in_parts
 
 
-def _compare(tensor: Tensor, group: Collectives) -> None:
-    """Raise MismatchError where ranks have other values; all of them come here with their first input."""
+def _compare(tensor: Tensor, group: Collectives, *, number: int) -> None:
+    """Raise MismatchError where ranks have other values; all of them come here with their input of that number."""
     own = tensor.detach().double().sum().view(1)
     sums = own.new_empty(group.size)
-    group.all_gather(sums, own, label="sums of the first input").wait()
+    group.all_gather(sums, own, label=f"sums of input {number} of blocks").wait()
     if not torch.equal(sums.nan_to_num(), sums[:1].nan_to_num().expand_as(sums)):
         raise MismatchError(
-            "Ranks that were to keep a part each of the same inputs have different ones; the first add up to "
+            f"Ranks that were to keep a part each of the same inputs have different ones; number {number} adds up to "
             f"{sums.tolist()}. Ranks along `tp` get the same batch and draw the same dropout: seed them alike, and "
             "leave partition_activations out where each has a part of the sequence."
         )

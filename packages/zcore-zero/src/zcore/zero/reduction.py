@@ -56,6 +56,15 @@ class _Intake:
         self.backward, self.is_settled, self.is_started = -1, False, False
         self.num_missing = sum(param.full.requires_grad for param in self.bucket.params)
 
+    def check_unchanged(self, *, outer: int) -> None:
+        """Raise StateError if parameters have changed since the forward, in a backward inside `outer` or in that."""
+        self.bucket.check_unchanged(is_nested=self.backward != outer)
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Some of its gradients came in this backward, and not the last one."""
+        return self.backward != -1 and self.num_missing > 0
+
     @property
     def is_done(self) -> bool:
         return not self.num_missing or self.is_settled
@@ -136,15 +145,14 @@ class Reducer:
         """Take the gradient of parameter `index` of a bucket, in autograd's backward of that number.
 
         One inside the backward under way, as of a reentrant checkpoint, may bring others of the same parameter, so
-        nothing is reduced before the end then. Raises StateError if it comes after the reduction, or if the parameter
-        was changed since the forward.
+        nothing is reduced before the end then. Raises StateError if it comes after the reduction. The first and the
+        last one of a bucket look whether its parameters have changed since the forward, and raise the same.
         """
         intake = self._intakes[bucket_index]
-        if intake.backward != backward:
-            is_nested = backward != self._backward
-            intake.bucket.check_unchanged(is_nested=is_nested)
-            self._has_nested |= is_nested
+        if intake.backward != backward or intake.num_missing == 1:
             intake.backward = backward
+            intake.check_unchanged(outer=self._backward)
+            self._has_nested |= backward != self._backward
         if intake.is_started:
             raise StateError(
                 f"{intake.bucket.plan.params[index].fqn} got a second gradient in one backward, after the first was "
@@ -165,6 +173,9 @@ class Reducer:
         reduces, delivers = self.accumulation.reduces, self.accumulation.is_last
         self.accumulation.end_backward()
         if not reduces:
+            for intake in self._intakes.values():
+                if intake.is_incomplete:
+                    intake.check_unchanged(outer=self._backward)
             self._announce()
             return
         for intake in self._intakes.values():
@@ -240,6 +251,8 @@ class Reducer:
     def _start_next(self) -> None:
         intake = self._intakes[self._order[self._next]]
         intake.is_started = True
+        if intake.is_incomplete:
+            intake.check_unchanged(outer=self._backward)
         self._note(intake, Kind.START, why="a parameter of it had no gradient" if intake.num_missing else "")
         intake.gradients.start_reduce()
         self._inflight.append(intake)

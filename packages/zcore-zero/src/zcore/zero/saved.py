@@ -26,8 +26,8 @@ __all__ = ["SavedTensors", "bucket_of", "others_decide"]
 # Of all models, since one may run inside another's forward: by the memory of what they gather.
 BUCKETS: WeakValueDictionary[int, Bucket] = WeakValueDictionary()
 
-
-# A tensor, its version, the bucket in whose memory it lies, and the values that this had; a class takes 0.3 us to make.
+# What stands for a saved tensor: it, its version, the bucket in whose memory it lies, and the values that this had. A
+# class of its own would take 0.3 us to make.
 _Saved = tuple[Tensor, int, Bucket | None, tuple[int, int] | None]
 
 

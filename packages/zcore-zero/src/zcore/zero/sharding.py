@@ -445,9 +445,10 @@ def _find_sites(model: nn.Module, buckets: tuple[Bucket, ...]) -> list[tuple[nn.
     served: set[nn.Module] = set()
     for name, block in blocks.items():
         whole = {bucket.index for bucket in buckets if bucket.plan.unit == name}
-        if whole and getattr(block.forward, "__func__", None) is not nn.Module.forward:  # nobody calls a ModuleDict
-            parts = [part for part in block.modules() if part in used and part is not block]
-            resting = {index for part in parts for index in used[part] if not buckets[index].is_transient}
+        parts = [part for part in block.modules() if part in used and part is not block]
+        resting = {index for part in parts for index in used[part] if not buckets[index].is_transient}
+        # Nobody calls a ModuleDict. Of others even what rests is shown: adapters look at each other's dtypes.
+        if (whole or resting) and getattr(block.forward, "__func__", None) is not nn.Module.forward:
             used.setdefault(block, set()).update(whole | resting)
             served.update(part for part in parts if num_blocks[part] == 1 and used[part] <= used[block])
 

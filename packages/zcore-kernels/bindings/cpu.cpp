@@ -186,23 +186,23 @@ void dequantize_reduce_requantize(const Words& shards, const Words& out, int thr
 
 void pack_signs(std::uintptr_t values, int type, std::uintptr_t error, std::uintptr_t signs, std::uintptr_t scales,
                 int threads, std::size_t numel, std::size_t block_size) {
-    zcore::pack_signs(flat(values, type), floats(error), pointer<std::uint8_t>(signs), floats(scales),
+    zcore::pack_signs(flat(values, type), pointer<float>(error), pointer<std::uint8_t>(signs), pointer<float>(scales),
                       {numel, block_size}, threads);
 }
 
 void unpack_signs(std::uintptr_t signs, std::uintptr_t scales, std::uintptr_t out, int type, int threads,
                   std::size_t numel, std::size_t block_size) {
-    zcore::unpack_signs(pointer<std::uint8_t>(signs), floats(scales), {numel, block_size}, flat(out, type), threads);
+    zcore::unpack_signs(pointer<std::uint8_t>(signs), pointer<float>(scales), {numel, block_size}, flat(out, type), threads);
 }
 
 void round_stochastic(std::uintptr_t values, std::uintptr_t out, int threads, std::size_t numel, std::uint64_t seed,
                       std::uint64_t offset) {
-    zcore::round_stochastic(floats(values), pointer<std::uint16_t>(out), numel, seed, offset, threads);
+    zcore::round_stochastic(pointer<float>(values), pointer<std::uint16_t>(out), numel, seed, offset, threads);
 }
 
 void round_with_noise(std::uintptr_t values, std::uintptr_t noise, std::uintptr_t out, int threads,
                       std::size_t numel) {
-    zcore::round_with_noise(floats(values), pointer<std::int32_t>(noise), pointer<std::uint16_t>(out), numel, threads);
+    zcore::round_with_noise(pointer<float>(values), pointer<std::int32_t>(noise), pointer<std::uint16_t>(out), numel, threads);
 }
 
 }  // namespace

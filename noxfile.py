@@ -18,7 +18,12 @@ WHEELS = ("zcore-core", "zcore-comm", "zcore-zero", "zcore-pipe", "zcore-offload
 COMPILED = {"zcore-kernels": ("packages/zcore-kernels", "native")}  # what each is built from; that takes a minute
 # The extras that a wheel's own tests use, and those that docs/examples use.
 TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[bench,cli]"}
-TESTED_WITH = {"zcore-comm": ("torchx[kubernetes]",), "zcore-zero": ("torchao",)}  # what docs name, no extra holds
+# What docs name and no extra holds.
+TESTED_WITH = {
+    "zcore-comm": ("torchx[kubernetes]",),
+    "zcore-zero": ("torchao",),
+    "zcore-kernels": ("transformers", "numpy"),
+}
 LEFT_TO_TESTS = {"zcore-zero": ("-m", "not thorough")}  # what `tests` runs, and need not be run again without the rest
 COMMAND_EXTRAS = {"zcore-core": "[cli]", "zcore-comm": "[cli]"}  # what the commands of `zcore` need
 EXAMPLE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[examples]"}

@@ -187,6 +187,40 @@ def test_a_module_trains_as_in_plain_torch_that_is(ranks: Ranks, way: str) -> No
             assert losses == pytest.approx(expected, rel=1e-5), row
 
 
+def call_a_layer(row: dict[str, int] | None) -> tuple[list[float], set[str]]:
+    """A layer inside a block is called with and without the block, failing once: results, and what is left shown."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    if row is not None:
+        sharded(model, **row)
+    layer = next(each for each in model[0].modules() if isinstance(each, nn.Linear))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    x, found, shown = torch.ones(2, WIDTH), [], set()
+    for _ in range(STEPS):
+        with pytest.raises(RuntimeError, match="shapes"):
+            layer(x[:, 1:])
+        shown.add(type(layer.weight).__name__)
+        model.zero_grad()
+        (model(layer(x)).square().mean() + layer(x).square().mean()).backward()
+        optimizer.step()
+        with torch.no_grad():
+            found.append(layer(x).sum().item())
+        shown.add(type(layer.weight).__name__)
+    return found, shown
+
+
+def call_layers() -> list[tuple[list[float], set[str]]]:
+    return [call_a_layer(row) for row in ROWS]
+
+
+def test_a_layer_is_called_with_and_without_its_block(ranks: Ranks) -> None:
+    expected, _ = call_a_layer(None)
+    for of_rank in ranks(2, call_layers):
+        for row, (found, shown) in zip(ROWS, of_rank, strict=True):
+            assert found == pytest.approx(expected, rel=1e-5), row
+            assert shown == {"ShardedParameter"}, row
+
+
 def take_forces() -> list[list[float]]:
     found = []
     for is_sharded in (False, True):

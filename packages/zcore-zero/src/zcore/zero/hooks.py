@@ -35,6 +35,9 @@ __all__ = ["Conductor", "Phase", "Site"]
 
 logger = logging.getLogger(__name__)
 
+Enter = Callable[[nn.Module, Any], None]  # module, args
+Leave = Callable[[nn.Module, Any, Any, Any], object]  # module, args, kwargs, result
+
 
 class Phase(Enum):
     """What the root module is doing."""
@@ -57,6 +60,10 @@ class Site:
     # Of each call under way autograd's number at its start; ~number, below 0, of one that has found all it needs in
     # place, and is not counted among those that use its buckets.
     began: list[int] = field(default_factory=list)
+    frees: bool = field(init=False)  # whether it has a bucket that comes and goes
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "frees", any(bucket.is_transient for bucket, _ in self.buckets))
 
 
 class Conductor:
@@ -106,15 +113,39 @@ class Conductor:
         """Have the buckets of `site` gathered whenever `module` runs."""
         is_torchs = type(module).__module__.startswith("torch.nn.")
         enter, leave = self._site_pre(site), self._site_post(site, is_torchs=is_torchs)
-        if site.is_served:  # torch.compile goes through, and finds nothing to do: the graph of a block stays one
-            with compat.hooks_numbered_alike():
-                self._register(module, enter, leave)
-        else:
+        if not site.is_served:
             self._register(module, torch.compiler.disable(enter), torch.compiler.disable(leave))
+            return
+        with compat.hooks_numbered_alike():  # torch.compile goes through, and finds nothing: the graph stays one
+            if site.frees:
+                self._register(module, enter, leave)
+            else:
+                self._handles.append(module.register_forward_pre_hook(self._pass_by(site, enter, leave)))
 
-    def _register(self, module: nn.Module, enter: Callable[..., None], leave: Callable[..., object]) -> None:
-        self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+    def _register(self, module: nn.Module, enter: Enter, leave: Leave) -> None:
+        self._handles.append(module.register_forward_pre_hook(enter))
         self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+
+    def _pass_by(self, site: Site, enter: Enter, leave: Leave) -> Enter:
+        """Enter a module that frees nothing: when its block calls it, nothing is to be done, and no hook is at its end.
+
+        The first call that finds work, of the module without its block, installs that one.
+        """
+        buckets = tuple(bucket for bucket, _ in site.buckets)
+        has_exit = False
+
+        def pass_by(module: nn.Module, args: object) -> None:
+            nonlocal has_exit
+            if torch.compiler.is_compiling():
+                return
+            if not has_exit:
+                if self._phase is Phase.FORWARD and self._finds_in_place(buckets):
+                    return
+                has_exit = True
+                self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+            enter(module, args)
+
+        return pass_by
 
     def __reduce__(self) -> str:
         raise StateError(
@@ -178,15 +209,14 @@ class Conductor:
         if self.recorder is not None:
             self.recorder.note(Kind.PHASE, SHOWN_PHASES[phase])
 
-    def _site_pre(self, site: Site) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+    def _site_pre(self, site: Site) -> Enter:
         buckets = tuple(bucket for bucket, _ in site.buckets)
-        transient = any(bucket.is_transient for bucket in buckets)
 
-        def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        def enter(module: nn.Module, args: object) -> None:
             if torch.compiler.is_compiling():
                 return
             if self._phase is Phase.FORWARD and self._finds_in_place(buckets):
-                site.began.append(~compat.sequence_number() if transient else -1)  # who frees nothing watches nothing
+                site.began.append(~compat.sequence_number() if site.frees else -1)  # who frees nothing watches nothing
                 return
             if compat.in_backward():
                 self._begin_backward()
@@ -200,7 +230,7 @@ class Conductor:
 
         return enter
 
-    def _site_post(self, site: Site, *, is_torchs: bool) -> Callable[[nn.Module, object, object, object], object]:
+    def _site_post(self, site: Site, *, is_torchs: bool) -> Leave:
         """`is_torchs`: a module that opens no hooks of its own; where another one encloses it, that one watches."""
         transient = tuple(bucket for bucket, _ in site.buckets if bucket.is_transient)
 

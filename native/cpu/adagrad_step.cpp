@@ -14,8 +14,9 @@ static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT 
     const float penalty = rounded(hyper.weight_decay), factor = rounded(hyper.grad_factor);
     const bool is_penalised = penalty != 0.0f;  // else an infinite parameter would become NaN
     for (std::size_t at = 0; at < count; ++at) {
-        const float g = is_penalised ? grad[at] * factor + penalty * param[at] : grad[at] * factor;
-        const float s = sum[at] + g * g;
+        const float scaled = grad[at] * factor;
+        const float g = is_penalised ? multiply_add(penalty, param[at], scaled) : scaled;
+        const float s = multiply_add(g, g, sum[at]);
         sum[at] = s;
         param[at] -= lr * g / (std::sqrt(s) + eps);
     }

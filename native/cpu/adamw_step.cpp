@@ -16,15 +16,15 @@ static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT 
     const float factor = rounded(hyper.grad_factor), beta2 = rounded(hyper.beta2), eps = rounded(hyper.eps);
     const float rest1 = rounded(1.0 - hyper.beta1), rest2 = rounded(1.0 - hyper.beta2);
     const float step_size = rounded(hyper.lr / hyper.bias_correction1);
-    const float unbias = rounded(1.0 / hyper.bias_correction2_sqrt);
+    const float bias = rounded(hyper.bias_correction2_sqrt);
     for (std::size_t at = 0; at < count; ++at) {
-        const float p = param[at] * decay;
-        const float g = is_penalised ? grad[at] * factor + penalty * p : grad[at] * factor;
-        const float m = exp_avg[at] + rest1 * (g - exp_avg[at]);
-        const float v = beta2 * exp_avg_sq[at] + rest2 * g * g;
+        const float p = param[at] * decay, scaled = grad[at] * factor;
+        const float g = is_penalised ? multiply_add(penalty, p, scaled) : scaled;
+        const float m = multiply_add(rest1, g - exp_avg[at], exp_avg[at]);
+        const float v = multiply_add(rest2 * g, g, beta2 * exp_avg_sq[at]);
         exp_avg[at] = m;
         exp_avg_sq[at] = v;
-        param[at] = p - step_size * m / (std::sqrt(v) * unbias + eps);
+        param[at] = p - step_size * m / (std::sqrt(v) / bias + eps);
     }
 }
 

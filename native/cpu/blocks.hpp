@@ -30,6 +30,16 @@ static inline std::size_t block_at(std::size_t at, std::size_t end) {
 // A hyper-parameter, kept in double until 1 - beta and its like are computed: 1.0f - 0.999f is off by 5e-5.
 static inline float rounded(double value) { return static_cast<float>(value); }
 
+// a b + c, rounded once where the instruction set can. Said where torch's fused steps do it, and nowhere left to the
+// compiler, so that a step has torch's bits on such machines.
+static inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 static inline float float_of_bits(std::uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);

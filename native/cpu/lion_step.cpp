@@ -18,8 +18,9 @@ static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT 
     const float rest1 = rounded(1.0 - hyper.beta1), rest2 = rounded(1.0 - hyper.beta2);
     for (std::size_t at = 0; at < count; ++at) {
         const float g = grad[at] * factor, m = exp_avg[at];
-        param[at] = param[at] * decay - lr * sign(m + rest1 * (g - m));
-        exp_avg[at] = m + rest2 * (g - m);
+        const float kept = param[at] * decay;
+        param[at] = kept - lr * sign(multiply_add(rest1, g - m, m));
+        exp_avg[at] = multiply_add(rest2, g - m, m);
     }
 }
 

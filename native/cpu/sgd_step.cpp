@@ -12,8 +12,9 @@ static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT 
     const float factor = rounded(hyper.grad_factor);
     const bool is_penalised = penalty != 0.0f;  // else an infinite parameter would become NaN
     for (std::size_t at = 0; at < count; ++at) {
-        const float g = is_penalised ? grad[at] * factor + penalty * param[at] : grad[at] * factor;
-        param[at] -= lr * g;
+        const float scaled = grad[at] * factor;
+        const float g = is_penalised ? multiply_add(penalty, param[at], scaled) : scaled;
+        param[at] = multiply_add(-lr, g, param[at]);
     }
 }
 
@@ -24,10 +25,11 @@ static void momentum_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTR
     const float fresh = rounded(1.0 - hyper.dampening);
     const bool is_penalised = penalty != 0.0f, is_first = hyper.is_first, is_nesterov = hyper.is_nesterov;
     for (std::size_t at = 0; at < count; ++at) {
-        const float g = is_penalised ? grad[at] * factor + penalty * param[at] : grad[at] * factor;
-        const float b = is_first ? g : momentum * momentum_buffer[at] + fresh * g;
+        const float scaled = grad[at] * factor;
+        const float g = is_penalised ? multiply_add(penalty, param[at], scaled) : scaled;
+        const float b = is_first ? g : multiply_add(fresh, g, momentum * momentum_buffer[at]);
         momentum_buffer[at] = b;
-        param[at] -= lr * (is_nesterov ? g + momentum * b : b);
+        param[at] = multiply_add(-lr, is_nesterov ? multiply_add(momentum, b, g) : b, param[at]);
     }
 }
 

@@ -8,7 +8,7 @@
 //     p  <- p - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 //
 // In fp32 it moves 28 bytes an element (reads p g m v, writes p m v): bound by memory. It computes in fp32 whatever
-// the types are, and rounds to the nearest where it writes less.
+// the types are, and rounds to the nearest where it writes less. It rounds in between where torch's fused step does.
 #pragma once
 
 #include <span>

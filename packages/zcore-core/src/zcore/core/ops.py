@@ -19,7 +19,7 @@ import torch
 from zcore.core.errors import NotInstalledError, nearest
 from zcore.core.extensions import offered
 
-__all__ = ["Implementation", "force", "get", "implementation", "implementations", "reference"]
+__all__ = ["Implementation", "choose", "force", "get", "implementation", "implementations", "reference"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,6 +92,11 @@ def get(op: str, *, device: torch.device, dtype: torch.dtype) -> Callable[..., A
     Raises NotInstalledError saying what exists and why each cannot serve; BrokenExtensionError if a wheel's fails.
     """
     return _choose(op, device.type, dtype, _forced or os.environ.get("ZCORE_OPS")).function
+
+
+def choose(op: str, *, device: torch.device, dtype: torch.dtype) -> Implementation:
+    """What `get` takes the function of, to be told or looked at. Raises what `get` does."""
+    return _choose(op, device.type, dtype, _forced or os.environ.get("ZCORE_OPS"))
 
 
 @contextmanager

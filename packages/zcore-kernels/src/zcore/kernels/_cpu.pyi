@@ -1,20 +1,33 @@
-"""The numeric functions of native/ on the CPU: bindings/cpu.cpp and bindings/layers.cpp.
+"""The numeric functions of native/ on the CPU, as bindings/ has them.
 
-words and types: see `zcore.kernels.ops.pieces`. Other addresses are those of flat tensors on the CPU; whoever calls
-has checked them. Of quantised blocks they are those of codes, scales and zero points, the last 0 where blocks are
+Addresses are those of flat tensors on the CPU; whoever calls has checked them, or has a table read, which checks. Of quantised blocks they are those of codes, scales and zero points, the last 0 where blocks are
 symmetric.
 """
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 LARGEST_BLOCK_SIZE: int
 Operand = tuple[int, int]  # address and zcore::Type
 Part = tuple[int, int, int, int]  # of an operand its columns: address, zcore::Type, stride of rows, first column
 
+class Table:
+    """Addresses of pieces, a row for each; whoever holds it holds their tensors."""
+
+    def __len__(self) -> int: ...
+
+class Layout:
+    """The columns of an op: of each what a torch.dtype is as zcore::Type, is_optional, and whose scales (-1: none)."""
+
+    def __init__(self, columns: Sequence[tuple[Sequence[tuple[torch.dtype, int]], bool, int]]) -> None: ...
+    def read(self, operands: Sequence[Sequence[Tensor]]) -> Table | None:
+        """One list of tensors for each column; None unless all are as the columns want them."""
+
 def instruction_set() -> str: ...
 def adamw_step(
-    words: Sequence[int],
-    types: Sequence[int],
+    table: Table,
     threads: int,
     *,
     lr: float,
@@ -28,8 +41,7 @@ def adamw_step(
     is_decoupled: bool,
 ) -> None: ...
 def lamb_average(
-    words: Sequence[int],
-    types: Sequence[int],
+    table: Table,
     threads: int,
     *,
     beta1: float,
@@ -41,8 +53,7 @@ def lamb_average(
     grad_factor: float,
 ) -> list[tuple[float, float]]: ...
 def lamb_apply(
-    words: Sequence[int],
-    types: Sequence[int],
+    table: Table,
     threads: int,
     *,
     ratios: Sequence[float],
@@ -53,8 +64,7 @@ def lamb_apply(
     bias_correction2: float,
 ) -> None: ...
 def lion_step(
-    words: Sequence[int],
-    types: Sequence[int],
+    table: Table,
     threads: int,
     *,
     lr: float,
@@ -64,8 +74,7 @@ def lion_step(
     grad_factor: float,
 ) -> None: ...
 def adagrad_step(
-    words: Sequence[int],
-    types: Sequence[int],
+    table: Table,
     threads: int,
     *,
     lr: float,
@@ -74,8 +83,7 @@ def adagrad_step(
     grad_factor: float,
 ) -> None: ...
 def sgd_step(
-    words: Sequence[int],
-    types: Sequence[int],
+    table: Table,
     threads: int,
     *,
     lr: float,
@@ -86,7 +94,7 @@ def sgd_step(
     is_first: bool,
     grad_factor: float,
 ) -> None: ...
-def squared_norm(words: Sequence[int], types: Sequence[int], threads: int) -> float: ...
+def squared_norm(table: Table, threads: int) -> float: ...
 def quantize_blockwise(
     values: int,
     type: int,

@@ -1,24 +1,19 @@
-"""What compiled functions take: flat pieces of memory as a table of addresses, checked here, by name.
+"""What compiled functions over flat pieces take: a list of tensors for each column, read into a table of addresses.
 
-    words    numel | params[0] | grads[0] | exp_avgs[0] | ... | exp_avg_scales[0]     a row for each piece
-             numel | params[1] | grads[1] | exp_avgs[1] | ... | exp_avg_scales[1]
-    types            0 fp32      1 bf16     3 codes      ...   0                     one for each column after numel
-
-All tensors of a column have one dtype; all of a row have as many elements, but for scales, one for each block of codes.
-Addresses are read from the tensors, so whoever holds a table holds the tensors.
+The native side reads and checks them (bindings/table.hpp); where it makes no table, this finds out what it refused.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from zcore.core.errors import ConfigError, LayoutError
+from zcore.kernels import _cpu
 from zcore.kernels.ops.dynamic_code import num_blocks
 
-__all__ = ["FLOATS", "TYPES", "Column", "Table", "scales", "state", "tabulate"]
+__all__ = ["FLOATS", "TYPES", "Column", "Columns", "scales", "state"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as zcore::Type counts them
 SIGNED_CODE, UNSIGNED_CODE = 3, 4
@@ -37,13 +32,6 @@ class Column:
     scales_of: str | None = None  # the column of codes that this one scales
 
 
-class Table(NamedTuple):
-    """`words` is numel and the addresses of each row; `types` that of each column."""
-
-    words: list[int]
-    types: list[int]
-
-
 def state(name: str, *, is_signed: bool, is_written: bool = True) -> Column:
     """A state of an optimizer: floats, or codes of one byte whose scales are another column."""
     return Column(name, (*FLOATS, torch.uint8), is_written=is_written, is_signed=is_signed)
@@ -54,51 +42,69 @@ def scales(name: str, *, of: str, is_written: bool = True) -> Column:
     return Column(name, (torch.float32,), is_written=is_written, is_optional=True, scales_of=of)
 
 
-def tabulate(op: str, columns: Sequence[Column], operands: Sequence[Sequence[Tensor]]) -> Table:
-    """Check and table the operands of `op`, one list for each column.
+class Columns:
+    """Of one op, and the tables of what it is called with."""
 
-    Raises LayoutError for tensors that are not flat on the CPU or not of one size, ConfigError for a dtype.
-    """
-    numels = [tensor.numel() for tensor in operands[0]]
-    of_codes = {
-        column.name: bool(tensors) and tensors[0].dtype is torch.uint8
-        for column, tensors in zip(columns, operands, strict=True)
-    }
-    types: list[int] = []
-    addresses: list[list[int]] = []
-    for column, tensors in zip(columns, operands, strict=True):
-        expected = numels
-        if column.scales_of is not None:
-            _check_scales(op, column, len(tensors), of_codes[column.scales_of])
-            expected = [num_blocks(numel) for numel in numels]
-        if not tensors and column.is_optional:
-            types.append(0)
-            addresses.append([0] * len(numels))
-            continue
-        if len(tensors) != len(numels):
-            raise LayoutError(
-                f"{op} got {len(numels)} {columns[0].name} and {len(tensors)} {column.name}; expected as many."
-            )
-        types.append(_check(op, column, tensors, expected))
-        addresses.append([tensor.data_ptr() for tensor in tensors])
-    words = [word for row in zip(numels, *addresses, strict=True) for word in row]
-    return Table(words, types)
+    def __init__(self, op: str, columns: Sequence[Column]) -> None:
+        self._op, self._columns = op, columns
+        names = [column.name for column in columns]
+        self._layout = _cpu.Layout(
+            [
+                (
+                    [(dtype, _type(column, dtype)) for dtype in column.dtypes],
+                    column.is_optional,
+                    -1 if column.scales_of is None else names.index(column.scales_of),
+                )
+                for column in columns
+            ]
+        )
+
+    def table(self, operands: Sequence[Sequence[Tensor]]) -> _cpu.Table:
+        """The table of `operands`, one list for each column; whoever holds it holds them.
+
+        Raises LayoutError for tensors that are not flat on the CPU or not of one size, ConfigError for a dtype.
+        """
+        table = self._layout.read(operands)
+        if table is None:
+            self._refuse(operands)
+        assert table is not None
+        return table
+
+    def _refuse(self, operands: Sequence[Sequence[Tensor]]) -> None:
+        numels = [tensor.numel() for tensor in operands[0]]
+        of_codes = {
+            column.name: bool(tensors) and tensors[0].dtype is torch.uint8
+            for column, tensors in zip(self._columns, operands, strict=True)
+        }
+        for column, tensors in zip(self._columns, operands, strict=True):
+            expected = numels
+            if column.scales_of is not None:
+                _check_scales(self._op, column, len(tensors), of_codes[column.scales_of])
+                expected = [num_blocks(numel) for numel in numels]
+            if not tensors and column.is_optional:
+                continue
+            if len(tensors) != len(numels):
+                raise LayoutError(
+                    f"{self._op} got {len(numels)} {self._columns[0].name} and {len(tensors)} {column.name}; expected "
+                    "as many."
+                )
+            _check(self._op, column, tensors, expected)
 
 
-def _check(op: str, column: Column, tensors: Sequence[Tensor], numels: Sequence[int]) -> int:
-    """The type of the column, after refusing what is not all of it."""
-    if not tensors:
-        return 0
-    dtype = tensors[0].dtype
+def _type(column: Column, dtype: torch.dtype) -> int:
+    if dtype is torch.uint8:
+        return SIGNED_CODE if column.is_signed else UNSIGNED_CODE
+    return TYPES[dtype]
+
+
+def _check(op: str, column: Column, tensors: Sequence[Tensor], numels: Sequence[int]) -> None:
+    dtype = tensors[0].dtype if tensors else column.dtypes[0]
     for index, tensor in enumerate(tensors):
         if tensor.dtype is not dtype or tensor.numel() != numels[index] or not _is_flat(tensor):
             raise _refusal(f"{op}: {column.name}[{index}]", tensor, dtype, numels[index])
     if dtype not in column.dtypes:
         served = ", ".join(map(str, column.dtypes))
         raise ConfigError(f"{op}: {column.name} are {dtype}; expected {served}. Convert them.")
-    if dtype is torch.uint8:
-        return SIGNED_CODE if column.is_signed else UNSIGNED_CODE
-    return TYPES[dtype]
 
 
 def _check_scales(op: str, column: Column, count: int, has_codes: bool) -> None:

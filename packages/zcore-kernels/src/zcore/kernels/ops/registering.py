@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zcore.core import ops
-from zcore.kernels.ops.pieces import FLOATS, Column, tabulate
+from zcore.kernels.ops.pieces import FLOATS, Column, Columns
 
 __all__ = ["Result", "flat_op", "register"]
 
@@ -51,17 +51,17 @@ def flat_op(
 
     It takes what the reference takes, and raises LayoutError or ConfigError for operands it does not serve.
     """
-    names = tuple(column.name for column in columns)
+    names, taken = tuple(column.name for column in columns), Columns(op, columns)
     written = tuple(index for index, column in enumerate(columns) if column.is_written)
     hyper = [each for each in inspect.signature(reference).parameters.values() if each.name not in names]
     defaults = {each.name: each.default for each in hyper if each.default is not each.empty}
+    of_tensors = [each.name for each in hyper if each.annotation is Tensor]
 
     def run(*operands: Sequence[Tensor], **given: Any) -> Tensor | None:
-        table = tabulate(op, columns, operands)
-        settings = {
-            key: value.tolist() if isinstance(value, Tensor) else value for key, value in (defaults | given).items()
-        }
-        made = compiled(*table, torch.get_num_threads(), **settings)
+        settings = defaults | given
+        for key in of_tensors:
+            settings[key] = settings[key].tolist()
+        made = compiled(taken.table(operands), torch.get_num_threads(), **settings)
         for index in written:  # autograd refuses a backward pass through what has changed since
             torch.autograd.graph.increment_version([each for each in operands[index] if not each.is_inference()])
         return None if result is None else torch.tensor(made, dtype=result.dtype).view(-1, result.width)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from zcore.core.errors import LayoutError
 from zcore.kernels import _cpu
-from zcore.kernels.ops.pieces import FLOATS, Column, tabulate
+from zcore.kernels.ops.pieces import FLOATS, Column, Columns
 from zcore.kernels.ops.registering import register
 
 __all__ = ["reference", "squared_norm"]
 
-COLUMNS = (Column("tensor"),)
+COLUMNS = Columns("squared_norm", [Column("tensor")])
 
 
 def reference(tensor: Tensor) -> Tensor:  # [] fp32
@@ -29,7 +29,7 @@ def _on_cpu(tensor: Tensor) -> Tensor:
         raise LayoutError(
             f"squared_norm got a tensor of shape {tuple(tensor.shape)}; expected a flat one. Pass view(-1)."
         )
-    total = _cpu.squared_norm(*tabulate("squared_norm", COLUMNS, ([tensor],)), torch.get_num_threads())
+    total = _cpu.squared_norm(COLUMNS.table(([tensor],)), torch.get_num_threads())
     return torch.tensor(total, dtype=torch.float32)
 
 

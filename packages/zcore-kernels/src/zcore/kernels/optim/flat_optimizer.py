@@ -5,6 +5,8 @@
     torch.bfloat16   exp_avg                                    2, rounded to the nearest after each step
     "8bit"           exp_avg (uint8 codes), exp_avg_scale       1 + 1/64; a block that has a NaN is NaN
 
+A group holds it by name ("float32", "bfloat16", "8bit"), so that it goes through JSON; either may be passed.
+
 Parameters of a group are of one kind where the dtypes of both parameter and gradient and the number of the step agree.
 The ops come from the registry, so that `ZCORE_OPS=reference`, and another device than the CPU, takes references.
 
@@ -14,7 +16,7 @@ autocast.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar, Literal, overload
@@ -29,9 +31,9 @@ from zcore.kernels.ops.pieces import FLOATS
 
 __all__ = ["FlatOptimizer", "Params", "Pieces", "StateDtype", "check_averages", "refuse"]
 
-StateDtype = torch.dtype | Literal["8bit"]
+StateDtype = torch.dtype | Literal["float32", "bfloat16", "8bit"]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-STATE_DTYPES = (torch.float32, torch.bfloat16, "8bit")
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
 
 
 @dataclass(slots=True)
@@ -79,7 +81,9 @@ class FlatOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for pieces in self._gather(group):
+            with torch._C.DisableTorchFunctionSubclass():  # a shard of a parameter is stepped as the memory that it is
+                gathered = self._gather(group)
+            for pieces in gathered:
                 self.step_pieces(group, pieces)
         return loss
 
@@ -108,12 +112,11 @@ class FlatOptimizer(torch.optim.Optimizer):
                 if index in state_dict["state"]:
                     self.state[param] = self._adopt(param, state_dict["state"][index], state_dtype)
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        name = type(self).__name__
+    def _check_group(self, group: dict[str, Any]) -> None:
+        name, asked = type(self).__name__, group["state_dtype"]
+        group["state_dtype"] = str(asked).removeprefix("torch.")
         if group["state_dtype"] not in STATE_DTYPES:
-            raise ConfigError(
-                f'{name}: state_dtype is {group["state_dtype"]!r}; expected torch.float32, torch.bfloat16 or "8bit".'
-            )
+            raise ConfigError(f'{name}: state_dtype is {asked!r}; expected torch.float32, torch.bfloat16 or "8bit".')
         refuse(name, amsgrad=group.get("amsgrad"))  # a loaded group may have it
         if not group.get("decoupled_weight_decay", True) and group["weight_decay"]:
             raise ConfigError(
@@ -128,7 +131,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                     "Convert the model, or take torch.optim."
                 )
 
-    def _gather(self, group: Mapping[str, Any]) -> Iterator[Pieces]:
+    def _gather(self, group: Mapping[str, Any]) -> list[Pieces]:
         kinds: dict[tuple[torch.dtype, torch.dtype, torch.device, int, bool], Pieces] = {}
         for index, param in enumerate(group["params"]):
             grad = param.grad
@@ -150,7 +153,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 pieces.states[name].append(_flat(state[name]))
                 if name + "_scale" in state:
                     pieces.states[name + "_scale"].append(state[name + "_scale"])
-        yield from kinds.values()
+        return list(kinds.values())
 
     def _begin(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Make the states that `param` lacks; returns whether there were any."""
@@ -164,10 +167,10 @@ class FlatOptimizer(torch.optim.Optimizer):
                 state[name] = torch.full_like(param, int(codes), dtype=torch.uint8)
                 state[name + "_scale"] = torch.full((num_blocks(param.numel()),), value, device=param.device)
             else:
-                state[name] = torch.full_like(param, value, dtype=group["state_dtype"])
+                state[name] = torch.full_like(param, value, dtype=STATE_DTYPES[group["state_dtype"]])
         return bool(missing)
 
-    def _adopt(self, param: Tensor, saved: Mapping[str, Any], state_dtype: StateDtype) -> dict[str, Any]:
+    def _adopt(self, param: Tensor, saved: Mapping[str, Any], state_dtype: str) -> dict[str, Any]:
         """What was saved of `param`, as copies in its memory layout and in `state_dtype`."""
         begun = any(saved.get(name) is not None for name in self.signs)  # torch.optim.SGD counts no steps
         state: dict[str, Any] = {"step": torch.tensor(float(saved.get("step", begun)))}
@@ -190,7 +193,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 codes, state[name + "_scale"] = encode(_flat(wide), is_signed=is_signed)
                 state[name] = _like(wide, codes)
             else:
-                state[name] = wide.to(state_dtype)
+                state[name] = wide.to(STATE_DTYPES[state_dtype])
         return state
 
 

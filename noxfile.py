@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent
 WHEELS = ("zcore-core", "zcore-comm", "zcore-zero", "zcore-pipe", "zcore-offload", "zcore-infer", "zcore-kernels")
 COMPILED = {"zcore-kernels": ("packages/zcore-kernels", "native")}  # what each is built from; that takes a minute
 # The extras that a wheel's own tests use, and those that docs/examples use.
-TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[bench,cli]"}
+TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[bench,cli]", "zcore-kernels": "[cli]"}
 # What docs name and no extra holds.
 TESTED_WITH = {
     "zcore-comm": ("torchx[kubernetes]",),
@@ -25,7 +25,11 @@ TESTED_WITH = {
     "zcore-kernels": ("transformers", "numpy"),
 }
 LEFT_TO_TESTS = {"zcore-zero": ("-m", "not thorough")}  # what `tests` runs, and need not be run again without the rest
-COMMAND_EXTRAS = {"zcore-core": "[cli]", "zcore-comm": "[cli]"}  # what the commands of `zcore` need
+COMMAND_EXTRAS = {
+    "zcore-core": "[cli]",
+    "zcore-comm": "[cli]",
+    "zcore-kernels": "[cli]",
+}  # what the commands of `zcore` need
 EXAMPLE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[examples]"}
 FINETUNE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[finetune]"}
 # Sets of wheels that a user may well combine; `alone-*` shows each by itself.
@@ -101,7 +105,7 @@ def install_editable(session: nox.Session, *beside: str) -> None:
     """Install the whole tree in editable form, with all extras and what stands `beside`."""
     extras, folder = EXAMPLE_EXTRAS | TEST_EXTRAS, Path(session.create_tmp()).resolve()
     folders = (f"{ROOT / 'packages' / wheel}{extras.get(wheel, '')}" for wheel in WHEELS if wheel not in COMPILED)
-    files = (str(built_once(session, wheel, folder)) for wheel in COMPILED)
+    files = (f"{wheel}{extras.get(wheel, '')} @ {built_once(session, wheel, folder).as_uri()}" for wheel in COMPILED)
     install(session, *(argument for folder in folders for argument in ("--editable", folder)), *files, *beside)
 
 

@@ -1,4 +1,4 @@
-"""zcore-zero takes steps, norms and roundings of zcore-kernels where that is installed, and trains to the same losses."""
+"""zcore-zero takes steps, norms and roundings of zcore-kernels where that is there, and trains to the same losses."""
 
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -27,8 +27,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": {"enabled": True}},
     "bf16 alone": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
 }
-# Both round each step alike but in the last elements of a tensor, to 1 or 2 units in the last place (see AdamW's test of
-# bits); norms are summed in another order. In bf16 such a difference may round a weight the other way: 1 part in 256.
+# Both round each step alike but in the last elements of a tensor, where they differ by 1 or 2 units in the last place,
+# and norms are summed in another order. In bf16 that may round a weight the other way: 1 part in 256.
 RTOL = {"fp32": 1e-5, "bf16": 2e-2, "bf16 alone": 2e-2}
 
 

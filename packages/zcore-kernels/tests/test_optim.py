@@ -65,7 +65,8 @@ def gradients(model: nn.Module, step: int) -> None:
 
 
 @pytest.mark.skipif(
-    "baseline" in (_cpu.instruction_set(), torch.backends.cpu.get_cpu_capability().lower().replace("default", "baseline")),
+    "baseline"
+    in (_cpu.instruction_set(), torch.backends.cpu.get_cpu_capability().lower().replace("default", "baseline")),
     reason="without instructions that multiply and add at once, each compiler rounds where it likes",
 )
 @pytest.mark.parametrize("name", PAIRS)

@@ -19,7 +19,7 @@ import torch
 from zcore.core.errors import NotInstalledError, nearest
 from zcore.core.extensions import offered
 
-__all__ = ["Implementation", "choose", "force", "get", "implementation", "implementations", "reference"]
+__all__ = ["Implementation", "choose", "force", "get", "implementation", "implementations", "reference", "registered"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -108,6 +108,12 @@ def force(source: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def registered() -> dict[str, tuple[Implementation, ...]]:
+    """Everything that installed wheels register, and what the program has registered so far; as `implementations`."""
+    _load_wheels()
+    return implementations()
 
 
 def implementations() -> dict[str, tuple[Implementation, ...]]:

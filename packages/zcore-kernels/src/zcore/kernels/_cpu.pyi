@@ -26,6 +26,9 @@ class Layout:
         """One list of tensors for each column; None unless all are as the columns want them."""
 
 def instruction_set() -> str: ...
+def stream(read: Sequence[tuple[int, int]], written: Sequence[tuple[int, int]], threads: int) -> None:
+    """See native/include/zcore/stream.hpp; arrays by address and words of 4 bytes."""
+
 def adamw_step(
     table: Table,
     threads: int,

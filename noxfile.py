@@ -105,8 +105,9 @@ def install_editable(session: nox.Session, *beside: str) -> None:
     """Install the whole tree in editable form, with all extras and what stands `beside`."""
     extras, folder = EXAMPLE_EXTRAS | TEST_EXTRAS, Path(session.create_tmp()).resolve()
     folders = (f"{ROOT / 'packages' / wheel}{extras.get(wheel, '')}" for wheel in WHEELS if wheel not in COMPILED)
-    files = (f"{wheel}{extras.get(wheel, '')} @ {built_once(session, wheel, folder).as_uri()}" for wheel in COMPILED)
-    install(session, *(argument for folder in folders for argument in ("--editable", folder)), *files, *beside)
+    files = {wheel: built_once(session, wheel, folder).as_uri() for wheel in COMPILED}
+    compiled = (f"{wheel}{extras.get(wheel, '')} @ {file}" for wheel, file in files.items())
+    install(session, *(argument for folder in folders for argument in ("--editable", folder)), *compiled, *beside)
 
 
 @nox.session

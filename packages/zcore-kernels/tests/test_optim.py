@@ -12,8 +12,8 @@ from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels import _cpu, optim
 
-# An fp32 step rounds some five times, and torch's step that is not fused rounds more often, as its fused one does in the
-# last elements of a tensor: 1 or 2 units in the last place (6e-8) a step, over 20 steps.
+# An fp32 step rounds some five times, and torch's step that is not fused rounds more often, as its fused one does in
+# the last elements of a tensor: 1 or 2 units in the last place (6e-8) a step, over 20 steps.
 PARITY = {"rtol": 4e-6, "atol": 4e-7}
 PAIRS: dict[str, tuple[type[torch.optim.Optimizer], type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (optim.AdamW, torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),

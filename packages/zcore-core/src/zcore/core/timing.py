@@ -53,8 +53,8 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of one call of each of `runs`, a collective of `group`, in each round; every rank gets the same.
 
-    Every rank of `group` calls this with the same names; None where one process calls by itself. slice_s: how long a name calls before the next has its turn; a
-    call that takes longer is made once.
+    Every rank of `group` calls this with the same names; it is None where one process calls by itself. slice_s: how
+    long a name calls before the next has its turn; a call that takes longer is made once.
     """
     names = list(runs)
     repeats = {name: _choose_repeats(run, slice_s, group, device) for name, run in runs.items()}

@@ -1,7 +1,7 @@
 """The numeric functions of native/ on the CPU, as bindings/ has them.
 
-Addresses are those of flat tensors on the CPU; whoever calls has checked them, or has a table read, which checks. Of quantised blocks they are those of codes, scales and zero points, the last 0 where blocks are
-symmetric.
+Addresses are those of flat tensors on the CPU; whoever calls has checked them, or has a table read, which checks. Of
+quantised blocks they are those of codes, scales and zero points, the last 0 where blocks are symmetric.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,13 @@
 """How fast each op is, beside torch and others, and beside what moving its bytes takes: all take turns in one run.
 
 The limit on the CPU is the machine's own stream of that shape (native/include/zcore/stream.hpp): it reads what the op
-reads and writes what it writes, in as many arrays, and computes nothing. What an op returns is new memory in every call,
-as torch's is, and costs page faults that the stream does not have.
+reads and writes what it writes, in as many arrays, and computes nothing. What an op returns is new memory in every
+call, as torch's is, and costs page faults that the stream does not have.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -108,8 +109,10 @@ def table_of(rows: Sequence[Row]) -> Table:
         of_limit = "" if row.of_limit is None else f"{row.of_limit.median:.2f}"
         times = "" if row.speedup is None or row.contender == LIMIT else f"{row.speedup.median:.2f}"
         cells.append(
-            (*names, row.contender, shown_seconds(row.time_s.median), f"{spread:.0%}", shown_rate(row.bytes_per_s))
-            + (of_limit, times)
+            (
+                *(*names, row.contender, shown_seconds(row.time_s.median), f"{spread:.0%}"),
+                *(shown_rate(row.bytes_per_s), of_limit, times),
+            )
         )
     notes = (
         "of memory: the time that moving the same bytes takes, over this one's",
@@ -145,10 +148,12 @@ def _traffic(function: Callable[..., Any], call: Call) -> tuple[list[Tensor], li
 
 
 def _stream(read: Sequence[Tensor], written: Sequence[Tensor]) -> Run:
-    arrays = [[(each.data_ptr(), each.numel() * each.element_size() // 4) for each in part] for part in (read, written)]
+    from_, to = (
+        [(each.data_ptr(), each.numel() * each.element_size() // 4) for each in part] for part in (read, written)
+    )
 
     def run(_alive: object = (read, written)) -> None:
-        _cpu.stream(*arrays, torch.get_num_threads())
+        _cpu.stream(from_, to, torch.get_num_threads())
 
     return run
 
@@ -204,13 +209,12 @@ def _torch_adagrad(call: Call) -> Run | None:
 
 
 def _deepspeed_adam(call: Call) -> Run:
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
+    kind = import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
     params = [torch.nn.Parameter(each) for each in call.args[0]]
     for param, grad in zip(params, call.args[1], strict=True):
         param.grad = grad
     settings = call.kwargs
-    optimizer = DeepSpeedCPUAdam(
+    optimizer = kind(
         params, lr=settings["lr"], weight_decay=settings["weight_decay"], eps=settings["eps"], adamw_mode=True
     )
     run: Run = optimizer.step

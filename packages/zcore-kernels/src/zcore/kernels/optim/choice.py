@@ -1,8 +1,8 @@
 """Which of these optimizers serves where another wheel asks for one by its name in torch.optim.
 
-A wheel that steps flat parameters finds `offer` under the entry point group `zcore.optimizers`, and asks before it takes
-torch's class. None is the answer wherever that would do something else, or do it sooner: for a device or dtype that the
-registry has references for only, with `ZCORE_OPS=reference`, and for settings that are not served here.
+A wheel that steps flat parameters finds `offer` under the entry point group `zcore.optimizers`, and asks before it
+takes torch's class. None is the answer where that does something else, or does it sooner: for a device or dtype that
+the registry has references for only, with `ZCORE_OPS=reference`, and for settings that are not served here.
 """
 
 from collections.abc import Collection, Mapping

@@ -142,8 +142,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer over fragments.
 
-    A name takes the class that an installed wheel offers for it, else torch's with its fused step where it has one; names
-    are DeepSpeed's, whose "Adam" decouples weight decay unless `adam_w_mode` is false. Frozen parameters are left out.
+    A name takes the class that an installed wheel offers for it, else torch's with its fused step where it has one.
+    Names are DeepSpeed's, whose "Adam" decouples weight decay unless `adam_w_mode` is false. Frozen parameters are left
+    out.
     """
     with_fragments = [
         {**group, "params": [fragments[name] for name in group["params"] if fragments[name].requires_grad]}

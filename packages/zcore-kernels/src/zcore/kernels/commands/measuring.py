@@ -50,7 +50,7 @@ def check_peers(asked: str) -> list[str]:
         if peer not in AGAINST:
             raise ConfigError(f"--against {peer}: expected some of {', '.join(AGAINST)}.")
     if "deepspeed" in peers and find_spec("deepspeed") is None:
-        raise NotInstalledError("--against deepspeed needs DeepSpeed: pip install deepspeed")
+        raise NotInstalledError("--against deepspeed needs it: pip install 'zcore-kernels[peers]'")
     return peers
 
 
@@ -189,6 +189,10 @@ def _torch_adamw(call: Call) -> Run | None:
     return run
 
 
+def _torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Run:
+    return lambda: functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
 def _torch_sgd(call: Call) -> Run | None:
     params, grads, buffers, copies = call.args
     if copies:
@@ -209,7 +213,7 @@ def _torch_adagrad(call: Call) -> Run | None:
 
 
 def _deepspeed_adam(call: Call) -> Run:
-    kind = import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
+    kind = import_module("deepspeed.ops.adam").DeepSpeedCPUAdam  # it has no types
     params = [torch.nn.Parameter(each) for each in call.args[0]]
     for param, grad in zip(params, call.args[1], strict=True):
         param.grad = grad
@@ -229,9 +233,7 @@ TORCH_STEPS: dict[str, Callable[[Call], Run | None]] = {
 TORCH: dict[str, Callable[[Call], Run | None]] = TORCH_STEPS | {
     "bias_gelu": lambda call: lambda: functional.gelu(call.args[0] + call.args[1]),
     "geglu": lambda call: lambda: functional.gelu(call.args[0]) * call.args[1],
-    "layer_norm": lambda call: (
-        lambda: functional.layer_norm(call.args[0], call.args[0].shape[-1:], *call.args[1:], call.kwargs["eps"])
-    ),
+    "layer_norm": lambda call: _torch_layer_norm(*call.args, **call.kwargs),
     "rms_norm": lambda call: (
         lambda: functional.rms_norm(call.args[0], call.args[0].shape[-1:], call.args[1], call.kwargs["eps"])
     ),

@@ -135,6 +135,29 @@ def wheels(session: nox.Session) -> None:
 
 
 @nox.session
+def kernels(session: nox.Session) -> None:
+    """Build zcore-kernels from its source distribution, use it where nothing else is; say its size and import time."""
+    folder = Path(session.create_tmp()).resolve()
+    core, file = build(session, "zcore-core", folder), build(session, "zcore-kernels", folder)
+    install(session, f"zcore-core[cli] @ {core.as_uri()}", f"zcore-kernels[cli] @ {file.as_uri()}")
+    session.run("python", "tools/wheel_facts.py", str(file), "zcore.kernels", "torch")
+    session.run("zcore", "kernels", "list")
+    session.run("zcore", "kernels", "check", *session.posargs)
+
+
+@nox.session
+def native(session: nox.Session) -> None:
+    """Run the tests of native/ in each instruction set that is here, under the sanitizers; needs GoogleTest."""
+    session.install("cmake>=3.25", "ninja")
+    for name, sanitizers in (("address", "address;undefined"), ("thread", "thread")):
+        folder = str(Path(session.create_tmp()).resolve() / name)
+        options = ("-DZCORE_TESTS=ON", f"-DZCORE_SANITIZE={sanitizers}", "-DCMAKE_BUILD_TYPE=Debug")
+        session.run("cmake", "-S", "native", "-B", folder, "-G", "Ninja", *options)
+        session.run("cmake", "--build", folder)
+        session.run("ctest", "--test-dir", folder, "--output-on-failure", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run every test of the tree in one environment; arguments after -- go to pytest."""
     install_editable(session, "pytest", "hypothesis", "transformers", "peft", "bitsandbytes")

@@ -1,4 +1,4 @@
-"""`zcore kernels`: every op can be tried, every implementation is right, a wrong one is found, and figures are whole."""
+"""`zcore kernels`: every op can be tried, every implementation is right, one that is not is found, figures are whole."""
 
 import json
 from pathlib import Path

@@ -139,7 +139,7 @@ def _rotary(draw: Operands) -> Call:
 
 def _dropout(draw: Operands) -> Call:
     x, residual = (draw.normal(draw.rows, HIDDEN) for _ in range(2))
-    return Call((x, draw.normal(HIDDEN), residual, torch.tensor(7), 0.1))
+    return Call((x, draw.normal(HIDDEN), residual, torch.tensor([7]), 0.1))
 
 
 def _matrix(draw: Operands) -> Call:

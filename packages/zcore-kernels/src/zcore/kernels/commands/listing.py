@@ -6,18 +6,20 @@ import torch
 
 from zcore.core import ops
 from zcore.core.tables import Table
+from zcore.kernels.commands.cases import CASES, Operands
 
 __all__ = ["list_ops"]
 
 
 def list_ops(*, device: torch.device, dtype: torch.dtype) -> list[Table]:
-    """One row for each implementation of an op, the one that serves marked, for `dtype` on `device`."""
+    """One row for each implementation of an op, the one that serves marked, for activations of `dtype` on `device`."""
     rows: list[tuple[str, ...]] = []
     forced = os.environ.get("ZCORE_OPS")
     for op, registered in ops.registered().items():
-        serves = next((each for each in registered if _refusal(each, device, dtype, forced) is None), None)
+        first = CASES[op](Operands(1, dtype=dtype, device=device)).tensors[0].dtype if op in CASES else dtype
+        serves = next((each for each in registered if _refusal(each, device, first, forced) is None), None)
         for at, each in enumerate(registered):
-            state = "serves" if each is serves else _refusal(each, device, dtype, forced) or "stands by"
+            state = "serves" if each is serves else _refusal(each, device, first, forced) or "stands by"
             rows.append((op if at == 0 else "", each.source, state))
     title = f"{str(dtype).removeprefix('torch.')} on {device.type}" + (f", ZCORE_OPS={forced}" if forced else "")
     return [Table(title, ("op", "source", "here"), tuple(rows), words=("op", "source", "here"))]

@@ -1,4 +1,4 @@
-"""`zcore kernels`: every op can be tried, every implementation is right, one that is not is found, figures are whole."""
+"""`zcore kernels`: every op can be tried, every implementation is right, one that is not is found; whole figures."""
 
 import json
 from pathlib import Path

@@ -16,8 +16,8 @@ from zcore.kernels.commands.cases import CASES, Call, Operands, tensors_in
 
 __all__ = ["Outcome", "check_op", "named_ops", "table_of"]
 
-# Some units in the last place; fp32's also cover sums of a thousand terms that are added in another order.
-ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+# Some units in the last place; fp32's also cover sums of all operands, which references add in fp32.
+ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 
 
 @dataclass(frozen=True, slots=True)

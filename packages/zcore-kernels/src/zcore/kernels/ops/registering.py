@@ -62,8 +62,9 @@ def flat_op(
         for key in of_tensors:
             settings[key] = settings[key].tolist()
         made = compiled(taken.table(operands), torch.get_num_threads(), **settings)
-        for index in written:  # autograd refuses a backward pass through what has changed since
-            torch.autograd.graph.increment_version([each for each in operands[index] if not each.is_inference()])
+        # Autograd refuses a backward pass through what has changed since.
+        changed = [each for index in written for each in operands[index] if not each.is_inference()]
+        torch.autograd.graph.increment_version(changed)
         return None if result is None else torch.tensor(made, dtype=result.dtype).view(-1, result.width)
 
     def fake(*operands: Sequence[Tensor], **_given: Any) -> Tensor | None:
@@ -81,10 +82,11 @@ def flat_op(
         dtypes=FLOATS,
     )
 
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        settings = dict(kwargs)
-        operands = [*args, *(settings.pop(name, ()) for name in names[len(args) :])]
-        return cast(R, serve(*(list(cast(Sequence[Tensor], each)) for each in operands), **settings))
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:  # once for each step: kept short
+        operands = cast(Sequence[Sequence[Tensor]], (*args, *(kwargs.pop(name, ()) for name in names[len(args) :])))
+        if torch.compiler.is_compiling():
+            return cast(R, serve(*map(list, operands), **kwargs))
+        return cast(R, run(*operands, **kwargs))
 
     ops.implementation(op, source="cpp", priority=PRIORITY, devices=("cpu",), dtypes=FLOATS)(call)
     return call

@@ -255,8 +255,11 @@ def misuse(stage: int) -> dict[str, str]:
     said["held back, last"] = refusal(engine.step)
     engine.zero_grad()
     said["dropped"] = refusal(engine.step)
-    train_step(engine, 1)
-    assert (engine.global_steps, engine.micro_steps) == (1, 2)
+    for step, is_boundary in ((1, False), (2, True)):  # it begins anew
+        assert engine.is_gradient_accumulation_boundary() == is_boundary
+        train_step(engine, step)
+        assert engine.was_step_applied() == is_boundary
+    assert engine.global_steps == 1
     return said
 
 

@@ -3,14 +3,14 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zcore.zero.first_uses import FirstUses
+from zcore.zero.first_uses import FirstUses, Graph
 
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=200)
 
 
 def used(**numbers: int) -> FirstUses:
     uses = FirstUses()
-    uses.begin_forward()
+    uses.begin_forward(0)
     for name, number in numbers.items():
         uses.note(int(name.removeprefix("b")), number)
     return uses
@@ -48,13 +48,56 @@ def test_a_read_in_the_backward_is_known_at_once() -> None:
     assert uses.take_after(6, but=()) == [2]
 
 
+def forward(uses: FirstUses, begin: int, *buckets: int) -> Graph:
+    """Reads of one forward, numbered from `begin` on; returned is what its nodes hold."""
+    uses.begin_forward(begin)
+    for number, bucket in enumerate(buckets, start=begin):
+        uses.note(bucket, number)
+    return uses.graph()
+
+
+def test_a_forward_that_has_had_its_backward_is_forgotten_and_nothing_said_at_its_nodes() -> None:
+    uses = FirstUses()
+    first = forward(uses, 10, 0, 1, 2)
+    uses.begin_backward(12)
+    uses.reach(10)
+    second = forward(uses, 20, 0, 1, 2)
+    assert uses.take_after(21, but=()) == [2]
+    assert uses.take_after(11, but=()) == []
+    assert first is not second
+
+
+def test_a_forward_that_no_backward_has_reached_is_remembered_as_long_as_its_graph_lives() -> None:
+    uses = FirstUses()
+    older = forward(uses, 10, 0, 1)
+    newer = forward(uses, 20, 0, 1)
+    uses.begin_backward(22)
+    uses.reach(20)  # that of the newer one
+    newest = forward(uses, 30, 0, 1)
+    assert uses.take_after(30, but=()) == []  # the older one may still give them gradients
+    assert uses.take_after(10, but=()) == [1]
+    uses.end_backward()
+    del older, newer, newest
+    forward(uses, 40, 0, 1)
+    assert uses.take_after(40, but=()) == [1]
+
+
+def test_many_forwards_that_wait_settle_nothing_before_the_first_of_them() -> None:
+    uses = FirstUses()
+    graphs = [forward(uses, 10 * each, 0, 1, 2) for each in range(1, 13)]
+    assert [uses.take_after(number, but=()) for number in (122, 60, 13)] == [[], [], []]
+    assert uses.take_after(11, but=()) == [2]
+    assert len(uses._forwards) <= 10
+    assert len(graphs) == 12
+
+
 @EXAMPLES
 @given(st.dictionaries(st.integers(0, 9), st.integers(0, 20)), st.lists(st.integers(0, 20), max_size=6), st.data())
 def test_any_order_of_nodes_takes_what_a_look_at_everything_would(
     first: dict[int, int], nodes: list[int], data: st.DataObject
 ) -> None:
     uses = FirstUses()
-    uses.begin_forward()
+    uses.begin_forward(0)
     for index, number in first.items():
         uses.note(index, number)
     taken: set[int] = set()

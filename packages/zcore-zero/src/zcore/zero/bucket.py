@@ -210,6 +210,11 @@ class Bucket:
             )
 
     @property
+    def is_shown(self) -> bool:
+        """Whether modules see all its parameters whole."""
+        return len(self._shown) == len(self.params)
+
+    @property
     def is_in_place(self) -> bool:
         """Whether it is whole and shown, and known to be computed with: a module that starts has nothing to ask for."""
         computed_with = self._computed_with
@@ -343,7 +348,7 @@ class Bucket:
         if trains and self.gradients is None:
             raise StateError(
                 f"{param.shard.fqn} was frozen when the model was sharded and is to be trained now, but its bucket "
-                "has no gradients. Set requires_grad before sharding; freezing later is fine."
+                "has no gradients. Leave it trainable until the model is sharded, and freeze it then: thawing is fine."
             )
         if trains != param.full.requires_grad:
             param.full.requires_grad_(trains)

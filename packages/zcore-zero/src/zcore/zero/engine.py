@@ -78,7 +78,7 @@ class Engine:
         self._scaler = LossScaler(config.fp16.loss_scaling) if is_scaled else None
         self._is_step_applied = False
         self._is_stepping = False
-        if optimizer is not None:
+        if hasattr(optimizer, "_optimizer_step_pre_hooks"):  # a wrapper may have left torch's __init__ out
             optimizer.register_step_pre_hook(_refuse_step_past(weakref.ref(self)))
         self._accumulation = sharding.reducer.accumulation
         self._accumulation.steps = int(config.gradient_accumulation_steps or 1)
@@ -181,12 +181,13 @@ class Engine:
         self._refuse_empty_step(is_boundary)
         self._warn_of_backwards()
         self._recorded.note_phase("step")
+        self._is_step_applied = False
         if not is_boundary:
             accumulation.end_micro_batch()
             self._recorded.note_phase("outside the model")
             return
         assert self.optimizer is not None
-        self._is_step_applied, self._is_stepping = False, True
+        self._is_stepping = True
         try:
             if not self._is_finite():
                 return
@@ -318,12 +319,12 @@ class Engine:
             emit(f"lr/{index}", lr)
 
     def zero_grad(self) -> None:
-        """Drop the gradients that this step has so far, as those another model's loss has left; its count goes on.
+        """Drop the gradients that this step has so far, and begin it anew: the next micro-batch is its first one.
 
-        `step()` does so at the end of each optimizer step.
+        As where an epoch ends before its last step is complete. `step()` does so at the end of each optimizer step.
         """
         self.sharding.reducer.clear()
-        self._accumulation.begin_micro_batch()
+        self._accumulation.begin_step()
         self._losses = []
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -393,7 +394,7 @@ class Engine:
         return self._grad_norm
 
     def was_step_applied(self) -> bool:
-        """Whether the last optimizer step was taken, and not skipped or refused."""
+        """Whether the last `step()` has stepped the optimizer: it ended a step, which was not skipped nor refused."""
         return self._is_step_applied
 
     @property

@@ -3,63 +3,130 @@
     forward    a   b   c         numbers of autograd grow
     backward   c   b   a         and run from the largest: at b's node nothing can come for c any more
 
-What was made later runs first. A backward may be of any forward since the last one that had a backward, so the uses of
-several are remembered; of a forward that is older nothing is known, and nothing said.
+What was made later runs first. A backward may be of several forwards, so the uses of all are remembered that may still
+get one: until a backward has run their nodes, or their graph is gone. Of a forward that is forgotten nothing is known,
+and at its nodes nothing said:
+
+    forwards   1 [3 .. 9]    2 forgotten    3 [31 .. 40]      numbers of their first uses
+    nodes      -- known --   --- a gap ---  -- known --
 """
 
+import weakref
 from collections.abc import Container
 
-from zcore.core import compat
+__all__ = ["FirstUses", "Graph"]
 
-__all__ = ["FirstUses"]
-
-REMEMBERED_FORWARDS = 8  # that may still get a backward
+REMEMBERED_FORWARDS = 8  # one by one; older ones are remembered as one
 ACCUMULATES = 2**62  # autograd's number of a node that accumulates a gradient is above all others
+
+
+class Graph:
+    """Stands for the graph of one forward: held by what its nodes hold, so that it lives as long as they do."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Forward:
+    """The buckets that one forward, or several, have read, and autograd's number when each was first read."""
+
+    def __init__(self) -> None:
+        self.uses: dict[int, int] = {}
+        self.graphs: list[weakref.ref[Graph]] = []  # none where no node of it holds one
+
+    @property
+    def first(self) -> int:
+        return min((number for number in self.uses.values() if number >= 0), default=-1)
+
+    @property
+    def last(self) -> int:
+        return max(self.uses.values(), default=-1)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its graph is known to be."""
+        return bool(self.graphs) and all(graph() is None for graph in self.graphs)
+
+    def add(self, other: "_Forward") -> None:
+        """Be both."""
+        graphs = [*self.graphs, *other.graphs] if self.graphs and other.graphs else []
+        self.graphs = [graph for graph in graphs if graph() is not None] or graphs[:1]
+        for index, number in other.uses.items():
+            self.uses[index] = min(number, self.uses.get(index, number))
 
 
 class FirstUses:
     """Of the buckets that forwards read, by index: autograd's number when each was first read."""
 
     def __init__(self) -> None:
-        self._forwards: list[dict[int, int]] = []  # that may still get a backward
+        self._forwards: list[_Forward] = []  # that may still get a backward
+        self._graph: Graph | None = None  # of the last one
         self._taken: set[int] = set()  # in the backward under way
-        self._untaken: list[tuple[int, int]] | None = (
-            None  # (first use, bucket), the last use at the end; None: to make
-        )
-        self._begun_at = -1  # the largest number of a node that a backward since the last forward has run
-        self._known_from = 0  # of nodes with smaller numbers the forwards are forgotten
+        # (first use, bucket), the last use at the end; None: to make
+        self._untaken: list[tuple[int, int]] | None = None
+        # The largest and the smallest number of a node that a backward since the last forward has run.
+        self._begun_at, self._reached = -1, ACCUMULATES
+        self._gaps: list[tuple[int, int]] = []  # numbers from one, and below the other, are of forgotten forwards
 
-    def begin_forward(self) -> None:
-        """Forget forwards before the last backward. Should one of them get a backward yet, nothing is known."""
-        known = self._forwards
-        while known and (max(known[0].values(), default=-1) <= self._begun_at or len(known) > REMEMBERED_FORWARDS):
-            del known[0]
-            self._known_from = compat.sequence_number()
-        if known:
-            self._known_from = min((number for number in known[0].values() if number >= 0), default=self._known_from)
-        known.append({})
-        self._begun_at = -1
+    def begin_forward(self, now: int) -> None:
+        """Forget forwards that have had their backward, or get none any more. now: the number of the next node."""
+        self._graph = None
+        kept, gaps, end = list[_Forward](), list[tuple[int, int]](), 0
+        for forward in self._forwards:
+            if self._is_over(forward):
+                gaps.append((end, now))
+                continue
+            if gaps and gaps[-1][1] == now and forward.first >= 0:
+                gaps[-1] = gaps[-1][0], forward.first  # what lies in between belongs to the forgotten one
+            kept.append(forward)
+            end = forward.last + 1
+        if not kept:
+            gaps = [(0, now)] if self._forwards or self._gaps else []
+        elif self._gaps:
+            gaps = [*(gap for gap in self._gaps if gap[0] < end), *gaps]
+        if len(kept) > REMEMBERED_FORWARDS:
+            kept[0].add(kept.pop(1))
+        self._forwards, self._gaps = [*kept, _Forward()], gaps
+        self._begun_at, self._reached = -1, ACCUMULATES
         self._untaken = None
+
+    def _is_over(self, forward: _Forward) -> bool:
+        if forward.is_gone or forward.last == -1:
+            return True
+        has_begun = forward.last <= self._begun_at
+        return has_begun and (not forward.graphs or forward.last >= self._reached)
+
+    def graph(self) -> Graph:
+        """That of the last forward, to be held by its nodes."""
+        if self._graph is None:
+            self._graph = Graph()
+            if not self._forwards:
+                self._forwards.append(_Forward())
+            self._forwards[-1].graphs.append(weakref.ref(self._graph))
+        return self._graph
 
     def note(self, index: int, number: int) -> None:
         """A forward reads it where autograd stands at `number`; -1 without autograd, as the backward may read it."""
         if not self._forwards:
-            self._forwards.append({})
-        known = self._forwards[-1]
-        known[index] = min(number, known.get(index, number))
+            self._forwards.append(_Forward())
+        uses = self._forwards[-1].uses
+        uses[index] = min(number, uses.get(index, number))
         self._untaken = None
 
     def begin_backward(self, number: int) -> None:
         """A backward runs its first node that concerns us; one that accumulates says nothing, so it may be any."""
-        latest = max((max(known.values(), default=-1) for known in self._forwards), default=-1)
+        latest = max((forward.last for forward in self._forwards), default=-1)
         self._begun_at = max(self._begun_at, latest if number >= ACCUMULATES else number)
+
+    def reach(self, number: int) -> None:
+        """A backward has come to that node."""
+        self._reached = min(self._reached, number)
 
     def take_after(self, number: int, *, but: Container[int]) -> list[int]:
         """The buckets first read after node `number` was made, the last one first; each once in a backward.
 
         Not those of `but`.
         """
-        if number < self._known_from:
+        if any(begin <= number < end for begin, end in self._gaps):
             return []
         if self._untaken is None:
             self._untaken = self._sorted()
@@ -75,8 +142,8 @@ class FirstUses:
 
     def _sorted(self) -> list[tuple[int, int]]:
         first: dict[int, int] = {}
-        for known in self._forwards:
-            for index, used_at in known.items():
+        for forward in self._forwards:
+            for index, used_at in forward.uses.items():
                 first[index] = min(used_at, first.get(index, used_at))
         return sorted((used_at, index) for index, used_at in first.items() if index not in self._taken)
 

@@ -60,6 +60,8 @@ class GatheredParameters:
                 f"Parameters of {taken[0].plan.name!r} are gathered by an enclosing block, which would overwrite what "
                 "is edited here when it ends. Pass modifier_rank to the outermost block."
             )
+        for conductor in self._conductors():
+            conductor.begin_saving(self)  # what is computed here may be differentiated when the parameters are gone
         for index in sorted(self._buckets):
             bucket, conductor = self._buckets[index]
             conductor.gatherer.pin(bucket)
@@ -81,6 +83,11 @@ class GatheredParameters:
             else:
                 self._drop(bucket)
             conductor.gatherer.unpin(bucket)
+        for conductor in self._conductors():
+            conductor.end_saving(self)
+
+    def _conductors(self) -> dict[Conductor, None]:
+        return dict.fromkeys(conductor for _, conductor in self._buckets.values())
 
     def _whole(self, param: Tensor) -> Tensor:
         if not isinstance(param, ShardedParameter):

@@ -289,7 +289,7 @@ class Gatherer:
         self._trace.begin()
         self._is_at_rest = False
         if training:
-            self.first_uses.begin_forward()
+            self.first_uses.begin_forward(compat.sequence_number())
 
     def _drop_if_stale(self, bucket: Bucket) -> None:
         """Reshard what was stepped or edited since it was gathered, as after a forward that had no backward."""

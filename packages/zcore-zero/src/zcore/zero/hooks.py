@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.autograd.graph import Node
 from zcore.core import compat
 from zcore.core.errors import MismatchError, StateError
 from zcore.zero.bucket import Bucket
+from zcore.zero.first_uses import Graph
 from zcore.zero.gathering import Gatherer
 from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer
@@ -80,11 +82,14 @@ class Conductor:
         self._phase = Phase.REST
         self._interrupted = Phase.REST  # what the model was doing when the backward began
         self._backward = -1  # which of autograd's
+        self._end: Callable[[], object] = lambda: None  # weak: what autograd is to call at the end of it, and holds
         self.has_gradients = False  # whether a parameter got one in the last backward
         self.is_training = False  # whether the backward that is asked for is one of gradients of parameters
         self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
         self._saved = SavedTensors(buckets)
-        self._saver: nn.Module | int | None = None  # whose forward opened `saved`, or the backward that recomputes
+        self._saver: object | None = (
+            None  # who opened `saved`: a module in its forward, the number of a backward, a block
+        )
         self._last_watch: Callable[[], _Watch | None] = lambda: None  # weak: the graph holds it, and it this
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for bucket in buckets:
@@ -129,7 +134,7 @@ class Conductor:
     def _pass_by(self, site: Site, enter: Enter, leave: Leave) -> Enter:
         """Enter a module that frees nothing: when its block calls it, nothing is to be done, and no hook is at its end.
 
-        The first call that finds work, of the module without its block, installs that one.
+        The first call without its block installs that one.
         """
         buckets = tuple(bucket for bucket, _ in site.buckets)
         has_exit = False
@@ -141,8 +146,11 @@ class Conductor:
             if not has_exit:
                 if self._phase is Phase.FORWARD and self._finds_in_place(buckets):
                     return
+                if all(bucket.is_shown and self.gatherer.is_open(bucket) for bucket in buckets):
+                    return  # its block has found work, and done it
                 has_exit = True
-                self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+                with compat.hooks_numbered_alike():
+                    self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
             enter(module, args)
 
         return pass_by
@@ -168,7 +176,7 @@ class Conductor:
         """See BucketHost."""
         if compat.in_backward():  # of a recomputation, which may begin with it
             self._begin_backward()
-            self._begin_saving(compat.current_backward())
+            self.begin_saving(compat.current_backward())
         self.gatherer.enter(bucket, self._pass, module="an operation outside its module")
         return not others_decide()
 
@@ -194,11 +202,11 @@ class Conductor:
             self._saved.close()  # left open by an interrupt: nothing encloses the root
             self._enter(Phase.FORWARD)
             self.gatherer.begin(training=torch.is_grad_enabled())
-        self._begin_saving(module)
+        self.begin_saving(module)
         return self._precision.cast_inputs(args, kwargs)
 
     def _root_post(self, module: nn.Module, args: object, result: object) -> None:
-        self._end_saving(module)
+        self.end_saving(module)
         if compat.in_backward():
             return
         self._enter(Phase.REST)
@@ -220,10 +228,10 @@ class Conductor:
                 return
             if compat.in_backward():
                 self._begin_backward()
-                self._begin_saving(compat.current_backward())
+                self.begin_saving(compat.current_backward())
             else:
                 self.recover()
-                self._begin_saving(module)
+                self.begin_saving(module)
             site.began.append(compat.sequence_number())
             for bucket, inside in site.buckets:
                 self.gatherer.enter(bucket, self._pass, module=site.name, shown=inside)
@@ -245,7 +253,7 @@ class Conductor:
             if is_in_place:
                 began = ~began
             else:
-                self._end_saving(module)
+                self.end_saving(module)
                 for bucket, _ in site.buckets:
                     self.gatherer.leave(bucket, self._pass)
             if transient:
@@ -284,25 +292,28 @@ class Conductor:
         else:
             self.gatherer.rest(returned)
 
-    def _begin_saving(self, saver: nn.Module | int) -> None:
+    def begin_saving(self, saver: object) -> None:
+        """Watch what autograd saves, until the same `saver` ends it; not without autograd, nor twice."""
         if torch.is_grad_enabled() and not self._saved.is_open and self._saved.open():
             self._saver = saver
 
-    def _end_saving(self, saver: nn.Module | int | None) -> None:
+    def end_saving(self, saver: object) -> None:
+        """Stop, if `saver` has begun it."""
         if self._saver is saver:
             self._saver = None
             self._saved.close()
 
     def _end_recomputing(self) -> None:
         if isinstance(self._saver, int):
-            self._end_saving(self._saver)
+            self.end_saving(self._saver)
 
     def _watch(self, buckets: tuple[Bucket, ...], nodes: Sequence[Node]) -> None:
         """Have `buckets` AVAILABLE before `nodes` of a module run, and what only later modules read released."""
         still_open = self.gatherer.open_buckets.union(bucket.index for bucket in buckets)
         watch = self._last_watch()
-        if watch is None or watch.buckets != buckets or watch.still_open != still_open:
-            watch = _Watch(self, buckets, still_open)
+        graph = self.gatherer.first_uses.graph()
+        if watch is None or watch.graph is not graph or watch.buckets != buckets or watch.still_open != still_open:
+            watch = _Watch(self, buckets, still_open, graph)
             self._last_watch = weakref.ref(watch)
         for node in nodes:
             node.register_prehook(watch)
@@ -347,14 +358,13 @@ class Conductor:
         """
         if self._has_gathers:
             self._refuse_second_backward()
-        if self._phase is not Phase.BACKWARD or self._saver is not None:
+        backward = compat.current_backward()
+        if self._phase is not Phase.BACKWARD or self._saver is not None or backward != self._backward:
             self._begin_backward(settles=False)
         grad, full.grad = full.grad, None
         assert grad is not None
         self.has_gradients = True
-        self._reducer.add(
-            bucket_index, index, grad.detach() if grad.requires_grad else grad, backward=compat.current_backward()
-        )
+        self._reducer.add(bucket_index, index, grad.detach() if grad.requires_grad else grad, backward=backward)
 
     def _refuse_second_backward(self) -> None:
         if self._has_gathers and torch.is_grad_enabled():
@@ -364,6 +374,8 @@ class Conductor:
             )
 
     def _begin_backward(self, *, settles: bool = True) -> None:
+        if self._phase is Phase.BACKWARD and self._end() is None:
+            self.recover()  # that one has raised, and this is another
         if self._phase is Phase.BACKWARD:
             if self._saver is not None and self._saver != compat.current_backward():
                 self._end_recomputing()  # what was computed again is being differentiated: it saves no more
@@ -376,15 +388,21 @@ class Conductor:
         self.has_gradients = False
         self._reducer.begin(self._backward)
         self.gatherer.first_uses.begin_backward(compat.current_node_number())
-        compat.queue_backward_callback(self._end_backward)
+        end = partial(self._end_backward)  # autograd drops it with a backward that raises
+        self._end = weakref.ref(end)
+        compat.queue_backward_callback(end)
 
     def _settle(self) -> None:
         """Before every gather of a backward: tell the reducer which buckets get no more gradients in it.
 
         Nothing is told in a nested one, whose nodes are numbered by themselves.
         """
-        if (self.has_gradients or self.is_training) and compat.current_backward() == self._backward:
-            settled = self.gatherer.take_settled(compat.current_node_number())
+        if compat.current_backward() != self._backward:
+            return
+        number = compat.current_node_number()
+        self.gatherer.first_uses.reach(number)
+        if self.has_gradients or self.is_training:
+            settled = self.gatherer.take_settled(number)
             if settled:
                 self._reducer.settle(settled)
 
@@ -429,10 +447,12 @@ class Conductor:
 class _Watch:
     """Before gradients flow into what a module has made. Modules of one block that follow each other share it."""
 
-    __slots__ = ("__weakref__", "_conductor", "buckets", "indices", "still_open")
+    __slots__ = ("__weakref__", "_conductor", "buckets", "graph", "indices", "still_open")
 
-    def __init__(self, conductor: Conductor, buckets: tuple[Bucket, ...], still_open: frozenset[int]) -> None:
-        self._conductor = conductor  # a graph keeps it alive
+    def __init__(
+        self, conductor: Conductor, buckets: tuple[Bucket, ...], still_open: frozenset[int], graph: Graph
+    ) -> None:
+        self._conductor, self.graph = conductor, graph  # a graph keeps them alive
         self.buckets = buckets  # that the module reads
         self.indices = frozenset(bucket.index for bucket in buckets)
         self.still_open = still_open  # these, and those of modules around it

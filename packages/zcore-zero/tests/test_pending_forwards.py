@@ -1,0 +1,168 @@
+"""Forwards that wait for their backward: many, older ones, beside one that raised; and losses made beside a forward.
+
+Each program is one of plain torch, in every row of the table, in a loop of one's own.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from zcore import zero
+from zcore.core.mesh import build_mesh
+
+Ranks = Callable[..., Any]
+WIDTH, STEPS = 12, 3
+ROWS = [(0, 0), (1, 0), (2, 0), (3, 0), (3, 10_000)]  # stage, and below how many elements parameters stay whole
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.head, self.other_head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, *, other: bool = False) -> Tensor:
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return (self.other_head if other else self.head)(x).square().mean()
+
+
+def inputs(seed: int) -> Tensor:
+    return torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def raises(grad: Tensor) -> None:
+    raise ArithmeticError
+
+
+def one_that_raises(model: Net, x: Tensor) -> Tensor:
+    def arm(module: nn.Module, args: object, result: Tensor) -> None:
+        result.register_hook(raises)
+
+    with model.layers[1].register_forward_hook(arm):
+        return model(x)
+
+
+def many(model: Net, step: int) -> None:
+    sum(model(inputs(10 * step + each)) for each in range(10)).backward()
+
+
+def an_older_one(model: Net, step: int) -> None:
+    older = model(inputs(3 * step))
+    model(inputs(3 * step + 1)).backward()
+    (older + model(inputs(3 * step + 2))).backward()
+
+
+def an_older_one_with_another_head(model: Net, step: int) -> None:
+    older = model(inputs(3 * step))
+    model(inputs(3 * step + 1)).backward()
+    (older + model(inputs(3 * step + 2), other=True)).backward()
+
+
+def one_beside_another_that_raised(model: Net, step: int) -> None:
+    waiting = model(inputs(2 * step))
+    with suppress(ArithmeticError):
+        one_that_raises(model, inputs(2 * step + 1)).backward()
+    model.zero_grad()  # in plain torch some have gradients by now
+    waiting.backward()
+
+
+def a_penalty_on_gathered_weights(model: Net, step: int) -> None:
+    loss = model(inputs(step))
+    with zero.GatheredParameters([model.layers[0].up.weight, model.head.weight]) as weights:
+        loss = loss + sum(0.1 * weight.pow(2).sum() for weight in weights)
+    loss.backward()
+
+
+def a_penalty_differentiated_where_it_is_made(model: Net, step: int) -> None:
+    with zero.GatheredParameters(model.layers[0].up.weight) as (weight,):
+        (model(inputs(step)) + 0.1 * weight.pow(2).sum()).backward()
+
+
+PROGRAMS: dict[str, Callable[[Net, int], None]] = {
+    each.__name__.replace("_", " "): each
+    for each in (
+        many,
+        an_older_one,
+        an_older_one_with_another_head,
+        one_beside_another_that_raised,
+        a_penalty_on_gathered_weights,
+        a_penalty_differentiated_where_it_is_made,
+    )
+}
+
+
+def sharded(row: tuple[int, int]) -> Net:
+    torch.manual_seed(0)
+    model, (stage, small_numel) = Net(), row
+    zero.shard(model, build_mesh(dp=-1), stage=stage, options=zero.ShardingOptions(small_numel=small_numel))
+    return model
+
+
+def train(name: str, row: tuple[int, int] | None) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = Net() if row is None else sharded(row)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(STEPS):
+        PROGRAMS[name](model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict() if row is None else zero.consolidated_state_dict(model, rank=None)
+
+
+def train_all(name: str) -> list[dict[str, Tensor]]:
+    return [train(name, row) for row in ROWS]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_it_trains_as_plain_torch(ranks: Ranks, name: str) -> None:
+    expected = train(name, None)
+    for of_rank in ranks(2, train_all, name):
+        for row, found in zip(ROWS, of_rank, strict=True):
+            for key, value in expected.items():
+                assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-6), (row, key)
+
+
+def count_hooks() -> list[int]:
+    """Hooks at the ends of modules at stage 1, after each thing that a training does."""
+    model, counts = sharded((1, 0)), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def count() -> None:
+        counts.append(sum(len(module._forward_hooks) for module in model.modules()))
+
+    count()
+    with torch.no_grad():
+        model(inputs(0))
+    count()
+    for step in range(2):
+        model(inputs(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model(inputs(step))
+        count()
+    model.layers[0].up(inputs(0))
+    count()
+    return counts
+
+
+def test_a_layer_gets_a_hook_at_its_end_only_when_it_is_called_without_its_block(ranks: Ranks) -> None:
+    before, *during, after = ranks(2, count_hooks)[0]
+    assert during == [before] * len(during)
+    assert after == before + 1

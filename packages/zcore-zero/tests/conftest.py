@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def references() -> Iterator[None]:
     """Of all ops, here and in ranks, which have this environment."""
     with pytest.MonkeyPatch.context() as patch:

@@ -8,8 +8,8 @@ grouped_matmul(rows, weights, counts, is_transposed) -> out
     out       [total, out]                 rows of expert e times weights[e]
 
 The gradient of rows is the same product with the weights the other way round; that of an expert without rows is zero.
-On the CPU torch's own product writes each group into its part of one output, and experts without rows cost nothing. Where
-threads change the bits of a product of oneDNN or MKL, they change those of this one.
+On the CPU torch's own product writes each group into its part of one output, and experts without rows cost nothing.
+Where threads change the bits of a product of oneDNN or MKL, they change those of this one.
 """
 
 from collections.abc import Iterator
@@ -90,8 +90,8 @@ def _groups(op: str, counts: Tensor, num_experts: int, total: int) -> Iterator[t
     numbers = counts.tolist()
     if sum(numbers) != total or min(numbers, default=0) < 0:
         raise LayoutError(
-            f"{op}: counts are {numbers}, {sum(numbers)} together; expected none below 0, and {total} together, one for "
-            "each row."
+            f"{op}: counts are {numbers}, {sum(numbers)} together; expected none below 0, and {total} together, one "
+            "for each row."
         )
     end = 0
     for expert, count in enumerate(numbers):

@@ -29,6 +29,14 @@ NAN, INF = float("nan"), float("inf")
 Arguments = tuple[Any, ...]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """So that nothing left out passes for a zero."""
+    torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory is set by default
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How much of each there is."""

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "blocks.hpp"
+#include "experts.hpp"
 #include "layers.hpp"
 #include "steps.hpp"
 #include "table.hpp"
@@ -40,4 +41,5 @@ NB_MODULE(_cpu, module) {
     bind_steps(module);
     bind_blocks(module);
     bind_layers(module);
+    bind_experts(module);
 }

@@ -208,6 +208,59 @@ def bias_gelu_backward(
     form: int,
     threads: int,
 ) -> None: ...
+def topk_gate(
+    logits: Operand,
+    bias: Operand,
+    weights: int,
+    experts: int,
+    tokens: int,
+    num_experts: int,
+    k: int,
+    scoring: int,
+    is_normalised: bool,
+    threads: int,
+) -> None: ...
+def topk_gate_backward(
+    dweights: int,
+    logits: Operand,
+    weights: int,
+    experts: int,
+    dlogits: Operand,
+    tokens: int,
+    num_experts: int,
+    k: int,
+    scoring: int,
+    is_normalised: bool,
+    threads: int,
+) -> None: ...
+def permute(
+    x: Operand,
+    experts: int,
+    rows: Operand,
+    counts: int,
+    places: int,
+    tokens: int,
+    hidden: int,
+    k: int,
+    num_experts: int,
+    threads: int,
+) -> None: ...
+def is_permutation(places: int, count: int) -> bool: ...
+def unpermute(
+    rows: Operand, places: int, weights: Operand, out: Operand, tokens: int, hidden: int, k: int, threads: int
+) -> None: ...
+def unpermute_backward(
+    dout: Operand,
+    rows: Operand,
+    places: int,
+    weights: Operand,
+    drows: Operand,
+    dweights: Operand,
+    tokens: int,
+    hidden: int,
+    k: int,
+    threads: int,
+) -> None: ...
 def rotary(
     x: Operand,
     y: Operand,

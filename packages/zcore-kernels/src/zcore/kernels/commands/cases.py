@@ -19,6 +19,7 @@ __all__ = ["CASES", "Call", "Operands", "tensors_in"]
 HIDDEN = 1024  # elements of a row
 HEADS, HEAD_DIM = 8, 64
 BLOCK = 256
+NUM_EXPERTS, CHOSEN = 16, 2
 STEP = {"lr": 1e-3, "weight_decay": 0.1}
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "bias_correction1": 0.1, "bias_correction2": 0.001}
 
@@ -67,6 +68,10 @@ class Operands:
         """int32 in [0, 2^16), one for each element."""
         drawn = torch.randint(1 << 16, (self.numel,), generator=self._random, dtype=torch.int32)
         return drawn.to(self.device)
+
+    def experts(self) -> Tensor:
+        """int64, `CHOSEN` different ones of a token for each row."""
+        return self.normal(self.rows, NUM_EXPERTS, dtype=torch.float32).topk(CHOSEN).indices
 
     def copies(self) -> list[Tensor]:
         """What a step writes beside an fp32 parameter: none where activations are fp32, too."""
@@ -142,6 +147,25 @@ def _dropout(draw: Operands) -> Call:
     return Call((x, draw.normal(HIDDEN), residual, torch.tensor([7]), 0.1))
 
 
+def _gate(draw: Operands) -> Call:
+    return Call((draw.normal(max(1, draw.numel // NUM_EXPERTS), NUM_EXPERTS), CHOSEN))
+
+
+def _permute(draw: Operands) -> Call:
+    return Call((draw.normal(draw.rows, HIDDEN), draw.experts(), NUM_EXPERTS))
+
+
+def _unpermute(draw: Operands) -> Call:
+    places = draw.experts().flatten().argsort(stable=True).view(draw.rows, CHOSEN)
+    return Call((draw.normal(draw.rows * CHOSEN, HIDDEN), places, draw.normal(draw.rows, CHOSEN)))
+
+
+def _grouped_matmul(draw: Operands) -> Call:
+    counts = torch.bincount(draw.experts().flatten(), minlength=NUM_EXPERTS)
+    rows, weights = draw.normal(draw.rows * CHOSEN, HEAD_DIM), draw.normal(NUM_EXPERTS, HEAD_DIM, HEAD_DIM)
+    return Call((rows, weights, counts))
+
+
 def _matrix(draw: Operands) -> Call:
     side = max(2, math.isqrt(min(draw.numel, 1 << 18)))
     return Call((draw.normal(side, side),))
@@ -169,6 +193,7 @@ CASES: dict[str, Callable[[Operands], Call]] = {
     ),
     "geglu": _rows(2),
     "geglu_packed": _packed,
+    "grouped_matmul": _grouped_matmul,
     "lamb_apply": _lamb_apply,
     "lamb_average": _lamb_average,
     "layer_norm": _rows(1, weights=2, eps=1e-5),
@@ -176,6 +201,7 @@ CASES: dict[str, Callable[[Operands], Call]] = {
     "lion_step": _one_state(Operands.flat, beta1=0.9, beta2=0.99),
     "newton_schulz": _matrix,
     "pack_signs": lambda draw: Call((draw.flat(draw.dtype), draw.flat()), {"block_size": BLOCK}),
+    "permute": _permute,
     "quantize_blockwise": lambda draw: Call((draw.flat(draw.dtype),), {"format": "int8", "block_size": BLOCK}),
     "rms_norm": _rows(1, weights=1, eps=1e-6),
     "rms_norm_residual": _rows(2, weights=1, eps=1e-6),
@@ -186,5 +212,7 @@ CASES: dict[str, Callable[[Operands], Call]] = {
     "squared_norm": lambda draw: Call((draw.flat(draw.dtype),)),
     "swiglu": _rows(2),
     "swiglu_packed": _packed,
+    "topk_gate": _gate,
     "unpack_signs": lambda draw: Call(_signs(draw), {"block_size": BLOCK, "numel": draw.numel, "dtype": draw.dtype}),
+    "unpermute": _unpermute,
 }

@@ -26,13 +26,17 @@ def register_differentiable(
     fake: Callable[..., Any],
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
+    source: str = "cpp",
 ) -> None:
-    """Make `op` known. fake: what it returns of tensors without data. The last two are as torch.library has them."""
+    """Make `op` known. fake: what it returns of tensors without data; source: of `cpu`, as the registry names it.
+
+    `setup_context` and `backward` are as torch.library has them.
+    """
     _define(op, schema, cpu, fake)
     torch.library.register_autograd(f"zcore::{op}", backward, setup_context=setup_context, lib=LIBRARY)
     ops.reference(op)(reference)
     function = getattr(torch.ops.zcore, op)
-    ops.implementation(op, source="cpp", priority=PRIORITY, devices=("cpu",), dtypes=FLOATS)(function)
+    ops.implementation(op, source=source, priority=PRIORITY, devices=("cpu",), dtypes=FLOATS)(function)
 
 
 def register_backward(op: str, schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:

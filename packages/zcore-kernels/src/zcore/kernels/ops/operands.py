@@ -11,7 +11,7 @@ from torch import Tensor
 from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 
-__all__ = ["Operand", "check", "check_place", "operand", "rows_of"]
+__all__ = ["Operand", "check", "check_indices", "check_place", "operand", "rows_of"]
 
 Operand = tuple[int, int]  # address and zcore::Type
 
@@ -52,6 +52,15 @@ def check(
         )
     if numel is not None and tensor.numel() != numel:
         raise LayoutError(f"{op}: {name} has {tensor.numel()} elements; expected {numel}.")
+
+
+def check_indices(op: str, name: str, indices: Tensor, count: int, what: str) -> None:
+    """Raise LayoutError unless each of `indices` is one of `count`, which `what` says the name of."""
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < count:
+        raise LayoutError(
+            f"{op}: {name} are from {int(indices.min())} to {int(indices.max())}; expected 0 to {count - 1}, as {what} "
+            "says."
+        )
 
 
 def check_place(op: str, offset: int) -> None:

@@ -4,8 +4,9 @@ from zcore.kernels.nn.bias_dropout_residual import BiasDropoutResidual
 from zcore.kernels.nn.bias_gelu import BiasGELU
 from zcore.kernels.nn.geglu import GeGLU
 from zcore.kernels.nn.layer_norm import LayerNorm
+from zcore.kernels.nn.linear_cross_entropy import LinearCrossEntropy
 from zcore.kernels.nn.rms_norm import RMSNorm
 from zcore.kernels.nn.rotary import Rotary
 from zcore.kernels.nn.swiglu import SwiGLU
 
-__all__ = ["BiasDropoutResidual", "BiasGELU", "GeGLU", "LayerNorm", "RMSNorm", "Rotary", "SwiGLU"]
+__all__ = ["BiasDropoutResidual", "BiasGELU", "GeGLU", "LayerNorm", "LinearCrossEntropy", "RMSNorm", "Rotary", "SwiGLU"]

@@ -108,7 +108,7 @@ def chunked_products(
 
 
 def _add_product(total: Tensor, gradient: Tensor, taken: Tensor) -> None:
-    """total += gradient^T @ taken; what is narrower than total is widened a part at a time."""
+    """Add gradient^T @ taken; what is narrower than total is widened a part at a time."""
     if total.dtype == taken.dtype:
         total.addmm_(gradient.T, taken)
         return

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError
-from zcore.kernels.ops.chunked_products import Needs, Products, chunked_products, choose_chunk_rows, empty_products
+from zcore.kernels.ops.chunked_products import Needs, Products, choose_chunk_rows, chunked_products, empty_products
 from zcore.kernels.ops.cross_entropy_rows import RowSettings, cross_entropy_rows
 from zcore.kernels.ops.differentiable import register_backward
 from zcore.kernels.ops.pieces import FLOATS
@@ -77,7 +77,7 @@ def reference(
     reduction: str = "mean",
     chunk_rows: int | None = None,  # changes no result: all logits are one chunk here
 ) -> Tensor:
-    """torch's cross_entropy of all logits, plus z_loss * logsumexp(logits)^2; logits in fp32 at least once they are there.
+    """The cross_entropy of torch of all logits, widened to fp32 at least, plus z_loss * logsumexp(logits)^2.
 
     With a cap logits count as cap * tanh(logits / cap). The mean is over tokens that are not ignored; NaN of none.
     """
@@ -142,7 +142,7 @@ def linear_cross_entropy(
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
-def linear_cross_entropy_forward(  # noqa: PLR0917 - as the schema has it
+def linear_cross_entropy_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     """Of rows: the loss, the gradients that are needed of the sum of losses, and what they count in the loss."""
@@ -156,7 +156,7 @@ def linear_cross_entropy_forward(  # noqa: PLR0917 - as the schema has it
     return loss, *products[1:], share
 
 
-def fake_forward(  # noqa: PLR0917 - as the schema has it
+def fake_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     """What `linear_cross_entropy_forward` returns, unwritten."""
@@ -165,7 +165,7 @@ def fake_forward(  # noqa: PLR0917 - as the schema has it
     return losses if reduction == "none" else losses.new_empty(()), *gradients, losses.new_empty(())
 
 
-def linear_cross_entropy_backward(  # noqa: PLR0917 - as the schema has it
+def linear_cross_entropy_backward(
     dloss: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     """Of rows, whose losses have the gradients `dloss`, [tokens]: the gradients that are needed."""
@@ -173,7 +173,7 @@ def linear_cross_entropy_backward(  # noqa: PLR0917 - as the schema has it
     return tuple(_products(hidden, weight, targets, bias, dloss, Settings(*given), Needs(*needs))[1:])
 
 
-def fake_backward(  # noqa: PLR0917 - as the schema has it
+def fake_backward(
     dloss: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     """What `linear_cross_entropy_backward` returns, unwritten."""
@@ -249,13 +249,13 @@ def _backward(ctx: Any, dloss: Tensor | None, *_of_kept: None) -> tuple[Tensor |
 def _check_operands(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     if hidden.ndim == 0 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise LayoutError(
-            f"{OP}: hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}; expected [..., hidden] and "
-            "[vocabulary, hidden]."
+            f"{OP}: hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}; expected [..., hidden] "
+            "and [vocabulary, hidden]."
         )
     if targets.shape != hidden.shape[:-1]:
         raise LayoutError(
-            f"{OP}: targets have shape {tuple(targets.shape)}; expected {tuple(hidden.shape[:-1])}, one for each row of "
-            "hidden."
+            f"{OP}: targets have shape {tuple(targets.shape)}; expected {tuple(hidden.shape[:-1])}, one for each row "
+            "of hidden."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise LayoutError(f"{OP}: bias has shape {tuple(bias.shape)}; expected {tuple(weight.shape[:1])}.")
@@ -265,9 +265,13 @@ def _check_operands(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tenso
         raise ConfigError(f"{OP}: hidden is {hidden.dtype}; expected {', '.join(map(str, SERVED))}. Convert it.")
     for name, each in (("weight", weight), ("bias", bias), ("targets", targets)):
         if each is not None and each.device != hidden.device:
-            raise LayoutError(f"{OP}: {name} is on {each.device}; expected {hidden.device}, as hidden is. Move it there.")
+            raise LayoutError(
+                f"{OP}: {name} is on {each.device}; expected {hidden.device}, as hidden is. Move it there."
+            )
         if each is not None and each is not targets and each.dtype is not hidden.dtype:
-            raise ConfigError(f"{OP}: {name} is {each.dtype}; expected {hidden.dtype}, as hidden is. Convert one of them.")
+            raise ConfigError(
+                f"{OP}: {name} is {each.dtype}; expected {hidden.dtype}, as hidden is. Convert one of them."
+            )
 
 
 def _check_settings(settings: Settings) -> None:
@@ -318,9 +322,7 @@ LIBRARY.impl("linear_cross_entropy_forward", linear_cross_entropy_forward, "CPU"
 LIBRARY.impl("linear_cross_entropy_forward", linear_cross_entropy_forward, "CUDA")
 LIBRARY.impl("linear_cross_entropy_backward", linear_cross_entropy_backward, "CUDA")
 torch.library.register_fake("zcore::linear_cross_entropy_forward", fake_forward, lib=LIBRARY)
-torch.library.register_autograd(
-    "zcore::linear_cross_entropy_forward", _backward, setup_context=_setup, lib=LIBRARY
-)
+torch.library.register_autograd("zcore::linear_cross_entropy_forward", _backward, setup_context=_setup, lib=LIBRARY)
 LIBRARY.define(f"{OP}({_OPERANDS}=None, *, {_KEYWORDS}) -> Tensor")
 LIBRARY.impl(OP, linear_cross_entropy, "CompositeImplicitAutograd")
 ops.reference(OP)(reference)

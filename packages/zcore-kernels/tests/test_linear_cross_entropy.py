@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ class Operands:
         self.targets[1::4] = self.ignore_index
 
     def run(self, function: Callable[..., Tensor], **given_settings: Any) -> list[Tensor]:
-        """The loss and the gradients of the three, of a weighted sum of losses."""
+        """The loss, and of a weighted sum of losses the gradients of those that need one."""
         return run(function, self.floats, self.targets, **given_settings)
 
     def expected(self, **given_settings: Any) -> list[Tensor]:
@@ -59,7 +60,7 @@ def run(function: Callable[..., Tensor], floats: list[Tensor], targets: Tensor, 
     hidden, weight, bias = floats
     loss = function(hidden, weight, targets, bias, **given_settings)
     factors = torch.linspace(0.5, 2.0, max(1, loss.numel())).to(loss.dtype)[: loss.numel()].view(loss.shape)
-    return [loss, *torch.autograd.grad((loss * factors).sum(), floats)]
+    return [loss, *torch.autograd.grad((loss * factors).sum(), [each for each in floats if each.requires_grad])]
 
 
 def check_close(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype, factor: float = 1.0) -> None:
@@ -71,7 +72,7 @@ def check_close(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype,
         )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     tokens=st.sampled_from([0, 1, 2, 7, 33]),
     hidden=st.sampled_from([0, 1, 5, 16]),
@@ -151,18 +152,12 @@ def test_gradients_are_those_that_differences_show(reduction: str, given_setting
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (1, 2)])
 def test_only_what_needs_a_gradient_has_one(needed: tuple[int, ...], reduction: str) -> None:
     operands = Operands(7, 4, 9)
-    expected = operands.run(linear_cross_entropy, reduction="sum")[1:]
+    expected = operands.run(reference, reduction=reduction)[1:]
     for index, each in enumerate(operands.floats):
         each.requires_grad_(index in needed)
-    hidden, weight, bias = operands.floats
-    loss = linear_cross_entropy(hidden, weight, operands.targets, bias, chunk_rows=2, reduction=reduction)
-    ((loss.sum() if reduction == "none" else loss * (0.5 if reduction == "sum" else 1.0))).backward()
-    factor = {"none": 2.0, "sum": 1.0, "mean": 2.0 / float((operands.targets >= 0).sum())}[reduction]
-    for index, each in enumerate(operands.floats):
-        if index in needed:
-            torch.testing.assert_close(each.grad * factor, expected[index] * 1.0)
-        else:
-            assert each.grad is None
+    found = operands.run(linear_cross_entropy, chunk_rows=2, reduction=reduction)[1:]
+    for each, index in zip(found, needed, strict=True):
+        torch.testing.assert_close(each, expected[index])
 
 
 @every_reduction
@@ -250,6 +245,7 @@ def test_autocast_casts_operands_as_it_does_those_of_linear() -> None:
         torch.testing.assert_close(each, right, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at that of operands that were reshaped
 @every_reduction
 @pytest.mark.parametrize("given_settings", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_torch_finds_the_registration_right(reduction: str, given_settings: dict[str, Any]) -> None:
@@ -331,12 +327,9 @@ def peak_bytes(function: Callable[[], object]) -> int:
     """The most bytes that tensors made inside took at once, by what torch's CPU allocator reports to the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
-    taken = most = 0
-    for event in sorted(profile.events(), key=lambda event: event.time_range.start):
-        if event.name == "[memory]":
-            taken += event.cpu_memory_usage
-            most = max(most, taken)
-    return most
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    taken = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(accumulate(taken))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

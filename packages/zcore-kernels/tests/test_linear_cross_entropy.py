@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from zcore.core import ops
@@ -83,7 +83,7 @@ def check_close(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype,
     given_settings=st.sampled_from(SETTINGS),
     seed=st.integers(0, 99),
 )
-def test_loss_and_gradients_are_those_of_whole_logits_in_float64(
+def test_loss_and_gradients_are_those_of_whole_logits_in_float64(  # noqa: PLR0917 - drawn by name
     tokens: int,
     hidden: int,
     vocabulary: int,
@@ -302,8 +302,16 @@ def test_the_registry_serves_chunks_and_the_reference_where_it_is_asked_for() ->
         ({"targets": torch.zeros(4, dtype=torch.int64)}, LayoutError, r"targets have shape \(4,\); expected \(5,\)"),
         ({"bias": torch.zeros(5)}, LayoutError, r"bias has shape \(5,\); expected \(6,\)"),
         ({"targets": torch.zeros(5)}, ConfigError, r"targets are torch.float32; expected torch.int64"),
-        ({"hidden": torch.zeros(5, 3, dtype=torch.int32)}, ConfigError, "hidden is torch.int32; expected torch.float32"),
-        ({"weight": torch.zeros(6, 3).half()}, ConfigError, "weight is torch.float16; expected torch.float32, as hidden"),
+        (
+            {"hidden": torch.zeros(5, 3, dtype=torch.int32)},
+            ConfigError,
+            "hidden is torch.int32; expected torch.float32",
+        ),
+        (
+            {"weight": torch.zeros(6, 3).half()},
+            ConfigError,
+            "weight is torch.float16; expected torch.float32, as hidden",
+        ),
         ({"bias": torch.zeros(6).double()}, ConfigError, "bias is torch.float64; expected torch.float32, as hidden"),
         ({"weight": torch.zeros(6, 3, device="meta")}, LayoutError, "weight is on meta; expected cpu"),
         ({"targets": torch.tensor([0, 1, 6, 2, 3])}, LayoutError, "targets are from 0 to 6; expected 0 to 5"),

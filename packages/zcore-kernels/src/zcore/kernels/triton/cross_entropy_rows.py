@@ -102,21 +102,22 @@ def cross_entropy_rows(
     if not rows:
         return losses
     columns = min(MOST_COLUMNS, triton.next_power_of_2(max(1, vocabulary)))
-    rows_kernel[(rows,)](
-        logits,
-        targets,
-        losses if factors is None else factors.contiguous(),  # an address that is not read where there are none
-        losses,
-        logits.stride(0),
-        vocabulary,
-        settings.ignore_index,
-        settings.label_smoothing,
-        settings.z_loss,
-        1.0 if settings.logit_softcap is None else settings.logit_softcap,
-        HAS_FACTORS=factors is not None,
-        HAS_CAP=settings.logit_softcap is not None,
-        WRITES_GRADIENT=writes_gradient,
-        COLUMNS=columns,
-        num_warps=max(4, min(16, columns // 1024)),
-    )
+    with torch.cuda.device_of(logits):  # a launch goes to the current device
+        rows_kernel[(rows,)](
+            logits,
+            targets,
+            losses if factors is None else factors.contiguous(),  # an address that is not read where there are none
+            losses,
+            logits.stride(0),
+            vocabulary,
+            settings.ignore_index,
+            settings.label_smoothing,
+            settings.z_loss,
+            1.0 if settings.logit_softcap is None else settings.logit_softcap,
+            HAS_FACTORS=factors is not None,
+            HAS_CAP=settings.logit_softcap is not None,
+            WRITES_GRADIENT=writes_gradient,
+            COLUMNS=columns,
+            num_warps=max(4, min(16, columns // 1024)),
+        )
     return losses

@@ -238,6 +238,9 @@ def test_autocast_casts_operands_as_it_does_those_of_linear() -> None:
     operands = Operands(9, 8, 30)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = operands.run(linear_cross_entropy), operands.run(reference)
+        torch.compiler.reset()
+        compiled = operands.run(torch.compile(LinearCrossEntropy(), fullgraph=True, backend="aot_eager"))
+    assert all(map(torch.equal, compiled, found))
     narrow = [each.detach().bfloat16().requires_grad_() for each in operands.floats]
     assert torch.equal(found[0], run(linear_cross_entropy, narrow, operands.targets)[0])
     for each, right in zip(found, expected, strict=True):

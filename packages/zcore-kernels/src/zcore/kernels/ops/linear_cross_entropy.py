@@ -14,7 +14,7 @@ each have another gradient, go through the chunks again.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -296,6 +296,7 @@ def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
+@cache  # looks through the folders of sys.path
 def _why_no_triton() -> str | None:
     return None if find_spec("triton") else "needs Triton: pip install 'zcore-kernels[triton]'"
 

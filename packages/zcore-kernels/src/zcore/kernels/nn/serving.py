@@ -25,6 +25,6 @@ def serving(op: str, reference: Callable[..., Any], x: Tensor) -> Callable[..., 
     return function if is_served and x.dtype in FLOATS else reference
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's has no types
 def _has_triton() -> bool:
     return why_unavailable() is None

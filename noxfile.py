@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent
 WHEELS = ("zcore-core", "zcore-comm", "zcore-zero", "zcore-pipe", "zcore-offload", "zcore-infer", "zcore-kernels")
 COMPILED = {"zcore-kernels": ("packages/zcore-kernels", "native")}  # what each is built from; that takes a minute
 # The extras that a wheel's own tests use, and those that docs/examples use.
-TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[bench,cli]", "zcore-kernels": "[cli]"}
+TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[bench,cli]", "zcore-kernels": "[cli,triton]"}
 # What docs name and no extra holds.
 TESTED_WITH = {
     "zcore-comm": ("torchx[kubernetes]",),

@@ -19,7 +19,17 @@ import torch
 from zcore.core.errors import NotInstalledError, nearest
 from zcore.core.extensions import offered
 
-__all__ = ["Implementation", "choose", "force", "get", "implementation", "implementations", "reference", "registered"]
+__all__ = [
+    "Implementation",
+    "choose",
+    "force",
+    "forced",
+    "get",
+    "implementation",
+    "implementations",
+    "reference",
+    "registered",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -96,7 +106,12 @@ def get(op: str, *, device: torch.device, dtype: torch.dtype) -> Callable[..., A
 
 def choose(op: str, *, device: torch.device, dtype: torch.dtype) -> Implementation:
     """What `get` takes the function of, to be told or looked at. Raises what `get` does."""
-    return _choose(op, device.type, dtype, _forced or os.environ.get("ZCORE_OPS"))
+    return _choose(op, device.type, dtype, forced())
+
+
+def forced() -> str | None:
+    """The source that `force` or ZCORE_OPS asks for; None where the best implementation is taken."""
+    return _forced or os.environ.get("ZCORE_OPS")
 
 
 @contextmanager

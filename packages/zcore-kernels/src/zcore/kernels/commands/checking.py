@@ -18,6 +18,8 @@ __all__ = ["Outcome", "check_op", "named_ops", "table_of"]
 
 # Some units in the last place; fp32's also cover sums of all operands, which references add in fp32.
 ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+# Its steps magnify the rounding of every product: sums in another order alone differ by 1.0 of that, [512, 512].
+MAGNIFIED = {"newton_schulz": 4.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ def check_op(op: str, *, numel: int, dtype: torch.dtype, device: torch.device) -
         if each is not reference and each.refusal(device.type, call.tensors[0].dtype) is None:
             found = _run(each, call.copied())
             excess = max(map(_excess, found, expected), default=0.0) if len(found) == len(expected) else float("inf")
+            excess /= MAGNIFIED.get(op, 1.0)
             outcomes.append(Outcome(op, each.source, str(dtype).removeprefix("torch."), excess))
     return outcomes
 

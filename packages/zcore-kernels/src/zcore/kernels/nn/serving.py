@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zcore.core import ops
 from zcore.kernels.ops.pieces import FLOATS
+from zcore.kernels.triton.loading import why_unavailable
 
 __all__ = ["serving"]
 
@@ -20,4 +21,10 @@ def serving(op: str, reference: Callable[..., Any], x: Tensor) -> Callable[..., 
     if not torch.compiler.is_compiling():
         return ops.get(op, device=x.device, dtype=x.dtype)
     function: Callable[..., Any] = getattr(torch.ops.zcore, op)
-    return function if x.device.type == "cpu" and x.dtype in FLOATS else reference
+    is_served = x.device.type == "cpu" or (x.device.type == "cuda" and _has_triton())
+    return function if is_served and x.dtype in FLOATS else reference
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's has no types
+def _has_triton() -> bool:
+    return why_unavailable() is None

@@ -113,6 +113,7 @@ register_backward(
     "(Tensor dout, Tensor? bias, Tensor seed, float drop) -> (Tensor, Tensor)",
     cpu=bias_dropout_residual_backward,
     fake=fake_backward,
+    triton="bias_dropout_residual",
 )
 register_differentiable(
     "bias_dropout_residual",
@@ -122,4 +123,5 @@ register_differentiable(
     fake=lambda x, bias, residual, seed, drop: torch.empty_like(x),
     setup_context=_setup,
     backward=_backward,
+    triton="bias_dropout_residual",
 )

@@ -68,6 +68,7 @@ register_backward(
     "(Tensor dout, Tensor x, Tensor? bias, str approximate) -> (Tensor, Tensor)",
     cpu=bias_gelu_backward,
     fake=fake_backward,
+    triton="bias_gelu",
 )
 register_differentiable(
     "bias_gelu",
@@ -77,4 +78,5 @@ register_differentiable(
     fake=lambda x, bias, approximate="none": torch.empty_like(x),
     setup_context=_setup,
     backward=_backward,
+    triton="bias_gelu",
 )

@@ -20,8 +20,8 @@ from zcore.kernels.ops.cross_entropy_rows import RowSettings
 __all__ = ["Needs", "Products", "Rows", "choose_chunk_rows", "chunked_products"]
 
 # Fewer rows make the matrix products slow and add up the weight's gradient more often. With 2048 tokens, hidden 576 and
-# vocabulary 49152 on one core of an EPYC with AVX-512, others at work beside it: in bf16 128 rows 6.2 s, 256 rows 5.5 s,
-# 512 rows 4.8 s; in fp32 128 and 256 rows 4.4 s, 512 rows 6.1 s.
+# vocabulary 49152 on one core of an EPYC with AVX-512, others at work beside it: in bf16 128 rows 6.2 s, 256 rows 5.5
+# s, 512 rows 4.8 s; in fp32 128 and 256 rows 4.4 s, 512 rows 6.1 s.
 LEAST_ROWS = 256
 # Of the weight's gradient, at a time, where a product has to be widened before it is added.
 WIDENED_ROWS = 4096

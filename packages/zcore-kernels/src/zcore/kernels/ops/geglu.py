@@ -71,12 +71,14 @@ register_backward(
     "(Tensor dout, Tensor gate, Tensor up, str approximate) -> (Tensor, Tensor)",
     cpu=geglu_backward,
     fake=lambda dout, gate, up, approximate: (torch.empty_like(gate), torch.empty_like(up)),
+    triton="geglu",
 )
 register_backward(
     "geglu_packed_backward",
     "(Tensor dout, Tensor packed, str approximate) -> Tensor",
     cpu=geglu_packed_backward,
     fake=lambda dout, packed, approximate: torch.empty_like(packed),
+    triton="geglu",
 )
 register_differentiable(
     "geglu",
@@ -86,6 +88,7 @@ register_differentiable(
     fake=lambda gate, up, approximate="none": torch.empty_like(gate),
     setup_context=_setup,
     backward=_backward,
+    triton="geglu",
 )
 register_differentiable(
     "geglu_packed",
@@ -95,4 +98,5 @@ register_differentiable(
     fake=lambda packed, approximate="none": packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2)),
     setup_context=_setup,
     backward=_backward_packed,
+    triton="geglu",
 )

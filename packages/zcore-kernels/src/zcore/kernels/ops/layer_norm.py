@@ -130,6 +130,7 @@ register_backward(
     "(Tensor dy, Tensor s, Tensor? weight, Tensor? bias, Tensor? dsum, float eps) -> (Tensor, Tensor, Tensor)",
     cpu=layer_norm_backward,
     fake=fake_backward,
+    triton="layer_norm",
 )
 register_differentiable(
     "layer_norm",
@@ -139,6 +140,7 @@ register_differentiable(
     fake=lambda x, weight, bias, eps: torch.empty_like(x),
     setup_context=_setup,
     backward=_backward,
+    triton="layer_norm",
 )
 register_differentiable(
     "layer_norm_residual",
@@ -148,4 +150,5 @@ register_differentiable(
     fake=lambda x, residual, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x)),
     setup_context=_setup_residual,
     backward=_backward_residual,
+    triton="layer_norm",
 )

@@ -13,14 +13,15 @@ from zcore.kernels.ops.pieces import FLOATS, TYPES
 
 __all__ = ["Operand", "check", "check_indices", "check_place", "operand", "rows_of"]
 
+CPU = torch.device("cpu")
 Operand = tuple[int, int]  # address and zcore::Type
 
 
-def rows_of(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
+def rows_of(op: str, name: str, tensor: Tensor, *, device: torch.device = CPU) -> tuple[int, int]:
     """How many rows and how many elements in each `tensor`, [..., hidden], has; checks it as `check` does."""
     if tensor.ndim == 0:
         raise LayoutError(f"{op}: {name} has no dimension; expected [..., hidden].")
-    check(op, name, tensor)
+    check(op, name, tensor, device=device)
     hidden = tensor.shape[-1]
     return (tensor.numel() // hidden if hidden else 0), hidden
 
@@ -33,13 +34,15 @@ def check(
     shape: Sequence[int] | None = None,
     numel: int | None = None,
     dtypes: Sequence[torch.dtype] = FLOATS,
+    device: torch.device = CPU,
 ) -> None:
-    """Raise unless `tensor` is contiguous memory on the CPU, of one of `dtypes`, and where given of `shape`, `numel`.
+    """Raise unless `tensor` is contiguous memory of `device`, of one of `dtypes`, and where given of `shape`, `numel`.
 
     LayoutError says where and how it lies, ConfigError of which dtype it is.
     """
-    if not tensor.is_cpu:
-        raise LayoutError(f"{op}: {name} is on {tensor.device}; expected the CPU. Move it there.")
+    if not (tensor.is_cpu if device is CPU else tensor.device == device):
+        expected = "the CPU" if device == CPU else str(device)
+        raise LayoutError(f"{op}: {name} is on {tensor.device}; expected {expected}. Move it there.")
     if tensor.dtype not in dtypes:
         expected = ", ".join(map(str, dtypes))
         raise ConfigError(f"{op}: {name} is {tensor.dtype}; expected {expected}. Convert it, or use the reference.")

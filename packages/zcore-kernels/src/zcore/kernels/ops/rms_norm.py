@@ -114,6 +114,7 @@ register_backward(
     "(Tensor dy, Tensor s, Tensor? weight, Tensor? dsum, float eps, float offset) -> (Tensor, Tensor)",
     cpu=rms_norm_backward,
     fake=fake_backward,
+    triton="rms_norm",
 )
 register_differentiable(
     "rms_norm",
@@ -123,6 +124,7 @@ register_differentiable(
     fake=lambda x, weight, eps, offset=0.0: torch.empty_like(x),
     setup_context=_setup,
     backward=_backward,
+    triton="rms_norm",
 )
 register_differentiable(
     "rms_norm_residual",
@@ -132,4 +134,5 @@ register_differentiable(
     fake=lambda x, residual, weight, eps, offset=0.0: (torch.empty_like(x), torch.empty_like(x)),
     setup_context=_setup_residual,
     backward=_backward_residual,
+    triton="rms_norm",
 )

@@ -122,6 +122,7 @@ register_backward(
     "(Tensor dq, Tensor dk, Tensor cos, Tensor sin, Tensor positions, bool is_interleaved) -> (Tensor, Tensor)",
     cpu=rotary_backward,
     fake=lambda dq, dk, cos, sin, positions, is_interleaved: (torch.empty_like(dq), torch.empty_like(dk)),
+    triton="rotary",
 )
 register_differentiable(
     "rotary",
@@ -131,4 +132,5 @@ register_differentiable(
     fake=lambda q, k, cos, sin, positions, is_interleaved=False: (torch.empty_like(q), torch.empty_like(k)),
     setup_context=_setup,
     backward=_backward,
+    triton="rotary",
 )

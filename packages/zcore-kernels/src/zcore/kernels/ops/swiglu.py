@@ -56,12 +56,14 @@ register_backward(
     "(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     cpu=lambda dout, gate, up: gated.gate_backward("swiglu_backward", dout, gate, up, gated.SILU),
     fake=lambda dout, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+    triton="swiglu",
 )
 register_backward(
     "swiglu_packed_backward",
     "(Tensor dout, Tensor packed) -> Tensor",
     cpu=lambda dout, packed: gated.gate_packed_backward("swiglu_packed_backward", dout, packed, gated.SILU),
     fake=lambda dout, packed: torch.empty_like(packed),
+    triton="swiglu",
 )
 register_differentiable(
     "swiglu",
@@ -71,6 +73,7 @@ register_differentiable(
     fake=lambda gate, up: torch.empty_like(gate),
     setup_context=_setup,
     backward=_backward,
+    triton="swiglu",
 )
 register_differentiable(
     "swiglu_packed",
@@ -80,4 +83,5 @@ register_differentiable(
     fake=lambda packed: packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2)),
     setup_context=_setup,
     backward=_backward_packed,
+    triton="swiglu",
 )

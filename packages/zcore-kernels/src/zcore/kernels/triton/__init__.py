@@ -1,1 +1,1 @@
-"""Triton kernels of the ops for CUDA devices, one op a file; each imports triton, and is imported when it is needed."""
+"""Triton kernels of the ops for CUDA devices, one op a file; a file imports triton, and `loading` imports the file."""

@@ -28,7 +28,7 @@ def tanh(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def rows_kernel(  # noqa: PLR0917 - Triton takes them so
+def rows_kernel(
     logits: tl.tensor,
     targets: tl.tensor,
     factors: tl.tensor,

@@ -9,7 +9,7 @@
 //
 // The quotient of whole numbers is rounded once, as the table's is: times 1/D in two floats, whose second corrects what
 // the first lacks. A code whose line comes close to a half could be rounded otherwise than the table has it: these lanes,
-// one in 2000, are left to the table. So all sets give the table's codes and values, bit by bit: both codes of all
+// one in 800, are left to the table. So all sets give the table's codes and values, bit by bit: both codes of all
 // numbers from -1 to 1 were compared, and tests/dynamic_lanes_test.cpp compares those that matter most.
 #pragma once
 

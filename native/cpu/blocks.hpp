@@ -9,14 +9,9 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
-#include "cpu/dynamic_code.hpp"
+#include "cpu/dynamic_lanes.hpp"
+#include "cpu/vectors.hpp"
 #include "zcore/flat.hpp"
-
-#define ZCORE_RESTRICT __restrict__
 
 namespace zcore::ZCORE_ISA {
 
@@ -38,18 +33,6 @@ static inline float multiply_add(float a, float b, float c) {
 #else
     return a * b + c;
 #endif
-}
-
-static inline float float_of_bits(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline std::uint32_t bits_of_float(float value) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
 }
 
 static inline std::uint16_t bf16_of(float value) {
@@ -120,35 +103,6 @@ static inline void f16_of_floats(const float* ZCORE_RESTRICT in, std::uint16_t* 
 
 static inline const DynamicCode& code_of(Type type) {
     return type == Type::signed_code ? signed_dynamic_code : unsigned_dynamic_code;
-}
-
-static inline void floats_of_codes(const std::uint8_t* ZCORE_RESTRICT in, float scale, const DynamicCode& code,
-                                   float* ZCORE_RESTRICT out, std::size_t count) {
-    for (std::size_t at = 0; at < count; ++at) {
-        out[at] = code.values[in[at]] * scale;
-    }
-}
-
-// The nearest code of each element, of two as near the lower. Returns the scale.
-static inline float codes_of_floats(const float* ZCORE_RESTRICT in, const DynamicCode& code,
-                                    std::uint8_t* ZCORE_RESTRICT out, std::size_t count) {
-    alignas(64) float relative[block_numel];
-    float scale = 0.0f;
-    bool is_finite = true;
-    for (std::size_t at = 0; at < count; ++at) {
-        const float magnitude = in[at] < 0.0f ? -in[at] : in[at];
-        is_finite &= magnitude <= 3.402823466e38f;  // false for NaN too
-        scale = magnitude > scale ? magnitude : scale;
-    }
-    const bool has_values = is_finite && scale > 0.0f;
-    for (std::size_t at = 0; at < count; ++at) {
-        relative[at] = has_values ? in[at] / scale : 0.0f;
-    }
-    for (std::size_t at = 0; at < count; ++at) {
-        const std::uint8_t lowest = code.lowest[bits_of_float(relative[at]) >> 16];
-        out[at] = static_cast<std::uint8_t>(lowest + (relative[at] > code.bounds[lowest]));
-    }
-    return is_finite ? scale : float_of_bits(0x7fc00000u);
 }
 
 // Elements [begin, begin + count) of `from` in fp32: where they lie, or in `buffer`, of `block_numel`.

@@ -14,10 +14,58 @@ constexpr int advance(const DynamicCode& code, int at, float value) {
     return at;
 }
 
+constexpr int decades = 7;
+
+constexpr DynamicLines make_lines(const DynamicCode& code, bool is_signed) {
+    DynamicLines lines{};
+    lines.is_signed = is_signed;
+    lines.place_of_first = is_signed ? -127.5f : 1.5f;
+    const int zero = is_signed ? code_count / 2 - 1 : 0, first_count = is_signed ? 1 : 2;
+    const auto set_inverse = [&](int exponent, double less, double divisor) {
+        const int at = (exponent + 7) % 8;
+        lines.less[at] = static_cast<float>(-less);
+        lines.inverse[at] = static_cast<float>(1.0 / divisor);
+        lines.inverse_rest[at] = static_cast<float>(1.0 / divisor - static_cast<double>(lines.inverse[at]));
+    };
+    constexpr double one = 1 << DynamicLines::fraction_bits, shift = one / 2.0 + 2.0;
+    const auto set_line = [&](int decade, double slope, double start, double last) {
+        lines.slope[decade] = static_cast<float>(slope * one);
+        lines.start[decade] = static_cast<float>(start * one + shift);
+        lines.last[decade] = static_cast<float>(last * one + shift);
+    };
+    double shrink = 1e6;
+    int last = 0, exponent = is_signed ? 0 : 1;
+    for (int decade = 0; decade < decades; ++decade, ++exponent, shrink /= 10.0) {
+        const int count = first_count << decade;
+        set_inverse(exponent, 16.0 * count, 20.0 * count * shrink);
+        set_line(decade, shrink * count / 0.9, last + 0.5 - count / 9.0, last + count);
+        last += count;
+        lines.end[decade] = code.bounds[zero + last];
+    }
+    set_line(decades, 0.0, last + 1, last + 1);
+    lines.end[decades] = std::numeric_limits<float>::infinity();
+    if (is_signed) {
+        set_inverse(exponent, 16.0 * 128.0, 18.0 * 128.5 - 16.0 * 128.0);
+        // Below 0 the first decade has no value, and ends before that above 0 does. What lies between is in doubt: its
+        // line stops at a half.
+        constexpr double zero_end = 0.275e-6, end_below_zero = 1.6e-6, slope = 1.0 / (end_below_zero - zero_end);
+        set_line(0, slope, 0.5 - zero_end * slope, 1.5);
+    } else {
+        set_inverse(exponent, 18.0 * 1.5, 18.0 * (256.5 - 1.5));  // shared by codes 0, where it gives 0, and 255
+    }
+    lines.smallest = 0x1p-25f;
+    for (std::uint32_t cell = 0; cell < 16; ++cell) {
+        const float lowest = std::bit_cast<float>((cell + 0x30u) << 24);
+        while (lines.end[lines.first_decade[cell]] < lowest) {
+            ++lines.first_decade[cell];
+        }
+    }
+    return lines;
+}
+
 // Each value is a quotient of whole numbers, rounded once: the same wherever it is computed.
 constexpr DynamicCode make(bool is_signed) {
     DynamicCode code{};
-    constexpr int decades = 7;
     int above = is_signed ? code_count / 2 - 1 : 0;  // the place of zero
     code.values[above++] = 0.0f;
     double shrink = 1e6;  // 10^6 in the last decade, 1 in the first
@@ -54,6 +102,7 @@ constexpr DynamicCode make(bool is_signed) {
         at = advance(code, at, std::bit_cast<float>(upper << 16));
         code.lowest[upper] = static_cast<std::uint8_t>(at);
     }
+    code.lines = make_lines(code, is_signed);
     return code;
 }
 

@@ -15,14 +15,17 @@ static inline float with_sign_of(float magnitude, float sign) {
     return float_of_bits(bits_of_float(magnitude) | (bits_of_float(sign) & 0x80000000u));
 }
 
-// exp(x) = 2^i exp(f), |f| <= ln(2) / 2: a minimax polynomial of degree 6 in f, whose error is a tenth of a unit. ln(2)
-// is split in two, the larger with so few bits that i times it is exact. 2^i is made of two factors, since i itself may
-// be out of a number's range while the result is not.
-static inline float exp_of(float x) {
-    const float bounded = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;  // beyond: 0 and infinity; NaN passes
-    const float shifted = 1.44269504f * bounded + 12582912.0f;           // 1.5 2^23: rounds to an integer
+// x = i ln(2) + f, |f| <= ln(2) / 2, and `power` = exp(f): a minimax polynomial of degree 6 in f, whose error is a tenth
+// of a unit. ln(2) is split in two, the larger with so few bits that i times it is exact.
+struct Exponential {
+    float power;
+    std::int32_t i;
+};
+
+static inline Exponential exponential_of(float x) {
+    const float shifted = 1.44269504f * x + 12582912.0f;  // 1.5 2^23: rounds to an integer
     const float whole = shifted - 12582912.0f;
-    const float f = (bounded - whole * 6.93145752e-1f) - whole * 1.42860677e-6f;
+    const float f = (x - whole * 6.93145752e-1f) - whole * 1.42860677e-6f;
     float r = 1.37805939e-3f;
     r = r * f + 8.37312452e-3f;
     r = r * f + 4.16695364e-2f;
@@ -30,11 +33,23 @@ static inline float exp_of(float x) {
     r = r * f + 4.99999851e-1f;
     r = r * f + 1.0f;
     r = r * f + 1.0f;
-    const std::int32_t i = static_cast<std::int32_t>(bits_of_float(shifted)) - 0x4b400000;
-    const std::int32_t half = i >> 1;
+    return {r, static_cast<std::int32_t>(bits_of_float(shifted)) - 0x4b400000};
+}
+
+// 2^i is made of two factors, since i itself may be out of a number's range while the result is not.
+static inline float exp_of(float x) {
+    const float bounded = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;  // beyond: 0 and infinity; NaN passes
+    const Exponential found = exponential_of(bounded);
+    const std::int32_t half = found.i >> 1;
     const float first = float_of_bits(static_cast<std::uint32_t>(half + 127) << 23);
-    const float second = float_of_bits(static_cast<std::uint32_t>(i - half + 127) << 23);
-    return r * first * second;
+    const float second = float_of_bits(static_cast<std::uint32_t>(found.i - half + 127) << 23);
+    return found.power * first * second;
+}
+
+// The same for |x| <= 80, where i can be added to the exponent: half of the work of the ends.
+static inline float exp_between(float x) {
+    const Exponential found = exponential_of(x);
+    return float_of_bits(bits_of_float(found.power) + (static_cast<std::uint32_t>(found.i) << 23));
 }
 
 static inline float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
@@ -48,7 +63,8 @@ static inline float tanh_of(float x) {
     r = r * square + 1.33314422036e-1f;
     r = r * square - 3.33332819422e-1f;
     const float near = r * square * x + x;
-    const float far = with_sign_of(1.0f - 2.0f / (exp_of(2.0f * size) + 1.0f), x);
+    const float bounded = size > 20.0f ? 20.0f : size;  // beyond: 1
+    const float far = with_sign_of(1.0f - 2.0f / (exp_between(2.0f * bounded) + 1.0f), x);
     return size >= 0.625f ? far : near;  // NaN is near
 }
 
@@ -61,7 +77,8 @@ static inline float erf_of(float x) {
     q = q * size - 6.34846687e-1f;
     q = q * size - 1.28717512e-1f;
     q = q * size - size;
-    const float far = with_sign_of(1.0f - exp_of(q), x);
+    const float bounded = q < -20.0f ? -20.0f : q;  // beyond: 1
+    const float far = with_sign_of(1.0f - exp_between(bounded), x);
     float r = -5.96761703e-4f;
     r = r * square + 4.99119423e-3f;
     r = r * square - 2.67681349e-2f;

@@ -30,28 +30,32 @@ static void normalise_block(const float* ZCORE_RESTRICT s, const float* ZCORE_RE
     }
 }
 
+constexpr std::size_t kept_numel = 4096;  // 16 KiB: half of the nearest cache
+
 void layer_norm_part(const LayerNorm& norm, std::size_t begin, std::size_t end) {
     alignas(64) float first[block_numel], second[block_numel], third[block_numel];
+    alignas(64) float row_values[kept_numel];  // of a row of 16 bits an element: three passes, one conversion
     const Flat normed = norm.residual ? norm.sum : norm.x;
+    const bool is_kept = norm.hidden <= kept_numel && normed.type != Type::f32;
     const float hidden = static_cast<float>(norm.hidden);
     for (std::size_t row = begin; row < end; ++row) {
         const std::size_t start = row * norm.hidden;
         RowSum values, squares;
         for (std::size_t at = 0; at < norm.hidden; at += block_numel) {
             const std::size_t count = block_at(at, norm.hidden);
-            const float* const s = add_block(norm, start + at, count, first, second);
+            const float* const s = add_block(norm, start + at, count, is_kept ? row_values + at : first, second);
             values.add(count, [s](auto get) { return get(s); });
         }
         const float mean = values.total() / hidden;
         for (std::size_t at = 0; at < norm.hidden; at += block_numel) {
             const std::size_t count = block_at(at, norm.hidden);
-            const float* const s = load_block(normed, start + at, count, first);
+            const float* const s = is_kept ? row_values + at : load_block(normed, start + at, count, first);
             squares.add(count, [=](auto get) { return (get(s) - mean) * (get(s) - mean); });
         }
         const float root = 1.0f / std::sqrt(squares.total() / hidden + norm.eps);
         for (std::size_t at = 0; at < norm.hidden; at += block_numel) {
             const std::size_t count = block_at(at, norm.hidden);
-            const float* const s = load_block(normed, start + at, count, first);
+            const float* const s = is_kept ? row_values + at : load_block(normed, start + at, count, first);
             const float* const scale = scale_block(norm.weight, 0.0f, at, count, second);
             float* const y = room_for(norm.y, start + at, third);
             normalise_block(s, scale, y, count, mean, root);

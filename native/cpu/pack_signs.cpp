@@ -2,12 +2,12 @@
 
 #if defined(ZCORE_ISA)  // compiled once for each instruction set
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include "cpu/blocks.hpp"
 #include "zcore/quantized.hpp"
+
+#if defined(__SSE2__)
+#include <immintrin.h>  // after vectors.hpp, which quiets GCC about it
+#endif
 
 namespace zcore::ZCORE_ISA {
 

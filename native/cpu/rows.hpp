@@ -6,27 +6,12 @@
 #pragma once
 
 #include "cpu/blocks.hpp"
+#include "cpu/vectors.hpp"
 
 namespace zcore::ZCORE_ISA {
 
-#if defined(__AVX512F__)
-constexpr std::size_t vector_bytes = 64;
-#elif defined(__AVX2__)
-constexpr std::size_t vector_bytes = 32;
-#else
-constexpr std::size_t vector_bytes = 16;
-#endif
-typedef float Vector __attribute__((vector_size(vector_bytes)));
-
 constexpr std::size_t sum_lanes = 32;
-constexpr std::size_t vector_numel = vector_bytes / sizeof(float);
 constexpr std::size_t sum_vectors = sum_lanes / vector_numel;
-
-static inline Vector vector_at(const float* from) {  // at any alignment
-    Vector loaded;
-    std::memcpy(&loaded, from, sizeof loaded);
-    return loaded;
-}
 
 class RowSum {
 public:

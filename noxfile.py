@@ -1,11 +1,13 @@
 """What developers and CI run: `nox -l` lists the sessions, `nox -s tests` runs every test.
 
 `quickstart`, `finetune`, `alone-*` and `matrix` build wheels and install the files, as a user would; `wheels` only
-builds them; `tests`, `types` and `docs` install the tree in editable form. With uv as backend all environments share
+builds them; `tests`, `types` and `docs` install the tree in editable form, but for the wheel that is compiled. Its file
+is built once from the same sources, and all sessions but `wheels` share it. With uv as backend all environments share
 one torch through hard links (uv's cache and `.nox` must lie on one file system), and a warm environment takes about a
 second.
 """
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -13,11 +15,21 @@ import nox
 
 ROOT = Path(__file__).parent
 WHEELS = ("zcore-core", "zcore-comm", "zcore-zero", "zcore-pipe", "zcore-offload", "zcore-infer", "zcore-kernels")
+COMPILED = {"zcore-kernels": ("packages/zcore-kernels", "native")}  # what each is built from; that takes a minute
 # The extras that a wheel's own tests use, and those that docs/examples use.
-TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[bench,cli]"}
-TESTED_WITH = {"zcore-comm": ("torchx[kubernetes]",), "zcore-zero": ("torchao",)}  # what docs name, no extra holds
+TEST_EXTRAS = {"zcore-core": "[cli,testing,yaml]", "zcore-comm": "[bench,cli]", "zcore-kernels": "[cli,triton]"}
+# What docs name and no extra holds.
+TESTED_WITH = {
+    "zcore-comm": ("torchx[kubernetes]",),
+    "zcore-zero": ("torchao",),
+    "zcore-kernels": ("transformers", "numpy"),
+}
 LEFT_TO_TESTS = {"zcore-zero": ("-m", "not thorough")}  # what `tests` runs, and need not be run again without the rest
-COMMAND_EXTRAS = {"zcore-core": "[cli]", "zcore-comm": "[cli]"}  # what the commands of `zcore` need
+COMMAND_EXTRAS = {
+    "zcore-core": "[cli]",
+    "zcore-comm": "[cli]",
+    "zcore-kernels": "[cli]",
+}  # what the commands of `zcore` need
 EXAMPLE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[examples]"}
 FINETUNE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[finetune]"}
 # Sets of wheels that a user may well combine; `alone-*` shows each by itself.
@@ -67,19 +79,35 @@ def build(session: nox.Session, wheel: str, folder: Path) -> Path:
     return file
 
 
+def built_once(session: nox.Session, wheel: str, folder: Path) -> Path:
+    """The file of `wheel`: one that is compiled as it was built from the same sources before, else built anew."""
+    if wheel not in COMPILED:
+        return build(session, wheel, folder / wheel)
+    digest = hashlib.sha256(str(session.run("python", "-VV", silent=True)).encode())
+    for source in COMPILED[wheel]:
+        for file in sorted(
+            each for each in (ROOT / source).rglob("*") if each.is_file() and "__pycache__" not in each.parts
+        ):
+            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    shared = ROOT / ".nox" / "built" / digest.hexdigest()[:16]
+    return next(shared.glob("*.whl"), None) or build(session, wheel, shared)
+
+
 def install_built(session: nox.Session, *wheels: str, extras: dict[str, str], beside: tuple[str, ...] = ()) -> None:
     """Build each wheel and install the files, with `extras`, and what is `beside`."""
     folder = Path(session.create_tmp()).resolve()
-    files = {wheel: build(session, wheel, folder / wheel) for wheel in wheels}
+    files = {wheel: built_once(session, wheel, folder) for wheel in wheels}
     requirements = [f"{wheel}{extras.get(wheel, '')} @ {file.as_uri()}" for wheel, file in files.items()]
     install(session, *requirements, *beside)
 
 
 def install_editable(session: nox.Session, *beside: str) -> None:
     """Install the whole tree in editable form, with all extras and what stands `beside`."""
-    extras = EXAMPLE_EXTRAS | TEST_EXTRAS
-    folders = (f"{ROOT / 'packages' / wheel}{extras.get(wheel, '')}" for wheel in WHEELS)
-    install(session, *(argument for folder in folders for argument in ("--editable", folder)), *beside)
+    extras, folder = EXAMPLE_EXTRAS | TEST_EXTRAS, Path(session.create_tmp()).resolve()
+    folders = (f"{ROOT / 'packages' / wheel}{extras.get(wheel, '')}" for wheel in WHEELS if wheel not in COMPILED)
+    files = {wheel: built_once(session, wheel, folder).as_uri() for wheel in COMPILED}
+    compiled = (f"{wheel}{extras.get(wheel, '')} @ {file}" for wheel, file in files.items())
+    install(session, *(argument for folder in folders for argument in ("--editable", folder)), *compiled, *beside)
 
 
 @nox.session
@@ -104,6 +132,29 @@ def wheels(session: nox.Session) -> None:
     """Build every wheel into dist/, for `pip install --find-links dist zcore-zero "zcore-core[cli]"`."""
     for wheel in WHEELS:
         print(build(session, wheel, ROOT / "dist").relative_to(ROOT))
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """Build zcore-kernels from its source distribution, use it where nothing else is; say its size and import time."""
+    folder = Path(session.create_tmp()).resolve()
+    core, file = build(session, "zcore-core", folder), build(session, "zcore-kernels", folder)
+    install(session, f"zcore-core[cli] @ {core.as_uri()}", f"zcore-kernels[cli] @ {file.as_uri()}")
+    session.run("python", "tools/wheel_facts.py", str(file), "zcore.kernels", "torch")
+    session.run("zcore", "kernels", "list")
+    session.run("zcore", "kernels", "check", *session.posargs)
+
+
+@nox.session
+def native(session: nox.Session) -> None:
+    """Run the tests of native/ in each instruction set that is here, under the sanitizers; needs GoogleTest."""
+    session.install("cmake>=3.25", "ninja")
+    for name, sanitizers in (("address", "address;undefined"), ("thread", "thread")):
+        folder = str(Path(session.create_tmp()).resolve() / name)
+        options = ("-DZCORE_TESTS=ON", f"-DZCORE_SANITIZE={sanitizers}", "-DCMAKE_BUILD_TYPE=Debug")
+        session.run("cmake", "-S", "native", "-B", folder, "-G", "Ninja", *options)
+        session.run("cmake", "--build", folder)
+        session.run("ctest", "--test-dir", folder, "--output-on-failure", *session.posargs)
 
 
 @nox.session
@@ -158,7 +209,10 @@ def matrix(session: nox.Session, wheels: tuple[str, ...]) -> None:
 def docs(session: nox.Session) -> None:
     """Check the docs: every doctest, every relative link, and the example in a short form."""
     install_editable(session, "pytest")
-    session.run("pytest", "--doctest-modules", *(f"packages/{wheel}/src" for wheel in WHEELS))
+    sources = (f"packages/{wheel}/src" for wheel in WHEELS if wheel not in COMPILED)
+    installed = (wheel.replace("-", ".") for wheel in COMPILED)  # its sources would register every op once more
+    session.run("pytest", "--doctest-modules", *sources)
+    session.run("pytest", "--doctest-modules", "--pyargs", *installed)
     session.run("python", "tools/check_links.py")
     out = session.create_tmp()
     session.run(*TRAIN_GPT, "--steps", "2", "--out", out)

@@ -37,7 +37,8 @@ def test_zcore_is_a_namespace_that_no_wheel_closes() -> None:
 
 
 @pytest.mark.parametrize(
-    "group", [f"zcore.{name}" for name in ("collectives", "recorders", "stores", "ops", "commands", "sinks")]
+    "group",
+    [f"zcore.{name}" for name in ("collectives", "recorders", "stores", "ops", "optimizers", "commands", "sinks")],
 )
 def test_what_the_wheels_offer_each_other_loads(group: str) -> None:
     for entry_point in entry_points(group=group):

@@ -61,7 +61,7 @@ def read_wheel(folder: Path) -> Wheel:
     tables = tomllib.loads(pyproject.read_text())
     project = tables["project"]
     modules = {}
-    for file in sorted(folder.glob("src/**/*.py")):
+    for file in sorted([*folder.glob("src/**/*.py"), *folder.glob("src/**/*.pyi")]):  # a stub stands for compiled code
         parts = file.relative_to(folder / "src").with_suffix("").parts
         modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     return Wheel(

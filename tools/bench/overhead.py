@@ -42,7 +42,7 @@ from command_line import told_command  # noqa: E402
 from gpu.worlds import SIMULATED_RANKS  # noqa: E402
 from overheads.measure import SWEEPS, measure_row, profile_step  # noqa: E402
 
-from zcore.comm.bench.machine import find_machine, find_versions, load  # noqa: E402
+from zcore.core.machine import find_machine, find_versions, load  # noqa: E402
 from zcore.core.testing import run_ranks  # noqa: E402
 
 SIZES = (100, 1_000, 10_000)

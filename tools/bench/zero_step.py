@@ -54,8 +54,8 @@ from steps.plot import draw  # noqa: E402
 from steps.targets import Target, judge  # noqa: E402
 from steps.weigh import weigh  # noqa: E402
 
-from zcore.comm.bench.machine import find_machine, find_versions, load  # noqa: E402
 from zcore.comm.memory.pages import available_bytes  # noqa: E402
+from zcore.core.machine import find_machine, find_versions, load  # noqa: E402
 from zcore.core.testing import RankFailed, run_ranks  # noqa: E402
 
 WORLD_SIZE = 2

@@ -22,8 +22,8 @@ from two_hosts.pair import SENT_BYTES
 
 from zcore import zero
 from zcore.comm.bench.contenders import build_contenders
-from zcore.comm.bench.timing import Spread, time_in_turns
 from zcore.core import extensions
+from zcore.core.timing import Spread, time_in_turns
 
 CPU = torch.device("cpu")
 CONTENDERS = ("torch gloo", "pairwise", "two levels")

@@ -50,13 +50,14 @@ def test_a_source_can_be_forced_in_a_block_or_by_the_environment(monkeypatch: py
     def source() -> str:
         return str(ops.get("scale", device=CPU, dtype=torch.float32)())
 
+    assert ops.forced() is None
     with ops.force("reference"):
-        assert source() == "reference"
+        assert source() == ops.forced() == "reference"
     assert source() == "cpp"
     monkeypatch.setenv("ZCORE_OPS", "reference")
-    assert source() == "reference"
+    assert source() == ops.forced() == "reference"
     with ops.force("cpp"):
-        assert source() == "cpp"
+        assert source() == ops.forced() == "cpp"
 
 
 def test_forcing_what_does_not_serve_tells_why() -> None:

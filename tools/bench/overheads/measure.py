@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from zcore import zero
-from zcore.comm.bench.timing import Spread, time_in_turns
+from zcore.core.timing import Spread, time_in_turns
 
 __all__ = ["SWEEPS", "measure_row", "profile_step"]
 

@@ -12,9 +12,9 @@ from steps.contenders import Step, Trainer, build_trainers
 from steps.names import DDP, FSDP2, NO_COMMUNICATION
 from torch import Tensor
 
-from zcore.comm.bench.timing import Spread, time_in_turns
 from zcore.comm.recording.recorder import record
 from zcore.core.device import device_in_use_bytes
+from zcore.core.timing import Spread, time_in_turns
 
 __all__ = ["Figures", "make_tokens", "measure_steps"]
 

@@ -9,6 +9,7 @@
     |- NonFiniteError (ArithmeticError) a loss or a gradient is NaN or infinite
     |- MismatchError (RuntimeError)     ranks disagree about model, config or the order of collectives
     |- CollectiveError (RuntimeError)   a collective failed or outlived its deadline: some rank died, hangs, or left
+    |- FileError (OSError)              a file cannot be opened, read or written; `errno` says why where the system told
     `- CheckpointError (OSError)        a checkpoint is missing, incomplete, damaged, or of another run
 
 A message says what happened, what was expected, and what to do, in one paragraph.
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "CollectiveError",
     "ConfigError",
+    "FileError",
     "LayoutError",
     "MeshError",
     "MismatchError",
@@ -66,6 +68,10 @@ class MismatchError(ZcoreError, RuntimeError):
 
 class CollectiveError(ZcoreError, RuntimeError):
     """A collective failed or outlived its deadline, because a rank died, hangs, or left the group."""
+
+
+class FileError(ZcoreError, OSError):
+    """A file cannot be opened, read or written as asked; `errno` says why where the system told."""
 
 
 class CheckpointError(ZcoreError, OSError):

@@ -47,7 +47,7 @@ WHEELS = {
         Wheel("zcore-pipe", "pipeline parallelism", holds_work=False),
         Wheel("zcore-offload", "CPU and NVMe tiers", holds_work=False),
         Wheel("zcore-infer", "inference engine and server", holds_work=False),
-        Wheel("zcore-kernels", "fast ops in C++, CUDA and Triton", holds_work=False),
+        Wheel("zcore-kernels", "fast ops in C++", holds_work=True),
     )
 }
 
@@ -58,6 +58,7 @@ CONTRACTS = {
         Contract("zcore.recorders", "tells what collectives took", "counts and bytes", "zcore-comm"),
         Contract("zcore.stores", "where a shard rests", "the device it is on", "zcore-offload"),
         Contract("zcore.ops", "numeric ops by device and dtype", "torch references", "zcore-kernels"),
+        Contract("zcore.optimizers", "steps of flat parameters", "torch.optim", "zcore-kernels"),
         Contract("zcore.sinks", "where metrics go", "log, jsonl, memory"),
         Contract("zcore.commands", "commands of `zcore`", "doctor"),
         Contract("zcore.findings", "tells what would serve on this machine", "devices and wheels"),

@@ -19,7 +19,17 @@ import torch
 from zcore.core.errors import NotInstalledError, nearest
 from zcore.core.extensions import offered
 
-__all__ = ["Implementation", "force", "get", "implementation", "implementations", "reference"]
+__all__ = [
+    "Implementation",
+    "choose",
+    "force",
+    "forced",
+    "get",
+    "implementation",
+    "implementations",
+    "reference",
+    "registered",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -94,6 +104,16 @@ def get(op: str, *, device: torch.device, dtype: torch.dtype) -> Callable[..., A
     return _choose(op, device.type, dtype, _forced or os.environ.get("ZCORE_OPS")).function
 
 
+def choose(op: str, *, device: torch.device, dtype: torch.dtype) -> Implementation:
+    """What `get` takes the function of, to be told or looked at. Raises what `get` does."""
+    return _choose(op, device.type, dtype, forced())
+
+
+def forced() -> str | None:
+    """The source that `force` or ZCORE_OPS asks for; None where the best implementation is taken."""
+    return _forced or os.environ.get("ZCORE_OPS")
+
+
 @contextmanager
 def force(source: str) -> Iterator[None]:
     """Inside, every `get` of the process takes this source or raises; ZCORE_OPS does not count."""
@@ -103,6 +123,12 @@ def force(source: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def registered() -> dict[str, tuple[Implementation, ...]]:
+    """Everything that installed wheels register, and what the program has registered so far; as `implementations`."""
+    _load_wheels()
+    return implementations()
 
 
 def implementations() -> dict[str, tuple[Implementation, ...]]:

@@ -21,6 +21,7 @@ from zcore.zero.sharding import Sharding
 __all__ = ["RunState"]
 
 RANDOM = "random/"
+WAYS = frozenset({"capturable", "differentiable", "foreach", "fused"})  # in which torch's optimizers may compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +168,11 @@ def _like(now: Any, saved: Any) -> Any:
 
 
 def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Its settings, but for how they are computed, which a run that continues may have another way."""
     return {
-        key: value.item() if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"
+        key: value.item() if isinstance(value, Tensor) else value
+        for key, value in group.items()
+        if key not in {"params", *WAYS}
     }
 
 

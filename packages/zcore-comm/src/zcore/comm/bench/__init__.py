@@ -3,8 +3,6 @@
 command      the options; starts ranks
 measure      one rank of a bench -> a Report
 contenders   whom it measures; among them the `wire`: what messages between two ranks allow
-timing       turns, rounds and their spread
-machine      what it ran on
 table, plot  a Report as text and as a picture
 tune         the fastest algorithm of messages between pairs -> the table that `pairs.algorithms` reads
 """

@@ -30,15 +30,15 @@ import torch
 import torch.distributed as dist
 
 from zcore.comm.bench.contenders import COPY, OPS, Contender, build_contenders, whole_numel
-from zcore.comm.bench.machine import find_machine, find_versions, load
-from zcore.comm.bench.timing import Spread, time_in_turns
 from zcore.comm.memory.pages import available_bytes
 from zcore.comm.recording.comm_report import bus_factor
 from zcore.core import compat
 from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import CollectiveError, ConfigError, nearest
 from zcore.core.events import progress
+from zcore.core.machine import find_machine, find_versions, load
 from zcore.core.quantities import shown_bytes
+from zcore.core.timing import Spread, time_in_turns
 
 __all__ = ["Plan", "Report", "Row", "leave_out_too_large", "main", "measure", "sizes_up_to", "with_tuples"]
 

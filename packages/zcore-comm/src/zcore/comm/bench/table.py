@@ -1,8 +1,8 @@
 """The report of `zcore comm bench` as tables: for each op its sizes, and at each size every implementation."""
 
 from zcore.comm.bench.contenders import COPY
-from zcore.comm.bench.machine import load_notes
 from zcore.comm.bench.measure import Plan, Report, Row
+from zcore.core.machine import load_notes
 from zcore.core.quantities import shown_bytes
 from zcore.core.tables import Table, shown_rate, shown_seconds
 

@@ -21,15 +21,15 @@ import torch
 import torch.distributed as dist
 
 from zcore.comm.bench.contenders import build_case, pairwise_over
-from zcore.comm.bench.machine import load, load_notes
 from zcore.comm.bench.measure import sizes_up_to, with_tuples
-from zcore.comm.bench.timing import Spread, time_in_turns
 from zcore.comm.pairs.algorithms import ALGORITHMS, ANY_BYTES, Rule, Table, read_table, rules_from, table_path
 from zcore.comm.texts import exchange_texts
 from zcore.core import tables
 from zcore.core.errors import ConfigError
 from zcore.core.events import progress
+from zcore.core.machine import load, load_notes
 from zcore.core.quantities import shown_bytes
+from zcore.core.timing import Spread, time_in_turns
 from zcore.core.torch_collectives import TorchCollectives
 
 __all__ = ["Choice", "Found", "TunePlan", "choose_algorithm", "main", "merge_rules", "table_of", "tune", "write_table"]

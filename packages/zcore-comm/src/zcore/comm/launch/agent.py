@@ -22,8 +22,8 @@ import threading
 import warnings
 from collections.abc import Sequence
 
-from zcore.comm.cores import num_cores
 from zcore.comm.launch.plan import SHUTDOWN_S, SHUTDOWN_VARIABLE
+from zcore.core.machine import num_cores
 
 __all__ = ["EXPLAINED", "main"]
 

@@ -6,11 +6,12 @@ The parameter groups of the user name whole parameters; before sharding they bec
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
+from zcore.core import extensions
 from zcore.core.errors import ConfigError, StateError, nearest
 from zcore.zero.config import Choice
 from zcore.zero.optimizers.lamb import Lamb
@@ -141,8 +142,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer over fragments.
 
-    A name takes torch's class of it with its fused step where it has one; names are DeepSpeed's, whose "Adam" decouples
-    weight decay unless `adam_w_mode` is false. Frozen parameters are left out.
+    A name takes the class that an installed wheel offers for it, else torch's with its fused step where it has one.
+    Names are DeepSpeed's, whose "Adam" decouples weight decay unless `adam_w_mode` is false. Frozen parameters are left
+    out.
     """
     with_fragments = [
         {**group, "params": [fragments[name] for name in group["params"] if fragments[name].requires_grad]}
@@ -192,6 +194,9 @@ def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: tor
         near = nearest(unknown[0], accepted)
         advice = f"Did you mean {near}?" if near else f"It takes {', '.join(list(accepted)[1:])}."
         raise ConfigError(f"optimizer.params.{unknown[0]} is not an argument of {where}.{name}. {advice}")
+    kind = _offered(name, params, groups, device)
+    if kind is not None:
+        return kind(groups, **params)
     # torch's fused SGD cannot begin a parameter's momentum later than another's.
     has_fused = "fused" in accepted and not (name == "SGD" and params.get("momentum"))
     if has_fused and "foreach" not in params and device.type in ("cpu", "cuda"):
@@ -203,6 +208,23 @@ def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: tor
         raise ConfigError(
             f"optimizer.params: {where}.{name} refuses {params}: {error}. Change that value in the config."
         ) from error
+
+
+def _offered(
+    name: str, params: Mapping[str, Any], groups: Sequence[dict[str, Any]], device: torch.device
+) -> Callable[..., torch.optim.Optimizer] | None:
+    """What an installed wheel steps these parameters with, sooner than torch does, or None.
+
+    It offers a function `(name, settings, *, device, dtypes) -> class | None` in `zcore.optimizers`.
+    """
+    dtypes = {param.dtype for group in groups for param in group["params"]}
+    for offer in extensions.offered("zcore.optimizers"):
+        find = cast("Callable[..., Callable[..., torch.optim.Optimizer] | None]", offer.load())
+        kind = find(name, params, device=device, dtypes=dtypes)
+        if kind is not None:
+            logger.info("optimizer %s: %s steps it; ZCORE_OPS=reference takes torch's.", name, offer.wheel)
+            return kind
+    return None
 
 
 def refuse_matrix_wise(optimizer: torch.optim.Optimizer) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from zcore.core import ops
 from zcore.zero.bucket import Bucket
 from zcore.zero.sharded_parameter import ShardedParameter
 from zcore.zero.sharding import sharding_of
@@ -23,13 +24,15 @@ __all__ = ["noise_for", "round_stochastically", "rounded_step"]
 DROPPED_BITS = 16  # of fp32's 32, so that bf16 is left
 
 
+@ops.reference("round_with_noise")
 def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
     """`values` (fp32) in bf16: what lies between two neighbours becomes either, the upper one as often as it is near.
 
-    noise: int32 of the same shape, uniform in [0, 2^16). What bf16 can hold, infinities too, stays as it is.
+    noise: int32 of the same shape, uniform in [0, 2^16). What bf16 can hold, infinities and NaN too, stays as it is.
     """
     bits = values.view(torch.int32) + noise  # of the magnitude; a carry into the kept bits rounds it up
-    return bits.bitwise_and_(-1 << DROPPED_BITS).view(torch.float32).to(torch.bfloat16)
+    rounded = bits.bitwise_and_(-1 << DROPPED_BITS).view(torch.float32)
+    return torch.where(values.isnan(), values, rounded).to(torch.bfloat16)  # a carry may make a number of a NaN
 
 
 def noise_for(bucket: Bucket, *, step: int, column: int) -> Tensor:
@@ -102,7 +105,7 @@ def _in_fp32(
         for param, values, grad in zip(params, low, grads, strict=True):
             _set(param, values, grad)
     with torch.no_grad():
-        master.copy_(round_stochastically(wide, noise_for(bucket, step=step, column=0)))
+        master.copy_(_rounded(wide, noise_for(bucket, step=step, column=0)))
         if bucket.dtypes.states is not None:
             _narrow_states(bucket, params, optimizer, step=step)
 
@@ -127,7 +130,12 @@ def _narrow_states(
         noise = noise_for(bucket, step=step, column=column)
         for param in kinds[key]:
             place, state = bucket.params[param.position].fragment, optimizer.state[param]
-            state[key] = round_stochastically(state[key], noise[place.offset : place.offset + place.numel])
+            state[key] = _rounded(state[key], noise[place.offset : place.offset + place.numel])
+
+
+def _rounded(values: Tensor, noise: Tensor) -> Tensor:
+    rounded: Tensor = ops.get("round_with_noise", device=values.device, dtype=values.dtype)(values, noise)
+    return rounded
 
 
 def _data(param: ShardedParameter) -> Tensor:

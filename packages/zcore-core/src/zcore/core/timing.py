@@ -46,15 +46,15 @@ class Spread:
 def time_in_turns(
     runs: Mapping[str, Callable[[], object]],
     *,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     device: torch.device,
     rounds: int,
     slice_s: float,
 ) -> dict[str, list[float]]:
     """Seconds of one call of each of `runs`, a collective of `group`, in each round; every rank gets the same.
 
-    Every rank of `group` calls this with the same names. slice_s: how long a name calls before the next has its turn; a
-    call that takes longer is made once.
+    Every rank of `group` calls this with the same names; it is None where one process calls by itself. slice_s: how
+    long a name calls before the next has its turn; a call that takes longer is made once.
     """
     names = list(runs)
     repeats = {name: _choose_repeats(run, slice_s, group, device) for name, run in runs.items()}
@@ -75,7 +75,9 @@ def time_in_turns(
     return {name: times_s[at].tolist() for at, name in enumerate(names)}
 
 
-def _choose_repeats(run: Callable[[], object], slice_s: float, group: dist.ProcessGroup, device: torch.device) -> int:
+def _choose_repeats(
+    run: Callable[[], object], slice_s: float, group: dist.ProcessGroup | None, device: torch.device
+) -> int:
     """How often `run` fits into a slice, the same on every rank. Tells what the ranks' meeting takes from the call."""
     run()
     repeats = 1
@@ -86,8 +88,9 @@ def _choose_repeats(run: Callable[[], object], slice_s: float, group: dist.Proce
         repeats *= 8
 
 
-def _timed_s(run: Callable[[], object], repeats: int, group: dist.ProcessGroup, device: torch.device) -> float:
-    dist.barrier(group)
+def _timed_s(run: Callable[[], object], repeats: int, group: dist.ProcessGroup | None, device: torch.device) -> float:
+    if group is not None:
+        dist.barrier(group)
     _finish(device)
     began_s = time.perf_counter()
     for _ in range(repeats):
@@ -101,7 +104,9 @@ def _finish(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _slowest(times_s: torch.Tensor, group: dist.ProcessGroup, device: torch.device) -> torch.Tensor:
+def _slowest(times_s: torch.Tensor, group: dist.ProcessGroup | None, device: torch.device) -> torch.Tensor:
+    if group is None:
+        return times_s
     told = times_s.to(device)
     dist.all_reduce(told, op=dist.ReduceOp.MAX, group=group)
     return told.cpu()

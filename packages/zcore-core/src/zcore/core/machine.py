@@ -2,20 +2,19 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from zcore.comm.cores import num_cores
+from zcore.core.extensions import WHEELS, installed
 
-__all__ = ["find_machine", "find_versions", "load", "load_notes"]
+__all__ = ["find_machine", "find_versions", "load", "load_notes", "num_cores"]
 
 BUSY = 1.0  # processes beyond the bench's own, from which on figures are doubtful
 
 
 def find_machine(device: torch.device) -> dict[str, object]:
-    """The host of this rank, and its accelerator if that is what `device` is."""
+    """The host of this process, and its accelerator if that is what `device` is."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "processor": _processor(),
@@ -28,13 +27,14 @@ def find_machine(device: torch.device) -> dict[str, object]:
 
 def find_versions() -> dict[str, str]:
     """Of Python, torch and the wheels that are installed."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for wheel in ("zcore-core", "zcore-comm", "zcore-zero"):
-        try:
-            found[wheel] = version(wheel)
-        except PackageNotFoundError:
-            continue
-    return found
+    wheels = {name: installed(name) for name in WHEELS}
+    here = {name: version for name, version in wheels.items() if version is not None}
+    return {"python": platform.python_version(), "torch": torch.__version__, **here}
+
+
+def num_cores() -> int:
+    """Those this process may run on where the system tells, else all of the host."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load() -> float:

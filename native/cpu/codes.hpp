@@ -1,0 +1,317 @@
+// One block in fp32 to codes and back, by the formulas of quantize_blockwise.hpp. For code that is compiled once for each
+// instruction set: everything is `static`, and in the namespace of that set.
+//
+// All sets give the same bits: each operation below rounds once (no product is fused with a sum, see CMakeLists.txt),
+// extremes are found among integers that are ordered as the floats are, and no sum depends on how it is cut.
+#pragma once
+
+#include "cpu/groups.hpp"
+#include "cpu/noise.hpp"
+#include "zcore/quantized.hpp"
+
+namespace zcore::ZCORE_ISA {
+
+constexpr float smallest_scale = 0x1p-126f;
+constexpr std::int32_t infinity_bits = 0x7f800000;
+constexpr float to_integer = 0x1.8p23f;  // added to |x| < 2^22 it leaves x, rounded to the nearest, in the lowest bits
+
+// What integers of a format hold. Symmetric blocks leave the lowest out.
+struct Integers {
+    float lowest, highest;
+};
+
+static inline Integers integers_of(Format format) {
+    return format == Format::int4 ? Integers{-8.0f, 7.0f} : Integers{-128.0f, 127.0f};
+}
+
+static inline float largest_of(Format format) {
+    switch (format) {
+        case Format::int8: return 127.0f;
+        case Format::int4: return 7.0f;
+        case Format::e4m3: return 448.0f;
+        default: return 57344.0f;
+    }
+}
+
+// Where codes of `format` for the element `at` lie, which is even where two share a byte.
+static inline std::uint8_t* codes_at(const Quantized& of, Format format, std::size_t at) {
+    return static_cast<std::uint8_t*>(of.codes) + (format == Format::int4 ? at / 2 : at);
+}
+
+// The extremes of a block.
+struct Range {
+    float low, high;  // zero lies between
+    bool is_finite;
+};
+
+static inline Range magnitude_of(const float* values, std::size_t count) {
+    std::int32_t largest = 0;  // the bits of a NaN exceed those of an infinity, and these all others
+    for (std::size_t at = 0; at < count; ++at) {
+        const auto bits = static_cast<std::int32_t>(bits_of_float(values[at]) & 0x7fffffffu);
+        largest = bits > largest ? bits : largest;
+    }
+    return {0.0f, float_of_bits(static_cast<std::uint32_t>(largest)), largest < infinity_bits};
+}
+
+// Turns the bits of a float into an integer of the same order, and back.
+static inline std::int32_t ordered(std::int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+static inline float float_of_ordered(std::int32_t value) {
+    return float_of_bits(static_cast<std::uint32_t>(ordered(value)));
+}
+
+static inline Range range_of(const float* values, std::size_t count) {
+    std::int32_t low = 0, high = 0;
+    for (std::size_t at = 0; at < count; ++at) {
+        const std::int32_t value = ordered(static_cast<std::int32_t>(bits_of_float(values[at])));
+        low = value < low ? value : low;
+        high = value > high ? value : high;
+    }
+    const std::int32_t minus_infinity = ordered(static_cast<std::int32_t>(0xff800000u));
+    return {float_of_ordered(low), float_of_ordered(high), low > minus_infinity && high < infinity_bits};
+}
+
+// An integer near |value| < 2^14: the nearest, or one of its neighbours by 16 bits of noise, which are added to as many
+// bits after the point; what lies beyond these is less than fp32 shows of the largest number in a block.
+template <bool is_stochastic>
+static inline std::int32_t integer_near(float value, std::uint32_t noise) {
+    if constexpr (is_stochastic) {
+        return (static_cast<std::int32_t>(value * 0x1p16f) + static_cast<std::int32_t>(noise)) >> 16;
+    }
+    return static_cast<std::int32_t>(bits_of_float(value + to_integer) - bits_of_float(to_integer));
+}
+
+template <bool is_stochastic>
+static inline void encode_integers(const float* ZCORE_RESTRICT values, const std::uint16_t* ZCORE_RESTRICT noise,
+                                   std::size_t count, float inverse, Integers range, std::int32_t zero_point,
+                                   std::uint32_t* ZCORE_RESTRICT codes) {
+    const float lowest = range.lowest - static_cast<float>(zero_point);
+    const float highest = range.highest - static_cast<float>(zero_point);
+    for (std::size_t at = 0; at < count; ++at) {
+        float value = values[at] * inverse;
+        value = value < lowest ? lowest : value;
+        value = value > highest ? highest : value;
+        const std::int32_t code = integer_near<is_stochastic>(value, is_stochastic ? noise[at] : 0u) + zero_point;
+        codes[at] = static_cast<std::uint32_t>(code);
+    }
+}
+
+// fp8 with `mantissa` bits, whose exponent is 0 at `bias`. Above the smallest normal number, 2^(1 - bias), bits of fp32
+// are dropped; below, numbers are multiples of 2^(1 - bias - mantissa). From `special` on codes are no finite numbers.
+template <int mantissa, int bias, std::uint32_t special_code>
+struct Float8 {
+    static constexpr int dropped = 23 - mantissa;
+    static constexpr std::uint32_t rebias = static_cast<std::uint32_t>(127 - bias) << 23;
+    static constexpr std::uint32_t first_normal = 1u << mantissa;
+    static constexpr std::uint32_t special = special_code;
+    static constexpr float smallest_normal = 1.0f / static_cast<float>(1 << (bias - 1));
+    static constexpr float quantum = smallest_normal / static_cast<float>(1 << mantissa);
+};
+using E4m3 = Float8<3, 7, 0x7f>;
+using E5m2 = Float8<2, 15, 0x7c>;
+
+template <typename Float, bool is_stochastic>
+static inline void encode_floats(const float* ZCORE_RESTRICT values, const std::uint16_t* ZCORE_RESTRICT noise,
+                                 std::size_t count, float inverse, float largest, std::uint32_t* ZCORE_RESTRICT codes) {
+    constexpr std::uint32_t half = 1u << (Float::dropped - 1);
+    constexpr float per_quantum = 1.0f / Float::quantum;
+    for (std::size_t at = 0; at < count; ++at) {
+        const std::uint32_t all = bits_of_float(values[at] * inverse), sign = (all >> 24) & 0x80u;
+        float magnitude = float_of_bits(all & 0x7fffffffu);
+        magnitude = magnitude > largest ? largest : magnitude;
+        const std::uint32_t bits = bits_of_float(magnitude);
+        const std::uint32_t random = is_stochastic ? noise[at] : 0u;
+        const std::uint32_t added = is_stochastic ? (2u * random + 1u) << (Float::dropped - 17)
+                                                  : half - 1u + ((bits >> Float::dropped) & 1u);
+        const std::uint32_t normal = (bits + added - Float::rebias) >> Float::dropped;
+        const bool is_small = magnitude < Float::smallest_normal;
+        const float multiple = is_small ? magnitude * per_quantum : 0.0f;
+        const auto small = static_cast<std::uint32_t>(integer_near<is_stochastic>(multiple, random));
+        codes[at] = sign | (is_small ? small : normal);
+    }
+}
+
+// The part of one block that lies in a chunk, to codes of 32 bits: they are narrowed a chunk at a time.
+template <bool is_stochastic>
+static inline void encode(const float* values, const std::uint16_t* noise, std::size_t count, float scale,
+                          bool is_symmetric, std::int32_t zero_point, Format format, std::uint32_t* codes) {
+    if (scale != scale) {
+        std::memset(codes, 0, count * sizeof *codes);
+        return;
+    }
+    const float inverse = 1.0f / scale, largest = largest_of(format);
+    switch (format) {
+        case Format::e4m3: encode_floats<E4m3, is_stochastic>(values, noise, count, inverse, largest, codes); return;
+        case Format::e5m2: encode_floats<E5m2, is_stochastic>(values, noise, count, inverse, largest, codes); return;
+        default: {
+            Integers range = integers_of(format);
+            range.lowest += is_symmetric ? 1.0f : 0.0f;
+            encode_integers<is_stochastic>(values, noise, count, inverse, range, zero_point, codes);
+        }
+    }
+}
+
+static inline void narrow_bytes(const std::uint32_t* ZCORE_RESTRICT codes, std::size_t count,
+                                std::uint8_t* ZCORE_RESTRICT out) {
+    for (std::size_t at = 0; at < count; ++at) {
+        out[at] = static_cast<std::uint8_t>(codes[at]);
+    }
+}
+
+// Two to a byte; the last of an odd `count` has a zero for a neighbour.
+static inline void narrow_halves(const std::uint32_t* codes, std::size_t count, std::uint8_t* ZCORE_RESTRICT out) {
+    alignas(64) std::uint16_t pairs[block_numel / 2];
+    narrow_bytes(codes, count, reinterpret_cast<std::uint8_t*>(pairs));
+    for (std::size_t at = 0; at < count / 2; ++at) {
+        out[at] = static_cast<std::uint8_t>((pairs[at] & 0x0fu) | ((pairs[at] >> 4) & 0xf0u));
+    }
+    if (count % 2 != 0) {
+        out[count / 2] = static_cast<std::uint8_t>(codes[count - 1] & 0x0fu);
+    }
+}
+
+// Finds and stores the scale of a block, and its zero point if it has one.
+static inline void measure_block(const float* values, std::size_t count, std::size_t block, const Quantized& out,
+                                 Format format) {
+    const bool is_symmetric = out.zero_points == nullptr;
+    const Integers range = integers_of(format);
+    const Range extent = is_symmetric ? magnitude_of(values, count) : range_of(values, count);
+    const float levels = range.highest - range.lowest;
+    float scale = is_symmetric ? extent.high / largest_of(format)
+                               : extent.high / levels - extent.low / levels;  // the difference itself may overflow
+    scale = scale < smallest_scale ? smallest_scale : scale;
+    out.scales[block] = extent.is_finite ? scale : float_of_bits(0x7fc00000u);
+    if (!is_symmetric) {
+        float place = range.lowest - extent.low * (1.0f / scale);
+        place = place > range.highest ? range.highest : place;
+        out.zero_points[block] = static_cast<std::int8_t>(extent.is_finite ? integer_near<false>(place, 0u) : 0);
+    }
+}
+
+// Quantises the values of a group, whose first block is `block`.
+static inline void quantize_group(const float* values, Group group, std::size_t block, const Quantized& out,
+                                  const QuantizedLayout& layout, const Rounding& rounding) {
+    const bool is_symmetric = out.zero_points == nullptr;
+    for_each_block(block, group.count, layout.block_size, [&](std::size_t each, std::size_t start, std::size_t size) {
+        measure_block(values + start, size, each, out, layout.format);
+    });
+    alignas(64) std::uint32_t codes[block_numel];
+    alignas(64) std::uint16_t noise[block_numel];
+    for (std::size_t at = 0; at < group.count; at += block_numel) {
+        const std::size_t chunk = block_at(at, group.count);
+        if (rounding.is_stochastic) {
+            fill_noise(rounding.seed, rounding.offset + group.begin + at, chunk, noise);
+        }
+        for_each_block(block, chunk, layout.block_size, [&](std::size_t each, std::size_t start, std::size_t size) {
+            const auto encode_block = rounding.is_stochastic ? encode<true> : encode<false>;
+            encode_block(values + at + start, noise + start, size, out.scales[each], is_symmetric,
+                         is_symmetric ? 0 : out.zero_points[each], layout.format, codes + start);
+        });
+        std::uint8_t* const to = codes_at(out, layout.format, group.begin + at);
+        if (layout.format == Format::int4) {
+            narrow_halves(codes, chunk, to);
+        } else {
+            narrow_bytes(codes, chunk, to);
+        }
+    }
+}
+
+static inline void widen_bytes(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count,
+                               float* ZCORE_RESTRICT values) {
+    for (std::size_t at = 0; at < count; ++at) {
+        values[at] = static_cast<float>(static_cast<std::int8_t>(codes[at]));
+    }
+}
+
+static inline void widen_halves(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count,
+                                float* ZCORE_RESTRICT values) {
+    alignas(64) std::uint16_t pairs[block_numel / 2];
+    for (std::size_t at = 0; at < (count + 1) / 2; ++at) {
+        const std::uint32_t both = codes[at];
+        pairs[at] = static_cast<std::uint16_t>((both & 0x0fu) | (both & 0xf0u) << 4);
+    }
+    const auto* const halves = reinterpret_cast<const std::uint8_t*>(pairs);
+    for (std::size_t at = 0; at < count; ++at) {
+        values[at] = static_cast<float>((halves[at] ^ 8) - 8);
+    }
+}
+
+#if defined(__F16C__)
+// fp16 has the exponent of e5m2 and eight less than that of e4m3 (times 2^8, then), and hardware that reads it.
+static inline void widen_e5m2(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count,
+                              float* ZCORE_RESTRICT values) {
+    alignas(64) std::uint16_t halves[block_numel];
+    for (std::size_t at = 0; at < count; ++at) {
+        halves[at] = static_cast<std::uint16_t>(codes[at] << 8);
+    }
+    floats_of_f16(halves, values, count);
+}
+
+static inline void widen_e4m3(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count,
+                              float* ZCORE_RESTRICT values) {
+    alignas(64) std::uint16_t halves[block_numel];
+    for (std::size_t at = 0; at < count; ++at) {
+        const std::uint32_t magnitude = codes[at] & 0x7fu, sign = codes[at] & 0x80u;
+        const std::uint32_t special = magnitude == E4m3::special ? 0x7c00u : 0u;
+        halves[at] = static_cast<std::uint16_t>(sign << 8 | magnitude << 7 | special);
+    }
+    floats_of_f16(halves, values, count);
+    for (std::size_t at = 0; at < count; ++at) {
+        values[at] *= 256.0f;
+    }
+}
+#else
+template <typename Float>
+static inline void widen_floats(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count,
+                                float* ZCORE_RESTRICT values) {
+    for (std::size_t at = 0; at < count; ++at) {
+        const std::uint32_t code = codes[at], magnitude = code & 0x7fu;
+        const float small = static_cast<float>(static_cast<std::int32_t>(magnitude)) * Float::quantum;
+        std::uint32_t bits = (magnitude << Float::dropped) + Float::rebias;
+        bits = magnitude < Float::first_normal ? bits_of_float(small) : bits;
+        bits |= magnitude >= Float::special ? 0x7f800000u : 0u;
+        values[at] = float_of_bits(bits | (code & 0x80u) << 24);
+    }
+}
+
+static inline void widen_e5m2(const std::uint8_t* codes, std::size_t count, float* values) {
+    widen_floats<E5m2>(codes, count, values);
+}
+
+static inline void widen_e4m3(const std::uint8_t* codes, std::size_t count, float* values) {
+    widen_floats<E4m3>(codes, count, values);
+}
+#endif
+
+// What codes stand for before zero point and scale.
+static inline void widen(const std::uint8_t* codes, std::size_t count, Format format, float* values) {
+    switch (format) {
+        case Format::int8: widen_bytes(codes, count, values); return;
+        case Format::int4: widen_halves(codes, count, values); return;
+        case Format::e4m3: widen_e4m3(codes, count, values); return;
+        default: widen_e5m2(codes, count, values);
+    }
+}
+
+template <bool adds>
+static inline void scale_values(const float* ZCORE_RESTRICT values, std::size_t count, float scale, float zero_point,
+                                float* ZCORE_RESTRICT out) {
+    for (std::size_t at = 0; at < count; ++at) {
+        const float value = (values[at] - zero_point) * scale;
+        out[at] = adds ? out[at] + value : value;
+    }
+}
+
+// Elements [at, at + count) of `from`, the first of which is one of `block`: written, or added to what is in `out`.
+template <bool adds>
+static inline void dequantize_chunk(const Quantized& from, const QuantizedLayout& layout, std::size_t block,
+                                    std::size_t at, std::size_t count, float* out) {
+    alignas(64) float values[block_numel];
+    widen(codes_at(from, layout.format, at), count, layout.format, values);
+    for_each_block(block, count, layout.block_size, [&](std::size_t each, std::size_t start, std::size_t size) {
+        const float zero_point = from.zero_points == nullptr ? 0.0f : static_cast<float>(from.zero_points[each]);
+        scale_values<adds>(values + start, size, from.scales[each], zero_point, out + start);
+    });
+}
+
+}  // namespace zcore::ZCORE_ISA

@@ -1,0 +1,74 @@
+#include "zcore/sgd_step.hpp"
+
+#if defined(ZCORE_ISA)  // compiled once for each instruction set
+
+#include "cpu/blocks.hpp"
+
+namespace zcore::ZCORE_ISA {
+
+static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT grad, std::size_t count,
+                       const Sgd& hyper) {
+    const float lr = rounded(hyper.lr), penalty = rounded(hyper.weight_decay);
+    const float factor = rounded(hyper.grad_factor);
+    const bool is_penalised = penalty != 0.0f;  // else an infinite parameter would become NaN
+    for (std::size_t at = 0; at < count; ++at) {
+        const float scaled = grad[at] * factor;
+        const float g = is_penalised ? multiply_add(penalty, param[at], scaled) : scaled;
+        param[at] = multiply_add(-lr, g, param[at]);
+    }
+}
+
+static void momentum_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT grad,
+                           float* ZCORE_RESTRICT momentum_buffer, std::size_t count, const Sgd& hyper) {
+    const float lr = rounded(hyper.lr), penalty = rounded(hyper.weight_decay);
+    const float factor = rounded(hyper.grad_factor), momentum = rounded(hyper.momentum);
+    const float fresh = rounded(1.0 - hyper.dampening);
+    const bool is_penalised = penalty != 0.0f, is_first = hyper.is_first, is_nesterov = hyper.is_nesterov;
+    for (std::size_t at = 0; at < count; ++at) {
+        const float scaled = grad[at] * factor;
+        const float g = is_penalised ? multiply_add(penalty, param[at], scaled) : scaled;
+        const float b = is_first ? g : multiply_add(fresh, g, momentum * momentum_buffer[at]);
+        momentum_buffer[at] = b;
+        param[at] = multiply_add(-lr, is_nesterov ? multiply_add(momentum, b, g) : b, param[at]);
+    }
+}
+
+void sgd_part(const SgdPiece& piece, std::size_t begin, std::size_t end, const Sgd& hyper) {
+    alignas(64) float params[block_numel], grads[block_numel], buffers[block_numel];
+    for (std::size_t at = begin; at < end; at += block_numel) {
+        const std::size_t count = block_at(at, end);
+        float* const param = load_block(piece.param, at, count, params);
+        const float* const grad = load_block(piece.grad, at, count, grads);
+        if (piece.momentum_buffer) {
+            float* const momentum_buffer = load_block(piece.momentum_buffer, at, count, buffers);
+            momentum_block(param, grad, momentum_buffer, count, hyper);
+            store_block(piece.momentum_buffer, at, count, momentum_buffer);
+        } else {
+            step_block(param, grad, count, hyper);
+        }
+        store_block(piece.param, at, count, param);
+        store_block(piece.copy, at, count, param);
+    }
+}
+
+}  // namespace zcore::ZCORE_ISA
+
+#else
+
+#include "cpu/each_set.hpp"
+#include "cpu/pieces.hpp"
+
+namespace zcore {
+
+ZCORE_IN_EACH_SET(void sgd_part(const SgdPiece&, std::size_t, std::size_t, const Sgd&))
+
+void sgd_step(std::span<const SgdPiece> pieces, const Sgd& hyper, int threads) {
+    const auto step = ZCORE_CHOOSE(sgd_part);
+    for_each_part(pieces, threads, [&](std::size_t index, std::size_t begin, std::size_t end) {
+        step(pieces[index], begin, end, hyper);
+    });
+}
+
+}  // namespace zcore
+
+#endif

@@ -1,0 +1,242 @@
+"""How fast each op is, beside torch and others, and beside what moving its bytes takes: all take turns in one run.
+
+The limit on the CPU is the machine's own stream of that shape (native/include/zcore/stream.hpp): it reads what the op
+reads and writes what it writes, in as many arrays, and computes nothing. What an op returns is new memory in every
+call, as torch's is, and costs page faults that the stream does not have.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from zcore.core import ops
+from zcore.core.errors import ConfigError, NotInstalledError
+from zcore.core.tables import Table, shown_rate, shown_seconds
+from zcore.core.timing import Spread, time_in_turns
+from zcore.kernels import _cpu
+from zcore.kernels.commands.cases import CASES, Call, Operands, tensors_in
+
+__all__ = ["AGAINST", "Row", "check_peers", "measure_op", "table_of"]
+
+AGAINST = ("torch", "compile", "deepspeed")
+LIMIT = "memory"  # the stream
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender for an op; times are of one call, ratios of the same round."""
+
+    op: str
+    dtype: str
+    numel: int
+    contender: str
+    time_s: Spread
+    bytes_per_s: float  # read and written
+    of_limit: Spread | None  # the stream's time over this one's; None without a stream
+    speedup: Spread | None  # this one's time over that of what serves: above 1 where it is slower than that
+
+
+def check_peers(asked: str) -> list[str]:
+    """The peers named, separated by commas. Raises ConfigError or NotInstalledError."""
+    peers = [each for each in asked.split(",") if each]
+    for peer in peers:
+        if peer not in AGAINST:
+            raise ConfigError(f"--against {peer}: expected some of {', '.join(AGAINST)}.")
+    if "deepspeed" in peers and find_spec("deepspeed") is None:
+        raise NotInstalledError("--against deepspeed needs it: pip install 'zcore-kernels[peers]'")
+    return peers
+
+
+def measure_op(
+    op: str,
+    *,
+    numel: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    peers: Sequence[str],
+    rounds: int,
+    slice_s: float,
+) -> list[Row]:
+    """Every implementation that serves, then the peers, then the stream. Empty where only the reference serves."""
+    call = CASES[op](Operands(numel, dtype=dtype, device=device))
+    served = [each for each in ops.registered()[op] if each.refusal(device.type, call.tensors[0].dtype) is None]
+    compiled = [each for each in served if each.source != "reference"]
+    if not compiled:
+        return []
+    runs: dict[str, Run] = {f"zcore {each.source}": _on(each.function, call.copied()) for each in compiled}
+    own = f"zcore {compiled[0].source}"
+    reference = next(each for each in served if each.source == "reference")
+    runs |= _peers(op, call, reference.function, peers)
+    read, written = _traffic(compiled[0].function, call)
+    if device.type == "cpu":
+        runs[LIMIT] = _stream(read, written)
+    times_s = time_in_turns(runs, group=None, device=device, rounds=rounds, slice_s=slice_s)
+    moved = sum(each.numel() * each.element_size() for each in (*read, *written))
+    rows = []
+    for name, taken in times_s.items():
+        limits = times_s.get(LIMIT)
+        rows.append(
+            Row(
+                op,
+                str(dtype).removeprefix("torch."),
+                numel,
+                name,
+                Spread.of(taken),
+                moved / Spread.of(taken).median,
+                None if limits is None else Spread.of([a / b for a, b in zip(limits, taken, strict=True)]),
+                Spread.of([a / b for a, b in zip(taken, times_s[own], strict=True)]),
+            )
+        )
+    return rows
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """For people."""
+    cells: list[tuple[str, ...]] = []
+    last = None
+    for row in rows:
+        key = row.op, row.dtype, row.numel
+        names = (row.op, row.dtype) if key != last else ("", "")
+        last = key
+        spread = (row.time_s.high - row.time_s.low) / row.time_s.median
+        of_limit = "" if row.of_limit is None else f"{row.of_limit.median:.2f}"
+        times = "" if row.speedup is None or row.contender == LIMIT else f"{row.speedup.median:.2f}"
+        cells.append(
+            (
+                *(*names, row.contender, shown_seconds(row.time_s.median), f"{spread:.0%}"),
+                *(shown_rate(row.bytes_per_s), of_limit, times),
+            )
+        )
+    notes = (
+        "of memory: the time that moving the same bytes takes, over this one's",
+        "times ours: its time over that of what zcore serves, in the same round",
+    )
+    columns = ("op", "dtype", "who", "time", "spread", "bytes/s", "of memory", "times ours")
+    return Table("", columns, tuple(cells), words=("op", "dtype", "who"), notes=notes)
+
+
+def _on(function: Callable[..., Any], call: Call) -> Run:
+    return lambda: function(*call.args, **call.kwargs)
+
+
+def _peers(op: str, call: Call, reference: Callable[..., Any], peers: Sequence[str]) -> dict[str, Run]:
+    runs: dict[str, Run] = {}
+    torchs = TORCH.get(op)
+    if "torch" in peers:
+        made = None if torchs is None else torchs(call.copied())
+        runs["torch" if made is not None else "torch (reference)"] = made or _on(reference, call.copied())
+    if "compile" in peers and op not in TORCH_STEPS:  # its code for a list of tensors is that of the fused steps
+        runs["torch.compile"] = _on(torch.compile(reference, dynamic=False), call.copied())
+    if "deepspeed" in peers and op == "adamw_step" and len(call.args[4]) == 0:
+        runs["deepspeed"] = _deepspeed_adam(call.copied())
+    return runs
+
+
+def _traffic(function: Callable[..., Any], call: Call) -> tuple[list[Tensor], list[Tensor]]:
+    """Copies of what a call reads, and what it writes: operands that it changes, and its results."""
+    tried = call.copied()
+    results = list(tensors_in(function(*tried.args, **tried.kwargs)))
+    changed = [now for now, before in zip(tried.tensors, call.tensors, strict=True) if not torch.equal(now, before)]
+    return tried.tensors, [*changed, *results]
+
+
+def _stream(read: Sequence[Tensor], written: Sequence[Tensor]) -> Run:
+    from_, to = (
+        [(each.data_ptr(), each.numel() * each.element_size() // 4) for each in part] for part in (read, written)
+    )
+
+    def run(_alive: object = (read, written)) -> None:
+        _cpu.stream(from_, to, torch.get_num_threads())
+
+    return run
+
+
+def _torch_adamw(call: Call) -> Run | None:
+    params, grads, exp_avgs, exp_avg_sqs, copies = call.args
+    steps = [torch.ones(()) for _ in params]
+    settings = call.kwargs
+
+    def run() -> None:
+        given = grads
+        if copies or settings["grad_factor"] != 1.0:  # what a loop does around the fused step
+            given = [grad.float() for grad in grads]
+            torch._foreach_mul_(given, settings["grad_factor"])
+        torch._fused_adamw_(
+            params,
+            given,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            amsgrad=False,
+            lr=settings["lr"],
+            beta1=settings["beta1"],
+            beta2=settings["beta2"],
+            weight_decay=settings["weight_decay"],
+            eps=settings["eps"],
+            maximize=False,
+        )
+        for copy, param in zip(copies, params, strict=False):
+            copy.copy_(param)
+
+    return run
+
+
+def _torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Run:
+    return lambda: functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _torch_sgd(call: Call) -> Run | None:
+    params, grads, buffers, copies = call.args
+    if copies:
+        return None
+    settings = {key: call.kwargs[key] for key in ("lr", "momentum", "dampening", "weight_decay")}
+    return lambda: torch._fused_sgd_(
+        params, grads, buffers, **settings, nesterov=False, maximize=False, is_first_step=False
+    )
+
+
+def _torch_adagrad(call: Call) -> Run | None:
+    params, grads, sums, copies = call.args
+    if copies:
+        return None
+    settings = {key: call.kwargs[key] for key in ("lr", "weight_decay", "eps")}
+    steps = [torch.ones(()) for _ in params]
+    return lambda: torch._fused_adagrad_(params, grads, sums, steps, **settings, lr_decay=0.0, maximize=False)
+
+
+def _deepspeed_adam(call: Call) -> Run:
+    kind = import_module("deepspeed.ops.adam").DeepSpeedCPUAdam  # it has no types
+    params = [torch.nn.Parameter(each) for each in call.args[0]]
+    for param, grad in zip(params, call.args[1], strict=True):
+        param.grad = grad
+    settings = call.kwargs
+    optimizer = kind(
+        params, lr=settings["lr"], weight_decay=settings["weight_decay"], eps=settings["eps"], adamw_mode=True
+    )
+    run: Run = optimizer.step
+    return run
+
+
+TORCH_STEPS: dict[str, Callable[[Call], Run | None]] = {
+    "adagrad_step": _torch_adagrad,
+    "adamw_step": _torch_adamw,
+    "sgd_step": _torch_sgd,
+}
+TORCH: dict[str, Callable[[Call], Run | None]] = TORCH_STEPS | {
+    "bias_gelu": lambda call: lambda: functional.gelu(call.args[0] + call.args[1]),
+    "geglu": lambda call: lambda: functional.gelu(call.args[0]) * call.args[1],
+    "layer_norm": lambda call: _torch_layer_norm(*call.args, **call.kwargs),
+    "rms_norm": lambda call: (
+        lambda: functional.rms_norm(call.args[0], call.args[0].shape[-1:], call.args[1], call.kwargs["eps"])
+    ),
+    "squared_norm": lambda call: lambda: torch.linalg.vector_norm(call.args[0], dtype=torch.float32).square(),
+    "swiglu": lambda call: lambda: functional.silu(call.args[0]) * call.args[1],
+}

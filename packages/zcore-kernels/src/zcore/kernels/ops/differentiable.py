@@ -1,0 +1,69 @@
+"""How an op with a gradient becomes known: to torch by schema, fake and formula of the gradient, and to the registry.
+
+It is always called through torch, so that autograd, torch.compile and FakeTensors see it. Its backward is an op of its
+own, which can be compiled and faked but not differentiated once more: that is refused, never silently zero.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from zcore.core import ops
+from zcore.core.errors import StateError
+from zcore.kernels.ops.pieces import FLOATS
+from zcore.kernels.ops.registering import LIBRARY, PRIORITY
+from zcore.kernels.triton.loading import deferred, interpretable, offer
+
+__all__ = ["register_backward", "register_differentiable"]
+
+
+def register_differentiable(
+    op: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+    source: str = "cpp",
+    triton: str | None = None,
+) -> None:
+    """Make `op` known. fake: what it returns of tensors without data; source: of `cpu`, as the registry names it.
+
+    setup_context, backward: as torch.library has them. triton: the file of zcore.kernels.triton with a function of the
+    op's name, which serves CUDA.
+    """
+    _define(op, schema, cpu, fake, triton)
+    torch.library.register_autograd(f"zcore::{op}", backward, setup_context=setup_context, lib=LIBRARY)
+    ops.reference(op)(reference)
+    function = getattr(torch.ops.zcore, op)
+    ops.implementation(op, source=source, priority=PRIORITY, devices=("cpu",), dtypes=FLOATS)(function)
+    if triton is not None:
+        offer(op, function)
+
+
+def register_backward(
+    op: str, schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any], triton: str | None = None
+) -> None:
+    """Make known what the `backward` of another op calls; arguments as of `register_differentiable`."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise StateError(
+            f"zcore::{op} cannot be differentiated again; compiled ops have first derivatives only. "
+            "For higher ones set ZCORE_OPS=reference, which computes in plain torch."
+        )
+
+    _define(op, schema, cpu, fake, triton)
+    torch.library.register_autograd(f"zcore::{op}", refuse, lib=LIBRARY)
+
+
+def _define(op: str, schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], triton: str | None) -> None:
+    LIBRARY.define(op + schema)
+    if triton is not None:
+        kernel = deferred(triton, op)
+        LIBRARY.impl(op, kernel, "CUDA")
+        cpu = interpretable(cpu, kernel)
+    LIBRARY.impl(op, cpu, "CPU")
+    torch.library.register_fake(f"zcore::{op}", fake, lib=LIBRARY)

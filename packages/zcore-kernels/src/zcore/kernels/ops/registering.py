@@ -1,0 +1,139 @@
+"""How an op becomes known: to torch by a schema, for compiled graphs and FakeTensors, and to the core's registry.
+
+An op over flat pieces is declared by its columns, the lists of tensors it takes, and by its reference, whose
+other arguments are the hyper-parameters:
+
+    (params, grads, copies=(), *, lr: float, is_first: bool = False) -> None         the reference's signature
+    (Tensor(a!)[] params, Tensor[] grads, Tensor(c!)[] copies, *, float lr, bool is_first=False) -> ()       the schema
+
+In a graph that torch.compile makes an op is called through torch. Outside it is called as it is, since torch's way
+takes some microseconds more (docs/decisions).
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from zcore.core import ops
+from zcore.kernels.ops.pieces import FLOATS, Column, Columns
+
+__all__ = ["Result", "flat_op", "register"]
+
+LIBRARY = torch.library.Library("zcore", "DEF")
+PRIORITY = 10  # of compiled code for the CPU, over references
+WORDS = {float: "float", bool: "bool", Tensor: "Tensor"}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What an op returns: one row of `width` for each piece, in `dtype`, on the device of the pieces."""
+
+    width: int
+    dtype: torch.dtype
+
+
+def flat_op(
+    op: str,
+    reference: Callable[P, R],
+    *,
+    columns: Sequence[Column],
+    compiled: Callable[..., Any],
+    result: Result | None = None,
+) -> Callable[P, R]:
+    """Register `compiled`, of the native library, as what serves `op` on the CPU; returns it, checked, to be called.
+
+    It takes what the reference takes, and raises LayoutError or ConfigError for operands it does not serve.
+    """
+    names, taken = tuple(column.name for column in columns), Columns(op, columns)
+    written = tuple(index for index, column in enumerate(columns) if column.is_written)
+    hyper = [each for each in inspect.signature(reference).parameters.values() if each.name not in names]
+    defaults = {each.name: each.default for each in hyper if each.default is not each.empty}
+    of_tensors = [each.name for each in hyper if each.annotation is Tensor]
+
+    def run(*operands: Sequence[Tensor], **given: Any) -> Tensor | None:
+        settings = defaults | given
+        for key in of_tensors:
+            settings[key] = settings[key].tolist()
+        made = compiled(taken.table(operands), torch.get_num_threads(), **settings)
+        # Autograd refuses a backward pass through what has changed since.
+        changed = [each for index in written for each in operands[index] if not each.is_inference()]
+        torch.autograd.graph.increment_version(changed)
+        return None if result is None else torch.tensor(made, dtype=result.dtype).view(-1, result.width)
+
+    def fake(*operands: Sequence[Tensor], **_given: Any) -> Tensor | None:
+        if result is None:
+            return None
+        device = operands[0][0].device if operands[0] else None
+        return torch.empty(len(operands[0]), result.width, dtype=result.dtype, device=device)
+
+    serve = register(
+        op,
+        _schema(columns, hyper, result),
+        reference=reference,
+        cpu=run,
+        fake=fake,
+        dtypes=FLOATS,
+    )
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:  # once for each step: kept short
+        operands = cast(Sequence[Sequence[Tensor]], (*args, *(kwargs.pop(name, ()) for name in names[len(args) :])))
+        if torch.compiler.is_compiling():
+            return cast(R, serve(*map(list, operands), **kwargs))
+        return cast(R, run(*operands, **kwargs))
+
+    ops.implementation(op, source="cpp", priority=PRIORITY, devices=("cpu",), dtypes=FLOATS)(call)
+    return call
+
+
+def _schema(columns: Sequence[Column], hyper: Sequence[inspect.Parameter], result: Result | None) -> str:
+    """In torch's words.
+
+    >>> _schema([Column("params", is_written=True)], [], None)
+    '(Tensor(a!)[] params) -> ()'
+    """
+    letters = "abcdefghijkl"
+    lists = [
+        f"Tensor({letter}!)[] {column.name}" if column.is_written else f"Tensor[] {column.name}"
+        for letter, column in zip(letters, columns, strict=False)
+    ]
+    settings = [
+        f"{WORDS[each.annotation]} {each.name}" + ("" if each.default is each.empty else f"={each.default}")
+        for each in hyper
+    ]
+    taken = ", ".join([*lists, "*", *settings] if settings else lists)
+    return f"({taken}) -> {'()' if result is None else 'Tensor'}"
+
+
+def register(
+    op: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    dtypes: tuple[torch.dtype, ...],
+) -> Callable[..., Any]:
+    """Make `op` known, and return what calls it, in a graph or outside.
+
+    fake: what it returns of tensors without data. dtypes: of the first operand, that `cpu` serves. `reference` is the
+    op's where its user has not registered one; a user imported later replaces it.
+    """
+    LIBRARY.define(op + schema)
+    LIBRARY.impl(op, cpu, "CPU")
+    LIBRARY.impl(op, fake, "Meta")
+    if all(known.source != "reference" for known in ops.implementations().get(op, ())):
+        ops.reference(op)(reference)
+    in_graph = getattr(torch.ops.zcore, op)
+
+    def serve(*args: Any, **kwargs: Any) -> Any:
+        return (in_graph if torch.compiler.is_compiling() else cpu)(*args, **kwargs)
+
+    ops.implementation(op, source="cpp", priority=PRIORITY, devices=("cpu",), dtypes=dtypes)(serve)
+    return serve

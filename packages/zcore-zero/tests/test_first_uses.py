@@ -108,3 +108,35 @@ def test_any_order_of_nodes_takes_what_a_look_at_everything_would(
         assert set(found) == expected
         assert [first[index] for index in found] == sorted((first[index] for index in found), reverse=True)
         taken |= expected
+
+
+@EXAMPLES
+@given(st.data())
+def test_no_bucket_is_taken_that_a_graph_of_the_backward_has_still_to_read(data: st.DataObject) -> None:
+    """Forwards, and backwards of any that wait, in any order; graphs live on after their backward, or do not."""
+    uses, now = FirstUses(), 0
+    waiting: dict[int, tuple[dict[int, int], Graph]] = {}
+    kept: list[Graph] = []
+    for turn in range(data.draw(st.integers(1, 12))):
+        uses.begin_forward(now)
+        first: dict[int, int] = {}
+        for bucket in data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5)):
+            first.setdefault(bucket, now)
+            uses.note(bucket, now)
+            now += 1
+        waiting[turn] = first, uses.graph()
+        chosen = data.draw(st.sets(st.sampled_from(sorted(waiting))))
+        if not chosen:
+            continue
+        nodes = sorted((number for each in chosen for number in waiting[each][0].values()), reverse=True)
+        uses.begin_backward(nodes[0])
+        for node in nodes:
+            uses.reach(node)
+            for bucket in uses.take_after(node, but=()):
+                assert all(waiting[each][0].get(bucket, now) > node for each in chosen)
+        uses.end_backward()
+        for each in chosen:
+            _, graph = waiting.pop(each)
+            if data.draw(st.booleans()):
+                kept.append(graph)  # as of a loss that is still held
+            del graph

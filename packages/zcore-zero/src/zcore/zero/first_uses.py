@@ -31,15 +31,17 @@ class _Forward:
 
     def __init__(self) -> None:
         self.uses: dict[int, int] = {}
+        self.first = self.last = -1  # of these numbers
         self.graphs: list[weakref.ref[Graph]] = []  # none where no node of it holds one
+        self.is_one = True
+        self.is_reached = False  # by a backward, one of whose nodes is its
 
-    @property
-    def first(self) -> int:
-        return min((number for number in self.uses.values() if number >= 0), default=-1)
-
-    @property
-    def last(self) -> int:
-        return max(self.uses.values(), default=-1)
+    def note(self, index: int, number: int) -> None:
+        """Read bucket `index`; -1: without autograd."""
+        self.uses[index] = min(number, self.uses.get(index, number))
+        if number >= 0:
+            self.first = number if self.first == -1 else min(self.first, number)
+            self.last = max(self.last, number)
 
     @property
     def is_gone(self) -> bool:
@@ -50,8 +52,9 @@ class _Forward:
         """Be both."""
         graphs = [*self.graphs, *other.graphs] if self.graphs and other.graphs else []
         self.graphs = [graph for graph in graphs if graph() is not None] or graphs[:1]
+        self.is_one, self.is_reached = False, False  # whose a node is cannot be told
         for index, number in other.uses.items():
-            self.uses[index] = min(number, self.uses.get(index, number))
+            self.note(index, number)
 
 
 class FirstUses:
@@ -63,8 +66,7 @@ class FirstUses:
         self._taken: set[int] = set()  # in the backward under way
         # (first use, bucket), the last use at the end; None: to make
         self._untaken: list[tuple[int, int]] | None = None
-        # The largest and the smallest number of a node that a backward since the last forward has run.
-        self._begun_at, self._reached = -1, ACCUMULATES
+        self._begun_at = -1  # the largest number of a node that a backward since the last forward has run
         self._gaps: list[tuple[int, int]] = []  # numbers from one, and below the other, are of forgotten forwards
 
     def begin_forward(self, now: int) -> None:
@@ -86,14 +88,13 @@ class FirstUses:
         if len(kept) > REMEMBERED_FORWARDS:
             kept[0].add(kept.pop(1))
         self._forwards, self._gaps = [*kept, _Forward()], gaps
-        self._begun_at, self._reached = -1, ACCUMULATES
+        self._begun_at = -1
         self._untaken = None
 
     def _is_over(self, forward: _Forward) -> bool:
         if forward.is_gone or forward.last == -1:
             return True
-        has_begun = forward.last <= self._begun_at
-        return has_begun and (not forward.graphs or forward.last >= self._reached)
+        return forward.is_reached if forward.graphs else forward.last <= self._begun_at
 
     def graph(self) -> Graph:
         """That of the last forward, to be held by its nodes."""
@@ -108,8 +109,7 @@ class FirstUses:
         """A forward reads it where autograd stands at `number`; -1 without autograd, as the backward may read it."""
         if not self._forwards:
             self._forwards.append(_Forward())
-        uses = self._forwards[-1].uses
-        uses[index] = min(number, uses.get(index, number))
+        self._forwards[-1].note(index, number)
         self._untaken = None
 
     def begin_backward(self, number: int) -> None:
@@ -118,8 +118,12 @@ class FirstUses:
         self._begun_at = max(self._begun_at, latest if number >= ACCUMULATES else number)
 
     def reach(self, number: int) -> None:
-        """A backward has come to that node."""
-        self._reached = min(self._reached, number)
+        """A backward has come to that node, which is of the last forward that had begun when it was made."""
+        if number < ACCUMULATES:
+            for forward in reversed(self._forwards):
+                if 0 <= forward.first <= number:
+                    forward.is_reached = forward.is_one
+                    return
 
     def take_after(self, number: int, *, but: Container[int]) -> list[int]:
         """The buckets first read after node `number` was made, the last one first; each once in a backward.

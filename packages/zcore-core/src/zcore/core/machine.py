@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from zcore.core.cores import num_cores
 from zcore.core.extensions import WHEELS, installed
 
-__all__ = ["find_machine", "find_versions", "load", "load_notes", "num_cores"]
+__all__ = ["find_machine", "find_versions", "load", "load_notes"]
 
 BUSY = 1.0  # processes beyond the bench's own, from which on figures are doubtful
 
@@ -30,11 +31,6 @@ def find_versions() -> dict[str, str]:
     wheels = {name: installed(name) for name in WHEELS}
     here = {name: version for name, version in wheels.items() if version is not None}
     return {"python": platform.python_version(), "torch": torch.__version__, **here}
-
-
-def num_cores() -> int:
-    """Those this process may run on where the system tells, else all of the host."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load() -> float:

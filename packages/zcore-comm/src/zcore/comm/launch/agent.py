@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Sequence
 
 from zcore.comm.launch.plan import SHUTDOWN_S, SHUTDOWN_VARIABLE
-from zcore.core.machine import num_cores
+from zcore.core.cores import num_cores
 
 __all__ = ["EXPLAINED", "main"]
 

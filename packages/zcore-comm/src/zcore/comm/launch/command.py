@@ -14,8 +14,8 @@ from zcore.comm.launch.hosts import Host, parse_hostfile, select_hosts
 from zcore.comm.launch.mpi import find_place, plan_rank
 from zcore.comm.launch.plan import Command, Job, parse_shutdown_s, parse_variables, plan_local, plan_slurm, plan_ssh
 from zcore.comm.launch.screen import Screen
+from zcore.core.cores import num_cores
 from zcore.core.errors import ConfigError, nearest
-from zcore.core.machine import num_cores
 
 __all__ = ["app"]
 

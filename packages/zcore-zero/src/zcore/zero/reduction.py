@@ -156,8 +156,9 @@ class Reducer:
         if intake.is_started:
             raise StateError(
                 f"{intake.bucket.plan.params[index].fqn} got a second gradient in one backward, after the first was "
-                "reduced: it is used both inside and outside of a reentrant checkpoint (pass use_reentrant=False), or "
-                "a backward that raised is tried again on the same graph (run the forward again)."
+                "reduced: it is used both inside and outside of a reentrant checkpoint (pass use_reentrant=False), a "
+                "backward that raised is tried again on the same graph (run the forward again), or a forward had one "
+                "part of its backward before a later forward, and the rest after it (take both at once)."
             )
         intake.gradients.accumulate(index, grad, factor=self._factor)
         intake.used[index] = True

@@ -4,6 +4,7 @@ What a file says counts, else the default here; an object that the program passe
 a default differs from DeepSpeed's, the field says why.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -30,12 +31,21 @@ __all__ = [
     "plan_batch",
 ]
 
+NUMBER = re.compile(r"[+-]?\d+\.?\d*(e[+-]?\d+)?", re.IGNORECASE)
+
 
 class Choice(Config):
     """A class by name with its keyword arguments: an optimizer or a learning-rate schedule."""
 
     type: str
     params: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _refuse_quoted_numbers(self) -> "Choice":
+        for key, value in self.params.items():
+            if isinstance(value, str) and NUMBER.fullmatch(value):
+                raise ValueError(f"params.{key} is {value!r}; expected a number, written without quotes.")
+        return self
 
 
 class Bf16(Config):

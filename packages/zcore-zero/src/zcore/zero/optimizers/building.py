@@ -196,7 +196,10 @@ def _build_by_name(choice: Choice, groups: Sequence[dict[str, Any]], device: tor
         raise ConfigError(f"optimizer.params.{unknown[0]} is not an argument of {where}.{name}. {advice}")
     kind = _offered(name, params, groups, device)
     if kind is not None:
-        return kind(groups, **params)
+        try:
+            return kind(groups, **params)
+        except ConfigError as error:
+            raise ConfigError(f"optimizer.params: {error}") from error
     # torch's fused SGD cannot begin a parameter's momentum later than another's.
     has_fused = "fused" in accepted and not (name == "SGD" and params.get("momentum"))
     if has_fused and "foreach" not in params and device.type in ("cpu", "cuda"):

@@ -293,7 +293,7 @@ class Twins:
         return torch.empty(numel, **options)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, label: str) -> "Twins":
-        output.copy_(torch.cat(self.kept) if label.startswith("inputs") else input.expand(self.size))
+        output.copy_(torch.cat(self.kept) if label.startswith("inputs") else input.repeat(self.size))
         return self
 
     def wait(self) -> None:

@@ -39,7 +39,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [*ROOT.glob("packages/*/src"), ROOT / "docs/examples", ROOT / "tools"]  # the examples hold the model
+COMPILED = "zcore-kernels"  # used where it is installed: its sources alone lack what is compiled
+PACKAGES = [each for each in ROOT.glob("packages/*/src") if each.parent.name != COMPILED]
+SOURCES = [*PACKAGES, ROOT / "docs/examples", ROOT / "tools"]  # the examples hold the model
 FOR_ZERO = ("torch", "pydantic", "safetensors")
 FOR_TESTS = (*FOR_ZERO, "pytest", "hypothesis", "typer", "rich", "yaml")
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where an import has another name than what is downloaded

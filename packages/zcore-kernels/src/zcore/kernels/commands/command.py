@@ -1,19 +1,24 @@
-"""`zcore kernels`: what serves each op on this machine, whether it is right, and how fast it is."""
+"""`zcore kernels`: what serves each op on this machine, whether it is right, and how fast it is.
+
+torch is imported when a command runs, and not when `zcore` looks which there are.
+"""
 
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from zcore.core.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["app"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 app = typer.Typer(no_args_is_help=True, help="Ops: who serves them, are they right, how fast.", rich_markup_mode=None)
 
@@ -69,6 +74,7 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
 ) -> None:
     """Time every op beside torch, and beside what moving its bytes takes, all in turns."""
+    import torch
     from rich.console import Console
 
     from zcore.core.machine import find_machine, find_versions, load, load_notes
@@ -103,14 +109,18 @@ def bench(
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def _dtypes(names: str) -> list[torch.dtype]:
+def _dtypes(names: str) -> "list[torch.dtype]":
+    import torch
+
     for name in names.split(","):
         if name not in DTYPES:
             raise ConfigError(f"dtype {name!r}: expected {', '.join(DTYPES)}.")
-    return [DTYPES[name] for name in names.split(",")]
+    return [getattr(torch, name) for name in names.split(",")]
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str) -> "torch.device":
+    import torch
+
     if name not in ("cpu", "cuda"):
         raise ConfigError(f"--device {name}: expected cpu or cuda.")
     if name == "cuda" and not torch.cuda.is_available():

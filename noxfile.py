@@ -25,11 +25,7 @@ TESTED_WITH = {
     "zcore-kernels": ("transformers", "numpy"),
 }
 LEFT_TO_TESTS = {"zcore-zero": ("-m", "not thorough")}  # what `tests` runs, and need not be run again without the rest
-COMMAND_EXTRAS = {
-    "zcore-core": "[cli]",
-    "zcore-comm": "[cli]",
-    "zcore-kernels": "[cli]",
-}  # what the commands of `zcore` need
+COMMAND_EXTRAS = dict.fromkeys(("zcore-core", "zcore-comm", "zcore-kernels"), "[cli]")  # what commands of `zcore` need
 EXAMPLE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[examples]"}
 FINETUNE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[finetune]"}
 # Sets of wheels that a user may well combine; `alone-*` shows each by itself.

@@ -326,6 +326,7 @@ class Engine:
         As where an epoch ends before its last step is complete. `step()` does so at the end of each optimizer step.
         """
         self.sharding.reducer.clear()
+        self._micro_steps_before += self._accumulation.done
         self._accumulation.begin_step()
         self._losses = []
 

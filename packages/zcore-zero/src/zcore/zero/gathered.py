@@ -60,8 +60,6 @@ class GatheredParameters:
                 f"Parameters of {taken[0].plan.name!r} are gathered by an enclosing block, which would overwrite what "
                 "is edited here when it ends. Pass modifier_rank to the outermost block."
             )
-        for conductor in self._conductors():
-            conductor.begin_saving(self)  # what is computed here may be differentiated when the parameters are gone
         for index in sorted(self._buckets):
             bucket, conductor = self._buckets[index]
             conductor.gatherer.pin(bucket)
@@ -69,12 +67,16 @@ class GatheredParameters:
                 self._before[index] = [
                     (position, bucket.params[position].full.detach().clone()) for position in self._asked_of(bucket)
                 ]
+        for conductor in self._conductors():
+            conductor.begin_saving(self)  # what is computed here may be differentiated when the parameters are gone
         return tuple(self._whole(param) for param in self._params)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Keep the modifier's edits and reshard; edits are dropped when the block raised."""
+        for conductor in self._conductors():
+            conductor.end_saving(self)
         for index in sorted(self._buckets):
             bucket, conductor = self._buckets[index]
             if self._modifier_rank is not None and kind is None:
@@ -83,8 +85,6 @@ class GatheredParameters:
             else:
                 self._drop(bucket)
             conductor.gatherer.unpin(bucket)
-        for conductor in self._conductors():
-            conductor.end_saving(self)
 
     def _conductors(self) -> dict[Conductor, None]:
         return dict.fromkeys(conductor for _, conductor in self._buckets.values())

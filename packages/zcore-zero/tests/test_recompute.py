@@ -3,6 +3,7 @@
 import copy
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
@@ -298,6 +299,32 @@ class Twins:
 
     def wait(self) -> None:
         """It is there."""
+
+
+class Unlike(Twins):
+    """The other rank has sums that are larger by a share."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, label: str) -> Twins:
+        output.copy_(torch.cat((input, input * (1.0 + self.share))))
+        return self
+
+
+@pytest.mark.parametrize(("share", "is_refused"), [(2e-7, False), (1e-3, True)])
+def test_inputs_may_differ_by_rounding_and_not_by_more(share: float, is_refused: bool) -> None:
+    hooks = list[Any]()
+    run = partition_inputs(
+        lambda function, x: hooks.append(compat.saved_tensors_hooks_on_top()),
+        cast("Collectives", Unlike(share)),
+        least_bytes=0,
+    )
+    x = torch.ones(4, 9, requires_grad=True)
+    run(None, x)
+    with pytest.raises(MismatchError) if is_refused else nullcontext():
+        hooks[0][0](x)
 
 
 def layouts_of(*shape: int) -> list[torch.Tensor]:

@@ -302,14 +302,15 @@ class Twins:
 
 
 class Unlike(Twins):
-    """The other rank has sums that are larger by a share."""
+    """The other ranks have sums that are larger by a share."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
         self.share = share
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, label: str) -> Twins:
-        output.copy_(torch.cat((input, input * (1.0 + self.share))))
+        others = (input * (1.0 + self.share)).repeat(self.size - 1)
+        output.copy_(torch.cat((input, others)))
         return self
 
 

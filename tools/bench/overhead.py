@@ -8,13 +8,14 @@ whose collectives copy locally and send nothing. What a step of zcore takes long
 hooks, its scheduling and the start of its collectives cost. Both have a model of their own and take turns.
 
     modules    as many modules as --sizes says, in 10 blocks: the number of buckets stays
+    layers     the same with layers of torch's own, nn.Linear of 8 by 8, of which more is known
     buckets    as many blocks of 2 modules: each is a bucket
 
 Writes docs/benchmarks/step-overhead.json: schema, is_benchmark, command, started, machine, versions, load [before,
 after], simulated_ranks, rounds, rows, left_out (rows whose step is expected to take that many seconds, which is too
 long), targets. Each row:
 
-    sweep (modules or buckets), size, stage, modules, buckets, torch_s and zcore_s of a step
+    sweep (modules, layers or buckets), size, stage, modules, buckets, torch_s and zcore_s of a step
     overhead_s     zcore_s - torch_s of the same round
     phases_s       the part of the overhead in forward, backward and step (clipping and optimizer); a part is below 0
                    where a sharded optimizer has fewer parameters to step
@@ -130,7 +131,7 @@ def _in_a_rank(body: Any, *arguments: Any, **named: Any) -> Any:
 
 def _cost(row: Row) -> float:
     """Of what the sweep has more and more of."""
-    return float(row["per_module_s" if row["sweep"] == "modules" else "per_bucket_s"]["median"])
+    return float(row["per_bucket_s" if row["sweep"] == "buckets" else "per_module_s"]["median"])
 
 
 def _expected_s(before: Row, size: int) -> float:
@@ -158,8 +159,13 @@ def _judge(rows: Sequence[Row]) -> list[dict[str, object]]:
 
     for row in rows:
         what = f"zcore {row['stage']} at {row['modules']} modules in {row['buckets']} buckets"
-        if row["sweep"] == "modules":
-            add(f"overhead a module, {what}", "s", MOST_PER_MODULE_S, row["per_module_s"]["median"])
+        if row["sweep"] != "buckets":
+            add(
+                f"overhead a {row['sweep'].removesuffix('s')}, {what}",
+                "s",
+                MOST_PER_MODULE_S,
+                row["per_module_s"]["median"],
+            )
         if row["growth"] is not None:
             add(f"growth a {row['sweep'].removesuffix('s')}, {what}", "x", MOST_GROWTH, row["growth"])
     return targets

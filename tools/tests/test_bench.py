@@ -86,7 +86,7 @@ def test_a_step_is_weighed_timed_judged_and_drawn(load, tmp_path: Path) -> None:
     assert file.with_suffix(".png").stat().st_size > 0
 
 
-def test_the_overhead_of_a_step_is_measured_over_modules_and_buckets(load, tmp_path: Path) -> None:
+def test_the_overhead_of_a_step_is_measured_over_modules_layers_and_buckets(load, tmp_path: Path) -> None:
     file = tmp_path / "overhead.json"
     load("overhead").main(["--quick", "--stages", "3", "--rounds", "2", "--out", str(file)])
     rows = json.loads(file.read_text())["rows"]
@@ -94,6 +94,8 @@ def test_the_overhead_of_a_step_is_measured_over_modules_and_buckets(load, tmp_p
     assert found == [
         ("modules", 20, 10, True),
         ("modules", 40, 10, False),
+        ("layers", 20, 10, True),
+        ("layers", 40, 10, False),
         ("buckets", 40, 20, True),
         ("buckets", 80, 40, False),
     ]

@@ -1,5 +1,6 @@
 """Modules that are not simply called by their root in its own mode: results are those of plain torch all the same."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -219,6 +220,51 @@ def test_a_layer_is_called_with_and_without_its_block(ranks: Ranks) -> None:
         for row, (found, shown) in zip(ROWS, of_rank, strict=True):
             assert found == pytest.approx(expected, rel=1e-5), row
             assert shown == {"ShardedParameter"}, row
+
+
+class Weighing(Block):
+    """Has a hook of its user's own, by which a layer returns its weight beside its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up.register_forward_hook(lambda layer, _args, result: (result, layer.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, weight = self.up(x)
+        return x + self.down(torch.tanh(hidden)) + torch.tanh(x) @ weight
+
+
+def train_under_hooks(stage: int | None) -> tuple[list[list[float]], list[int]]:
+    """Losses plainly, under hooks that keep what is saved as it is, and with a hook on a layer; hooks at their ends."""
+    found, counts = [], []
+    for build, keeps in ((Block, False), (Block, True), (Weighing, False)):
+        torch.manual_seed(0)
+        model = nn.Sequential(build(), build())
+        if stage is not None:
+            sharded(model, stage=stage, small_numel=0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        losses = []
+        for _ in range(STEPS):
+            model.zero_grad()
+            kept = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+            with kept if keeps else contextlib.nullcontext():
+                loss = model(torch.ones(2, WIDTH)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        found.append(losses)
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        counts.append(sum(len(layer._forward_hooks) for layer in layers))
+    return found, counts
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_layer_of_torch_has_a_hook_at_its_end_where_others_may_keep_its_weight(ranks: Ranks, stage: int) -> None:
+    expected, (_, _, of_user) = train_under_hooks(None)
+    for found, counts in ranks(2, train_under_hooks, stage):
+        for losses, plain in zip(found, expected, strict=True):
+            assert losses == pytest.approx(plain, rel=1e-5)
+        assert counts == ([0, 4, of_user + 2] if stage == 3 else [0, 0, of_user])
 
 
 def take_forces() -> list[list[float]]:

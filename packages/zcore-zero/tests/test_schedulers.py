@@ -190,13 +190,20 @@ def test_cycles_are_built_by_name_and_continue_from_a_saved_state(name, params):
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("OneCycle", {"cycle_min_lr": 1.0}, "do not fit OneCycle: .*cycle_max_lr"),
+        ("OneCycle", {"cycle_min_lr": 1.0}, "lacks cycle_max_lr, which OneCycle needs"),
+        ("WarmupCosineLR", {"warmup_num_steps": 5}, "lacks total_num_steps, which WarmupCosineLR needs"),
+        (
+            "CyclicLR",
+            {"base_lr": 0.1, "max_lr": 1.0, "mode": "odd"},
+            "do not fit CyclicLR: mode is invalid.* It takes: base_lr",
+        ),
+        ("LambdaLR", {}, "takes functions .* pass `lr_scheduler=lambda optimizer: LambdaLR"),
         ("OneCycle", {**HALVES, "cycle_first_step_size": 0}, "cycle_first_step_size is 0; expected .* above 0"),
         ("OneCycle", {**HALVES, "decay_step_size": -1}, "decay_step_size is -1; expected a number of 0 or more"),
         ("LRRangeTest", {"lr_range_test_step_size": 0}, "lr_range_test_step_size is 0"),
         ("LRRangeTest", {"lr_range_test_step": 1}, "Did you mean lr_range_test_step_"),
     ],
 )
-def test_cycles_that_cannot_be_are_refused_by_name(name, params, message):
+def test_schedules_that_cannot_be_are_refused_by_name(name, params, message):
     with pytest.raises(ConfigError, match=message):
         build_scheduler(name, params, sgd(0.1))

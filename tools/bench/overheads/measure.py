@@ -19,8 +19,8 @@ from zcore.core.timing import Spread, time_in_turns
 
 __all__ = ["SWEEPS", "measure_row", "profile_step"]
 
-SWEEPS = ("modules", "buckets")
-BLOCKS = 10  # where modules are what there is more and more of
+SWEEPS = ("modules", "layers", "buckets")
+BLOCKS = 10  # where modules or layers are what there is more and more of
 NUMEL = 8  # of a parameter
 LEARNING_RATE = 1e-9  # parameters stay 1, or numbers would vanish on their way through so many modules
 WARM_STEPS = 3
@@ -40,26 +40,32 @@ class Scale(nn.Module):
         return x * self.weight
 
 
+def _linear() -> nn.Module:
+    layer = nn.Linear(NUMEL, NUMEL, bias=False)
+    nn.init.eye_(layer.weight)
+    return layer
+
+
 class Block(nn.Module):
     """Modules one after the other, gathered as one."""
 
-    def __init__(self, modules: int) -> None:
+    def __init__(self, modules: int, kind: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.scales = nn.ModuleList(Scale() for _ in range(modules))
+        self.parts = nn.ModuleList(kind() for _ in range(modules))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [NUMEL] to the same shape."""
-        for scale in self.scales:
-            x = scale(x)
+        for part in self.parts:
+            x = part(x)
         return x
 
 
 class Chain(nn.Module):
     """Blocks one after the other; their mean is the loss."""
 
-    def __init__(self, blocks: int, modules: int) -> None:
+    def __init__(self, blocks: int, modules: int, kind: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(modules) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(modules, kind) for _ in range(blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [NUMEL] to a loss."""
@@ -88,7 +94,9 @@ class Timed:
 
 
 def _chain(sweep: str, size: int) -> Chain:
-    return Chain(BLOCKS, size // BLOCKS) if sweep == "modules" else Chain(size, 2)
+    if sweep == "buckets":
+        return Chain(size, 2, Scale)
+    return Chain(BLOCKS, size // BLOCKS, Scale if sweep == "modules" else _linear)
 
 
 def _in_torch(sweep: str, size: int) -> Timed:
@@ -130,7 +138,7 @@ def measure_row(sweep: str, size: int, stage: int, *, rounds: int) -> dict[str, 
             rounds=rounds,
             slice_s=0.05,
         )
-        num_modules = sum(isinstance(module, Scale) for module in engine.module.modules())
+        num_modules = sum(isinstance(module, Scale | nn.Linear) for module in engine.module.modules())
         num_buckets = len(engine.sharding.buckets)
     overheads_s = [ours - plain for ours, plain in zip(times_s["zcore"], times_s["torch"], strict=True)]
     return {

@@ -122,7 +122,7 @@ class Conductor:
             self._register(module, torch.compiler.disable(enter), torch.compiler.disable(leave))
             return
         with compat.hooks_numbered_alike():  # torch.compile goes through, and finds nothing: the graph stays one
-            if site.frees:
+            if site.frees and not _is_leaf_of_torch(module):
                 self._register(module, enter, leave)
             else:
                 self._handles.append(module.register_forward_pre_hook(self._pass_by(site, enter, leave)))
@@ -132,7 +132,7 @@ class Conductor:
         self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
 
     def _pass_by(self, site: Site, enter: Enter, leave: Leave) -> Enter:
-        """Enter a module that frees nothing: when its block calls it, nothing is to be done, and no hook is at its end.
+        """Enter a module that its block serves whole: called by that, nothing is to be done, nor is a hook at its end.
 
         The first call without its block installs that one.
         """
@@ -144,10 +144,11 @@ class Conductor:
             if torch.compiler.is_compiling():
                 return
             if not has_exit:
-                if self._phase is Phase.FORWARD and self._finds_in_place(buckets):
-                    return
-                if all(bucket.is_shown and self.gatherer.is_open(bucket) for bucket in buckets):
-                    return  # its block has found work, and done it
+                if not site.frees or not (others_decide() or module._forward_hooks):  # those may keep what it reads
+                    if self._phase is Phase.FORWARD and self._finds_in_place(buckets):
+                        return
+                    if all(bucket.is_shown and self.gatherer.is_open(bucket) for bucket in buckets):
+                        return  # its block has found work, and done it
                 has_exit = True
                 with compat.hooks_numbered_alike():
                     self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
@@ -309,11 +310,12 @@ class Conductor:
 
     def _watch(self, buckets: tuple[Bucket, ...], nodes: Sequence[Node]) -> None:
         """Have `buckets` AVAILABLE before `nodes` of a module run, and what only later modules read released."""
-        still_open = self.gatherer.open_buckets.union(bucket.index for bucket in buckets)
+        indices = frozenset([bucket.index for bucket in buckets])
+        still_open = self.gatherer.open_buckets | indices
         watch = self._last_watch()
         graph = self.gatherer.first_uses.graph()
-        if watch is None or watch.graph is not graph or watch.buckets != buckets or watch.still_open != still_open:
-            watch = _Watch(self, buckets, still_open, graph)
+        if watch is None or watch.graph is not graph or watch.indices != indices or watch.still_open != still_open:
+            watch = _Watch(self, buckets, indices, still_open, graph)
             self._last_watch = weakref.ref(watch)
         for node in nodes:
             node.register_prehook(watch)
@@ -450,15 +452,24 @@ class _Watch:
     __slots__ = ("__weakref__", "_conductor", "buckets", "graph", "indices", "still_open")
 
     def __init__(
-        self, conductor: Conductor, buckets: tuple[Bucket, ...], still_open: frozenset[int], graph: Graph
+        self,
+        conductor: Conductor,
+        buckets: tuple[Bucket, ...],
+        indices: frozenset[int],
+        still_open: frozenset[int],
+        graph: Graph,
     ) -> None:
         self._conductor, self.graph = conductor, graph  # a graph keeps them alive
-        self.buckets = buckets  # that the module reads
-        self.indices = frozenset(bucket.index for bucket in buckets)
+        self.buckets, self.indices = buckets, indices  # that the module reads
         self.still_open = still_open  # these, and those of modules around it
 
     def __call__(self, grads: object) -> None:
         self._conductor.before_backward(self)
+
+
+def _is_leaf_of_torch(module: nn.Module) -> bool:
+    """Whether it is a layer of torch's own: it opens no hooks and returns neither its input nor a weight of its own."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not module._modules
 
 
 def _on_gradient(conductor: "weakref.ref[Conductor]", bucket_index: int, index: int) -> Callable[[Tensor], None]:

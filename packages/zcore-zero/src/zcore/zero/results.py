@@ -18,11 +18,14 @@ from zcore.core import compat
 __all__ = ["nodes_of", "own_results", "tensors_in"]
 
 
-def nodes_of(result: object, *, since: int) -> list[Node]:
+def nodes_of(result: object, *, since: int) -> Sequence[Node]:
     """The nodes of autograd that have made the tensors in `result`, each one once.
 
     Not those from before `since`, as autograd counts: what they have made only passes through.
     """
+    if type(result) is Tensor:  # asked for each module, so kept short
+        node = result.grad_fn
+        return (node,) if node is not None and node._sequence_nr() >= since else ()
     nodes: list[Node] = []
     for tensor in tensors_in(result):
         node = tensor.grad_fn

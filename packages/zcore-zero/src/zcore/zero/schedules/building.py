@@ -15,6 +15,9 @@ from zcore.zero.schedules.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
 __all__ = ["build_scheduler"]
 
 OWN: tuple[type[LRScheduler], ...] = (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest)
+METRIC = "ReduceLROnPlateau"  # wants a metric at each step, which an engine does not have
+# They take functions or other schedules.
+OF_CODE = frozenset({"LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler"})
 
 
 def build_scheduler(name: str, params: Mapping[str, object], optimizer: Optimizer) -> LRScheduler:
@@ -24,6 +27,11 @@ def build_scheduler(name: str, params: Mapping[str, object], optimizer: Optimize
     `last_epoch`. Raises ConfigError naming the nearest schedule or parameter when there is none of that name.
     """
     known = _known_schedulers()
+    if name in OF_CODE:
+        raise ConfigError(
+            f"scheduler.type is {name!r}, which takes functions or schedules, and a config has none. Leave the section "
+            f"out, and pass `lr_scheduler=lambda optimizer: {name}(optimizer, ...)` to zero.initialize."
+        )
     if name not in known:
         raise ConfigError(
             f"scheduler.type is {name!r}, which is no known schedule.{_suggestion(name, known)} Expected "
@@ -32,17 +40,22 @@ def build_scheduler(name: str, params: Mapping[str, object], optimizer: Optimize
     arguments: dict[str, Any] = {  # each class checks its own values
         "last_epoch" if key == "last_batch_iteration" else key: value for key, value in params.items()
     }
-    accepted = [key for key in signature(known[name]).parameters if key != "optimizer"]
+    parameters = {key: each for key, each in signature(known[name]).parameters.items() if key != "optimizer"}
+    accepted = ", ".join(parameters)
     for key in arguments:
-        if key not in accepted:
+        if key not in parameters:
             raise ConfigError(
-                f"scheduler.params.{key} is no parameter of {name}.{_suggestion(key, accepted)} "
-                f"It takes: {', '.join(accepted)}."
+                f"scheduler.params.{key} is no parameter of {name}.{_suggestion(key, parameters)} It takes: {accepted}."
             )
+    missing = [key for key, each in parameters.items() if each.default is each.empty and key not in arguments]
+    if missing:
+        raise ConfigError(f"scheduler.params lacks {', '.join(missing)}, which {name} needs. It takes: {accepted}.")
     try:
         return known[name](optimizer, **arguments)
-    except TypeError as error:  # a required parameter is missing, or torch met a value of the wrong type
-        raise ConfigError(f"scheduler.params do not fit {name}: {error}. It takes: {', '.join(accepted)}.") from error
+    except ConfigError:  # one of ours has checked it
+        raise
+    except (TypeError, ValueError) as error:  # torch met a value that it cannot use
+        raise ConfigError(f"scheduler.params do not fit {name}: {error}. It takes: {accepted}.") from error
 
 
 def _known_schedulers() -> dict[str, type[LRScheduler]]:
@@ -51,7 +64,8 @@ def _known_schedulers() -> dict[str, type[LRScheduler]]:
         for name, value in vars(torch.optim.lr_scheduler).items()
         if isclass(value) and issubclass(value, LRScheduler) and value is not LRScheduler and not name.startswith("_")
     }
-    torch_schedulers.pop("ReduceLROnPlateau")  # wants a metric at each step, which an engine does not have
+    for name in (METRIC, *OF_CODE):
+        torch_schedulers.pop(name, None)
     return torch_schedulers | {cls.__name__: cls for cls in OWN}
 
 

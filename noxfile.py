@@ -24,7 +24,23 @@ TESTED_WITH = {
     "zcore-zero": ("torchao",),
     "zcore-kernels": ("transformers", "numpy"),
 }
-LEFT_TO_TESTS = {"zcore-zero": ("-m", "not thorough")}  # what `tests` runs, and need not be run again without the rest
+# Tests of what models and optimizers do, which is the same whoever moves the bytes: `tests` runs them.
+OF_MODELS = (
+    "compile",
+    "own_optimizers",
+    "pending_forwards",
+    "pretrained",
+    "programs",
+    "random_models",
+    "reads",
+    "retries",
+    "rounding",
+    "saved",
+    "streaming",
+)
+LEFT_TO_TESTS = {
+    "zcore-zero": ("-m", "not thorough", *(f"--ignore=packages/zcore-zero/tests/test_{each}.py" for each in OF_MODELS))
+}
 COMMAND_EXTRAS = dict.fromkeys(("zcore-core", "zcore-comm", "zcore-kernels"), "[cli]")  # what commands of `zcore` need
 EXAMPLE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[examples]"}
 FINETUNE_EXTRAS = {"zcore-core": "[cli]", "zcore-zero": "[finetune]"}

@@ -245,8 +245,10 @@ def test_after_a_plain_backward_that_raised_the_step_begins_anew(ranks: Ranks, s
 
 
 def misuse(stage: int) -> dict[str, str]:
-    engine = zero.initialize(TinyModel(), settings(stage, gradient_accumulation_steps=2))
+    records, engine = listen(), zero.initialize(TinyModel(), settings(stage, gradient_accumulation_steps=2))
     said = {"no backward": refusal(engine.step)}
+    weight = next(engine.module.parameters())
+    said["by a fragment"] = refusal(lambda: engine(**batch(0)).backward(inputs=[weight]))
     with engine.no_sync():
         engine(**batch(0)).backward()
     said["held back, not last"] = refusal(engine.step)
@@ -260,6 +262,9 @@ def misuse(stage: int) -> dict[str, str]:
         train_step(engine, step)
         assert engine.was_step_applied() == is_boundary
     assert (engine.global_steps, engine.micro_steps) == (1, 3)  # what was dropped was done, too
+    refusal(engine.step)
+    assert not engine.was_step_applied()
+    said["logged"] = " ".join(records.lines)
     return said
 
 
@@ -270,6 +275,8 @@ def test_plain_backwards_are_counted(ranks: Ranks, stage: int) -> None:
         assert said["held back, not last"] == "nothing was refused"
         assert "ran inside no_sync()" in said["held back, last"]
         assert "called without a backward()" in said["dropped"]
+        assert "read `.grad`" in said["by a fragment"]
+        assert "zero_grad() dropped 1 of the 2 micro-batches" in said["logged"]
 
 
 def train_in_fp16(stage: int) -> dict[str, tuple[str, list[float], list[str]]]:

@@ -91,6 +91,51 @@ def test_many_forwards_that_wait_settle_nothing_before_the_first_of_them() -> No
     assert len(graphs) == 12
 
 
+def test_a_forward_behind_two_that_are_forgotten_settles_at_its_own_nodes() -> None:
+    uses = FirstUses()
+    for begin in (0, 10):
+        forward(uses, begin, 0, 1)  # nobody holds its graph
+    waiting = forward(uses, 20, 2, 3)
+    forward(uses, 30, 0, 1)
+    uses.begin_backward(31)
+    assert uses._gaps == [(0, 20)]
+    assert uses.take_after(20, but=()) == [1, 0, 3]
+    assert waiting is not None
+
+
+def test_forwards_that_are_looked_at_for_a_while_do_not_add_up() -> None:
+    uses, held = FirstUses(), list[Graph]()
+    for step in range(200):
+        held = [*held[-2:], forward(uses, 20 * step, 0, 1)]  # of a loss that is looked at and gets no backward
+        trained = forward(uses, 20 * step + 10, 0, 1)
+        uses.begin_backward(20 * step + 11)
+        uses.reach(20 * step + 10)
+        uses.end_backward()
+        del trained
+    assert len(uses._gaps) <= 4
+    assert len(uses._forwards) <= 6
+
+
+def older_and_newest(*, is_gone: bool) -> list[int]:
+    """Of eleven that wait the first and the last read bucket 7; the second gets its backward, or is gone."""
+    uses = FirstUses()
+    graphs: list[Graph | None] = [forward(uses, 10 * each, *((7, 0) if each == 1 else (0, 1))) for each in range(1, 12)]
+    if is_gone:
+        graphs[1] = None
+    else:
+        uses.begin_backward(21)
+        uses.reach(21)
+        uses.reach(20)
+        uses.end_backward()
+    graphs.append(forward(uses, 200, 7, 0, 1))
+    return uses.take_after(111, but=())
+
+
+def test_one_of_many_that_wait_settles_nothing_for_the_others() -> None:
+    assert older_and_newest(is_gone=False) == []
+    assert older_and_newest(is_gone=True) == []
+
+
 @EXAMPLES
 @given(st.dictionaries(st.integers(0, 9), st.integers(0, 20)), st.lists(st.integers(0, 20), max_size=6), st.data())
 def test_any_order_of_nodes_takes_what_a_look_at_everything_would(

@@ -115,6 +115,44 @@ def test_edits_that_nobody_is_to_keep_are_dropped(ranks: Ranks, how: str, is_bf1
     assert ranks(2, edit_in_vain, Recipe(compute=torch.bfloat16 if is_bf16 else None), how) == [[], []]
 
 
+def differentiate_late(recipe: Recipe) -> list[str]:
+    """By stage: what is said where a loss read edits that were dropped before its backward."""
+    told = []
+    for stage in range(4):
+        engine = build_engine(recipe, stage=stage)
+        weight = parameter(engine.module, NAMES[0])
+        with zero.GatheredParameters(weight) as (full,):
+            with torch.no_grad():
+                full.add_(0.5)
+            loss = engine(**recipe.batch(0, 0))
+        with pytest.raises((RuntimeError, StateError), match="modified") as raised:
+            engine.backward(loss)
+        told.append(type(raised.value).__name__)
+    return told
+
+
+def test_a_loss_that_has_read_dropped_edits_has_no_backward(ranks: Ranks) -> None:
+    assert ranks(2, differentiate_late, Recipe()) == [["RuntimeError"] * 3 + ["StateError"]] * 2
+
+
+def look_while_evaluating(recipe: Recipe) -> list[bool]:
+    """Whether gathered weights keep their values while evaluations have no room to keep any, by limit."""
+    kept = []
+    for limit in (1, 10**9):
+        engine = build_engine(recipe, stage=3, stage3_max_live_parameters=limit)
+        engine.eval()
+        expected = dict(recipe.build().named_parameters())
+        with zero.GatheredParameters([parameter(engine.module, name) for name in NAMES]) as fulls, torch.no_grad():
+            for _ in range(2):
+                engine(**recipe.batch(0, 0))
+            kept.append(all(torch.equal(full, expected[name]) for full, name in zip(fulls, NAMES, strict=True)))
+    return kept
+
+
+def test_an_evaluation_leaves_alone_what_is_gathered(ranks: Ranks) -> None:
+    assert ranks(2, look_while_evaluating, Recipe()) == [[True, True]] * 2
+
+
 def edit_one_row_in_bf16(recipe: Recipe) -> list[str]:
     wrong = []
     for stage in range(4):

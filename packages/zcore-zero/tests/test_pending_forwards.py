@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zcore import zero
+from zcore.core import compat
 from zcore.core.mesh import build_mesh
 
 Ranks = Callable[..., Any]
@@ -94,6 +96,81 @@ def a_penalty_differentiated_where_it_is_made(model: Net, step: int) -> None:
         (model(inputs(step)) + 0.1 * weight.pow(2).sum()).backward()
 
 
+def penalty(model: Net) -> Tensor:
+    with zero.GatheredParameters([model.layers[0].up.weight, model.other_head.weight]) as weights:
+        made = sum((0.1 * weight.pow(2).sum() for weight in weights), torch.zeros(()))
+    assert compat.packs_saved_tensors() is None
+    return made
+
+
+def a_penalty_before_the_forward(model: Net, step: int) -> None:
+    made = penalty(model)  # of a head that the forward does not read, too
+    (model(inputs(step)) + made).backward()
+
+
+def a_penalty_with_a_backward_of_its_own(model: Net, step: int) -> None:
+    penalty(model).backward()
+    model(inputs(step)).backward()
+
+
+def a_penalty_by_itself(model: Net, step: int) -> None:
+    (penalty(model) if step % 2 else model(inputs(step))).backward()
+
+
+def a_forward_where_weights_are_gathered(model: Net, step: int) -> None:
+    with zero.GatheredParameters(model.layers[0].up.weight) as (weight,):
+        loss = model(inputs(step))
+        with torch.no_grad():
+            model(inputs(step + 1))
+        loss = loss + 0.1 * weight.pow(2).sum()
+    loss.backward()
+
+
+def a_penalty_under_hooks_of_others(model: Net, step: int) -> None:
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        made = penalty_under_hooks(model)
+    (model(inputs(step)) + made).backward()
+
+
+def penalty_under_hooks(model: Net) -> Tensor:
+    with zero.GatheredParameters(model.head.weight) as (weight,):
+        return 0.1 * weight.pow(2).sum()
+
+
+def a_penalty_that_is_computed_again(model: Net, step: int) -> None:
+    made = checkpoint(lambda scale: scale * penalty_under_hooks(model), torch.ones(()), use_reentrant=False)
+    (model(inputs(step)) + made).backward()
+
+
+def a_penalty_with_autograd_switched_on_late(model: Net, step: int) -> None:
+    loss = model(inputs(step))
+    with torch.no_grad(), zero.GatheredParameters(model.head.weight) as (weight,), torch.enable_grad():
+        made = 0.1 * weight.pow(2).sum()
+    (loss + made).backward()
+
+
+def a_layer_frozen_after_its_forward(model: Net, step: int) -> None:
+    loss = model(inputs(step))
+    for frozen in (model.layers[0].up.weight, model.head.bias):
+        frozen.requires_grad_(False)
+    loss.backward()
+    for frozen in (model.layers[0].up.weight, model.head.bias):
+        frozen.requires_grad_(True)
+
+
+def a_derivative_in_the_forward_that_raises(model: Net, step: int) -> None:
+    def arm(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        point = args[0].detach().requires_grad_()
+        made = torch.tanh(point @ model.layers[0].up.weight.t())
+        made.register_hook(raises)
+        with suppress(ArithmeticError):
+            torch.autograd.grad(made.sum(), point)
+
+    model(inputs(2 * step)).backward()
+    with model.layers[0].register_forward_pre_hook(arm):
+        model(inputs(2 * step + 1)).backward()
+
+
 PROGRAMS: dict[str, Callable[[Net, int], None]] = {
     each.__name__.replace("_", " "): each
     for each in (
@@ -103,6 +180,15 @@ PROGRAMS: dict[str, Callable[[Net, int], None]] = {
         one_beside_another_that_raised,
         a_penalty_on_gathered_weights,
         a_penalty_differentiated_where_it_is_made,
+        a_penalty_before_the_forward,
+        a_penalty_with_a_backward_of_its_own,
+        a_penalty_by_itself,
+        a_forward_where_weights_are_gathered,
+        a_penalty_under_hooks_of_others,
+        a_penalty_that_is_computed_again,
+        a_penalty_with_autograd_switched_on_late,
+        a_layer_frozen_after_its_forward,
+        a_derivative_in_the_forward_that_raises,
     )
 }
 

@@ -176,8 +176,14 @@ class Bucket:
         self._num_updates += 1
 
     def forget_gathered(self) -> None:
-        """The whole copy may have other values than the master shards; on every rank alike."""
+        """The whole copy may have other values than the master shards; on every rank alike.
+
+        What has read values that are dropped with it finds them modified in its backward.
+        """
         self._gathered = None
+        for param, version in zip(self.params, self._versions, strict=True):
+            if param.full._version != version:
+                increment_version(param.full)
 
     def note_computation(self) -> None:
         """A forward reads the values of now."""

@@ -180,10 +180,10 @@ class Engine:
         """
         self.sharding.conductor.recover()
         accumulation, is_boundary = self._accumulation, self.is_gradient_accumulation_boundary()
+        self._is_step_applied = False
         self._refuse_empty_step(is_boundary)
         self._warn_of_backwards()
         self._recorded.note_phase("step")
-        self._is_step_applied = False
         if not is_boundary:
             accumulation.end_micro_batch()
             self._recorded.note_phase("outside the model")
@@ -325,6 +325,12 @@ class Engine:
 
         As where an epoch ends before its last step is complete. `step()` does so at the end of each optimizer step.
         """
+        if self._accumulation.done:
+            self._warn_once(
+                f"zero_grad() dropped {self._accumulation.done} of the {self._accumulation.steps} micro-batches of an "
+                "optimizer step, which begins anew. Called before each backward no step is ever complete: leave it "
+                "out, as step() does it at the end of each optimizer step. Said once."
+            )
         self.sharding.reducer.clear()
         self._micro_steps_before += self._accumulation.done
         self._accumulation.begin_step()

@@ -12,7 +12,7 @@ and at its nodes nothing said:
 """
 
 import weakref
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 __all__ = ["FirstUses", "Graph"]
 
@@ -57,6 +57,21 @@ class _Forward:
             self.note(index, number)
 
 
+def _joined(gaps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same numbers in as few gaps as can be, ascending.
+
+    >>> _joined([(7, 9), (0, 3), (2, 5), (5, 6)])
+    [(0, 6), (7, 9)]
+    """
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(gaps):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((begin, end))
+    return joined
+
+
 class FirstUses:
     """Of the buckets that forwards read, by index: autograd's number when each was first read."""
 
@@ -75,7 +90,8 @@ class FirstUses:
         kept, gaps, end = list[_Forward](), list[tuple[int, int]](), 0
         for forward in self._forwards:
             if self._is_over(forward):
-                gaps.append((end, now))
+                if not gaps or gaps[-1][1] != now:  # else one before it ends where this one does
+                    gaps.append((end, now))
                 continue
             if gaps and gaps[-1][1] == now and forward.first >= 0:
                 gaps[-1] = gaps[-1][0], forward.first  # what lies in between belongs to the forgotten one
@@ -84,7 +100,7 @@ class FirstUses:
         if not kept:
             gaps = [(0, now)] if self._forwards or self._gaps else []
         elif self._gaps:
-            gaps = [*(gap for gap in self._gaps if gap[0] < end), *gaps]
+            gaps = _joined([*(gap for gap in self._gaps if gap[0] < end), *gaps])
         if len(kept) > REMEMBERED_FORWARDS:
             kept[0].add(kept.pop(1))
         self._forwards, self._gaps = [*kept, _Forward()], gaps

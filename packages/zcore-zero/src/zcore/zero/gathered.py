@@ -5,11 +5,13 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from zcore.core.errors import StateError
 from zcore.zero.bucket import Bucket
 from zcore.zero.bucket_param import FRAGMENT
 from zcore.zero.hooks import Conductor
+from zcore.zero.saved import claims
 from zcore.zero.sharded_parameter import ShardedParameter
 
 __all__ = ["GatheredParameters"]
@@ -38,6 +40,7 @@ class GatheredParameters:
         self._buckets: dict[int, tuple[Bucket, Conductor]] = {}
         # To tell what was edited where master and compute dtype differ, and to take it back where they share memory.
         self._before: dict[int, list[tuple[int, Tensor]]] = {}
+        self._claims: saved_tensors_hooks | None = None
 
     def __enter__(self) -> tuple[Tensor, ...]:
         """Gather, bucket by bucket in the order of the plan."""
@@ -67,16 +70,18 @@ class GatheredParameters:
                 self._before[index] = [
                     (position, bucket.params[position].full.detach().clone()) for position in self._asked_of(bucket)
                 ]
-        for conductor in self._conductors():
-            conductor.begin_saving(self)  # what is computed here may be differentiated when the parameters are gone
+        if any(bucket.is_transient for bucket, _ in self._buckets.values()):
+            self._claims = claims()  # what is computed here may be differentiated when the parameters are gone
+            self._claims.__enter__()
         return tuple(self._whole(param) for param in self._params)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Keep the modifier's edits and reshard; edits are dropped when the block raised."""
-        for conductor in self._conductors():
-            conductor.end_saving(self)
+        if self._claims is not None:
+            self._claims.__exit__(kind, error, trace)
+            self._claims = None
         for index in sorted(self._buckets):
             bucket, conductor = self._buckets[index]
             if self._modifier_rank is not None and kind is None:
@@ -85,9 +90,6 @@ class GatheredParameters:
             else:
                 self._drop(bucket)
             conductor.gatherer.unpin(bucket)
-
-    def _conductors(self) -> dict[Conductor, None]:
-        return dict.fromkeys(conductor for _, conductor in self._buckets.values())
 
     def _whole(self, param: Tensor) -> Tensor:
         if not isinstance(param, ShardedParameter):

@@ -181,7 +181,13 @@ class Gatherer:
                 self._reshard(bucket)
 
     def pin(self, bucket: Bucket) -> None:
-        """Keep `bucket` AVAILABLE and shown until `unpin`, whatever runs in between."""
+        """Keep `bucket` AVAILABLE and shown until `unpin`, whatever runs in between.
+
+        With autograd, what reads it may be differentiated: then it is a part of a forward, of one of its own at rest.
+        """
+        may_be_read = torch.is_grad_enabled() and not compat.in_backward()
+        if may_be_read and self._is_at_rest:
+            self._begin_trace(training=True)
         self._note_use(bucket)
         self._pinned[bucket.index] += 1
         if self._pinned[bucket.index] == 1:
@@ -192,6 +198,8 @@ class Gatherer:
             self._start(bucket, why="for GatheredParameters")
         if bucket.state is ParamState.INFLIGHT:
             bucket.wait()
+        if may_be_read:
+            bucket.note_computation()
         bucket.memory.allow_writes()
         bucket.is_pinned = True
         bucket.show_whole()
@@ -333,6 +341,8 @@ class Gatherer:
         """Release what is idle, but for what returns soon in the same pass, or is kept for the next forward."""
         if self._is_keeping:
             for index in reversed(list(self._idle)):  # what was used last comes last in the next forward, too
+                if self._is_in_use(self._buckets[index]):
+                    continue
                 if self._live_numel + self._numel_of(needed.index) <= self._limits.max_live_numel:
                     return
                 self._reshard(self._buckets[index])

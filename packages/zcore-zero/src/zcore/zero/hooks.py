@@ -87,9 +87,7 @@ class Conductor:
         self.is_training = False  # whether the backward that is asked for is one of gradients of parameters
         self.recorder: Recorder | None = None  # of the step under way, if it is to be explained
         self._saved = SavedTensors(buckets)
-        self._saver: object | None = (
-            None  # who opened `saved`: a module in its forward, the number of a backward, a block
-        )
+        self._saver: object | None = None  # who opened `saved`: a module in its forward, the number of a backward
         self._last_watch: Callable[[], _Watch | None] = lambda: None  # weak: the graph holds it, and it this
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for bucket in buckets:
@@ -178,6 +176,8 @@ class Conductor:
         if compat.in_backward():  # of a recomputation, which may begin with it
             self._begin_backward()
             self.begin_saving(compat.current_backward())
+        else:
+            self.recover()
         self.gatherer.enter(bucket, self._pass, module="an operation outside its module")
         return not others_decide()
 
@@ -200,7 +200,7 @@ class Conductor:
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         if not compat.in_backward():  # else a checkpointed root is recomputed: the step is under way already
             self.recover()
-            self._saved.close()  # left open by an interrupt: nothing encloses the root
+            self.end_saving(self._saver)  # left open by an interrupt: nothing that opens it encloses the root
             self._enter(Phase.FORWARD)
             self.gatherer.begin(training=torch.is_grad_enabled())
         self.begin_saving(module)
@@ -349,7 +349,6 @@ class Conductor:
                 f"A tensor that autograd saved of {bucket.plan.name!r} is read outside of a backward, when the bucket "
                 "is not there. To look at the values of parameters use `zero.GatheredParameters`."
             )
-        self._refuse_second_backward()
         self._begin_backward()
         self.gatherer.use(bucket, Pass.BACKWARD, module="the backward pass")
 
@@ -365,6 +364,8 @@ class Conductor:
             self._begin_backward(settles=False)
         grad, full.grad = full.grad, None
         assert grad is not None
+        if not self._buckets[bucket_index].params[index].is_trainable:
+            return  # frozen since the forward
         self.has_gradients = True
         self._reducer.add(bucket_index, index, grad.detach() if grad.requires_grad else grad, backward=backward)
 
@@ -438,6 +439,11 @@ class Conductor:
     def recover(self) -> None:
         """Clear away what an exception in a backward, which the caller caught, has left behind."""
         if self._phase is not Phase.BACKWARD:
+            return
+        if self._interrupted is Phase.FORWARD and not self.has_gradients:  # a derivative that the forward took itself
+            self._end_recomputing()
+            self.gatherer.go_on_forward()
+            self._enter(Phase.FORWARD)
             return
         self.abandon()
         logger.warning(

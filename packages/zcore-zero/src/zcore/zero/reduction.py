@@ -54,7 +54,7 @@ class _Intake:
     def begin(self) -> None:
         """A backward starts."""
         self.backward, self.is_settled, self.is_started = -1, False, False
-        self.num_missing = sum(param.full.requires_grad for param in self.bucket.params)
+        self.num_missing = sum(param.full.requires_grad and param.is_trainable for param in self.bucket.params)
 
     def check_unchanged(self, *, outer: int) -> None:
         """Raise StateError if parameters have changed since the forward, in a backward inside `outer` or in that."""

@@ -21,7 +21,7 @@ from zcore.core.errors import StateError
 from zcore.zero.bucket import Bucket
 from zcore.zero.sharded_parameter import ShardedParameter
 
-__all__ = ["SavedTensors", "bucket_of", "others_decide"]
+__all__ = ["SavedTensors", "bucket_of", "claims", "others_decide"]
 
 # Of all models, since one may run inside another's forward: by the memory of what they gather. A WeakValueDictionary
 # takes three times as long to find none.
@@ -47,14 +47,15 @@ class SavedTensors:
     @property
     def is_open(self) -> bool:
         """Whether these hooks are there, on top or below others; autograd takes away what one of its nodes opened."""
-        return self._hooks is not None and compat.packs_saved_tensors() is not None
+        top = compat.packs_saved_tensors()
+        return top is _pack or (self._hooks is not None and top is not None)
 
     def open(self) -> bool:
         """Watch what is saved from now on; False where nothing is ever freed, or somebody does it already."""
         if not self._has_any or compat.packs_saved_tensors() is not None:
             return False
         self._node = compat.current_node()
-        self._hooks = saved_tensors_hooks(_pack, _unpack)
+        self._hooks = claims()
         self._hooks.__enter__()
         return True
 
@@ -64,6 +65,11 @@ class SavedTensors:
         node, self._node = self._node, None
         if hooks is not None and compat.packs_saved_tensors() is not None and compat.current_node() is node:
             hooks.__exit__()
+
+
+def claims() -> saved_tensors_hooks:
+    """What is saved inside is saved as claims, whoever has hooks around it."""
+    return saved_tensors_hooks(_pack, _unpack)
 
 
 def others_decide() -> bool:

@@ -367,6 +367,12 @@ def lost_edit(fqn: str) -> StateError:
 
 
 def _outside_forward(param: ShardedParameter, func: Callable[..., object]) -> str:
+    if func.__name__ in ("backward", "grad"):  # of torch.autograd, with parameters to differentiate by
+        return (
+            f"A derivative by {param.fqn} was asked for, which is sharded: this rank's fragment is no part of the "
+            "graph. Call `loss.backward()` and read `.grad`; or make the loss and take the derivative by what "
+            "is whole, inside `with zero.GatheredParameters([param]) as (whole,)`."
+        )
     return (
         f"{param.fqn} (shape {param.full_shape}) is sharded, and `{func.__name__}` was called on it outside the "
         "model's forward, where this rank holds a fragment only. Use it inside the forward of the sharded model; "

@@ -38,7 +38,7 @@ def reference(rows: Tensor, weights: Tensor, counts: Tensor, is_transposed: bool
 def check_operands(
     rows: Tensor, weights: Tensor, counts: Tensor, is_transposed: bool, *, device: torch.device = CPU
 ) -> None:
-    """Raise LayoutError or ConfigError unless `grouped_matmul` takes these on `device`, but for the values of counts."""
+    """Raise LayoutError or ConfigError unless `grouped_matmul` takes these on `device`, counts of any values."""
     op = "grouped_matmul"
     if rows.ndim != 2 or weights.ndim != 3 or weights.shape[2 if is_transposed else 1] != rows.shape[1]:
         expected = "[num_experts, out, in]" if is_transposed else "[num_experts, in, out]"
@@ -51,9 +51,7 @@ def check_operands(
     check(op, "counts", counts, shape=weights.shape[:1], dtypes=(torch.int64,), device=device)
 
 
-def check_operands_backward(
-    rows: Tensor, dout: Tensor, counts: Tensor, *, device: torch.device = CPU
-) -> None:
+def check_operands_backward(rows: Tensor, dout: Tensor, counts: Tensor, *, device: torch.device = CPU) -> None:
     """The same for the gradient of the weights."""
     op = "grouped_matmul_backward"
     if rows.ndim != 2 or dout.ndim != 2 or counts.ndim != 1:

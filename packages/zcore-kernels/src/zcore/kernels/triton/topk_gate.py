@@ -45,7 +45,8 @@ def score_of(x: tl.tensor, largest: tl.tensor, total: tl.tensor, IS_SOFTMAX: tl.
 def key_of(value: tl.tensor, column: tl.tensor, COLUMNS: tl.constexpr) -> tl.tensor:
     """An int64 that is larger for what comes first."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    ordered = tl.where(value != value, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    is_nan = value != value  # noqa: PLR0124
+    ordered = tl.where(is_nan, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     return (ordered.to(tl.int64) << 32) | (COLUMNS - 1 - column).to(tl.int64)
 
 

@@ -85,7 +85,8 @@ def copy_kernel(
         begin = tl.load(begins + group * blocks + choice // BLOCK, mask=is_token, other=0)
         place = begin + tl.load(ranks + choice, mask=is_token, other=0)
         tl.store(rows + place * hidden + column, tl.where(is_known, tile, nan), mask=is_inside)
-        tl.store(places + choice, place, mask=is_token & (piece == 0))
+        if piece == 0:
+            tl.store(places + choice, place, mask=is_token)
 
 
 def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,8 +138,9 @@ def backward_kernel(
     for choice in range(k):
         expert = tl.load(experts + row * k + choice, mask=is_token, other=-1)
         dscore = (tl.load(dweights + row * k + choice, mask=is_token, other=0.0) - shared) / total
-        dscores = tl.where(column == expert, dscore, dscores)
-        is_chosen = is_chosen | (column == expert)
+        is_this = (column == expert) & (column < num_experts)
+        dscores = tl.where(is_this, dscore, dscores)
+        is_chosen = is_chosen | is_this
     scores = score_of(x, largest, sum_of_row, IS_SOFTMAX)
     if IS_SOFTMAX:
         along = tl.sum(tl.where(is_chosen, dscores * scores, 0.0), 1, keep_dims=True)

@@ -21,7 +21,7 @@ from zcore.kernels.triton.tiles import plan_pieces
 __all__ = ["permute"]
 
 # Choices of a program, each compared with each: 64 comparisons a thread. Half would double the counts, twice would
-# double comparisons. Not measured on a GPU yet.
+# double comparisons.
 BLOCK = 128
 NUM_WARPS = 8
 

@@ -1,7 +1,7 @@
 """How products of groups of rows are cut into tiles: by how many rows an expert has on average, and by element size.
 
-How many each has is known on the device alone, so that one tiling has to do for all experts. Pure. No size here has
-been measured on a GPU yet; registers and shared memory are those that Triton 3.7 reports of what it compiles.
+How many each has is known on the device alone, so that one tiling has to do for all experts. Pure. Registers and shared
+memory are those that Triton 3.7 reports of what it compiles.
 """
 
 from dataclasses import dataclass

@@ -9,8 +9,8 @@ grouped_matmul(rows, weights, counts, is_transposed) -> out
 
 The gradient of rows is the same product with the weights the other way round; that of an expert without rows is zero.
 On the CPU torch's own product writes each group into its part of one output, and experts without rows cost nothing.
-Where threads change the bits of a product of oneDNN or MKL, they change those of this one. On CUDA Triton serves, and
-counts stay on the device.
+Where threads change the bits of a product of oneDNN or MKL, they change those of this one. On CUDA Triton serves,
+and counts stay on the device: what becomes of some that do not add up says triton/grouped_matmul.py.
 """
 
 from collections.abc import Iterator

@@ -9,6 +9,9 @@ unpermute(rows, places, weights) -> out
     counts    [num_experts] int64      how many rows each expert has
     places    [tokens, k] int64        the row of each choice
     weights   [tokens, k]              by which rows are multiplied before a token's are added up
+
+On CUDA Triton serves, which cannot refuse experts and places that there are not without waiting for the device; the
+headers of triton/permute.py and triton/unpermute.py say what becomes of them.
 """
 
 from typing import Any

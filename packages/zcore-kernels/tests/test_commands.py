@@ -1,6 +1,7 @@
 """`zcore kernels`: every op can be tried, every implementation is right, one that is not is found; whole figures."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from typer.testing import CliRunner
 
 from zcore.core import ops
 from zcore.core.errors import ConfigError
-from zcore.kernels.commands.cases import CASES, Call, Operands
+from zcore.kernels.commands.cases import CASES, Call, Operands, tensors_in
 from zcore.kernels.commands.checking import check_op
 from zcore.kernels.commands.command import app
+from zcore.kernels.commands.liger import LIGER, run_of_liger
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,12 +94,32 @@ def test_a_bench_writes_whole_rows(tmp_path: Path) -> None:
     assert "of memory" in text
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or find_spec("liger_kernel") is None,
+    reason="Liger-Kernel and a GPU are not both here",
+)
+@pytest.mark.parametrize("op", LIGER)
+def test_liger_computes_the_same(op: str) -> None:
+    device = torch.device("cuda")
+    call = CASES[op](Operands(4096, dtype=torch.float32, device=device))
+    run = run_of_liger(op, call.copied())
+    assert run is not None
+    ours = ops.get(op, device=device, dtype=torch.float32)(*call.args, **call.kwargs)
+    for one, other in zip(tensors_in(ours), tensors_in(run()), strict=False):  # Liger's may return more
+        torch.testing.assert_close(other.transpose(1, 2) if op == "rotary" else other, one, atol=1e-4, rtol=1e-4)
+
+
+def test_liger_has_no_op_that_is_not_ours() -> None:
+    assert set(LIGER) <= set(CASES)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("check", "adamw_stop"), "Did you mean adamw_step?"),
         (("check", "--dtypes", "int8"), "expected float32, bfloat16, float16"),
-        (("bench", "--against", "jax"), "expected some of torch, compile, deepspeed"),
+        (("bench", "--against", "jax"), "expected some of torch, compile, deepspeed, liger"),
+        (("bench", "--against", "torch,liger"), "on cpu: Liger-Kernel runs on GPUs only; expected --device cuda"),
         (("list", "--device", "tpu"), "expected cpu or cuda"),
     ],
 )

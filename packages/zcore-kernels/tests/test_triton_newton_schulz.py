@@ -1,14 +1,14 @@
-"""The symmetric product and Newton-Schulz in Triton's interpreter, against torch; see test_triton_layer_ops.py."""
+"""The symmetric product and Newton-Schulz in Triton against torch; see triton_device.py."""
 
 import pytest
 import torch
 from torch import Tensor
+from triton_device import DEVICE, WHY_SKIPPED
 
 from zcore.core import ops
-from zcore.kernels.triton.loading import is_interpreted, why_unavailable
 
-if why_unavailable() or not is_interpreted():
-    pytest.skip(why_unavailable() or "runs with TRITON_INTERPRET=1, by test_triton.py", allow_module_level=True)
+if WHY_SKIPPED:
+    pytest.skip(WHY_SKIPPED, allow_module_level=True)
 
 import zcore.kernels.ops.newton_schulz
 from zcore.kernels.ops.newton_schulz import reference
@@ -19,7 +19,7 @@ SHAPES = [(1, 1), (1, 9), (7, 123), (128, 64), (129, 65), (200, 300), (257, 3)]
 
 
 def drawn(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns)).to(dtype)
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns)).to(DEVICE, dtype)
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
@@ -65,8 +65,8 @@ def _iterated(x: Tensor) -> Tensor:
 
 def test_no_rows_and_zeros_are_served() -> None:
     serve = zcore.kernels.ops.newton_schulz.newton_schulz
-    assert serve(torch.ones(0, 4)).shape == (0, 4)
-    assert torch.equal(serve(torch.zeros(3, 4)), torch.zeros(3, 4, dtype=torch.bfloat16))
+    assert serve(torch.ones(0, 4, device=DEVICE)).shape == (0, 4)
+    assert torch.equal(serve(torch.zeros(3, 4, device=DEVICE)).cpu(), torch.zeros(3, 4, dtype=torch.bfloat16))
 
 
 def test_it_is_never_chosen_by_itself_on_the_cpu() -> None:

@@ -64,7 +64,7 @@ def check(
 def bench(
     ops: Ops = "",
     *,
-    against: Annotated[str, typer.Option(help="Peers: torch, compile, deepspeed.")] = "torch,compile",
+    against: Annotated[str, typer.Option(help="Peers: torch, compile, deepspeed, liger (on cuda).")] = "torch,compile",
     dtypes: Dtypes = "float32,bfloat16",
     device: Device = "cpu",
     numel: Numel = 10_000_000,
@@ -84,7 +84,8 @@ def bench(
 
     if threads:
         torch.set_num_threads(threads)
-    peers, on, before, began = check_peers(against), _device(device), load(), datetime.now(UTC)
+    on = _device(device)
+    peers, before, began = check_peers(against, device=on), load(), datetime.now(UTC)
     rows = [
         row
         for op in named_ops(ops)

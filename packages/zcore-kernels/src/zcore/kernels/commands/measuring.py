@@ -21,10 +21,11 @@ from zcore.core.tables import Table, shown_rate, shown_seconds
 from zcore.core.timing import Spread, time_in_turns
 from zcore.kernels import _cpu
 from zcore.kernels.commands.cases import CASES, Call, Operands, tensors_in
+from zcore.kernels.commands.liger import check_liger, run_of_liger
 
 __all__ = ["AGAINST", "Row", "check_peers", "measure_op", "table_of"]
 
-AGAINST = ("torch", "compile", "deepspeed")
+AGAINST = ("torch", "compile", "deepspeed", "liger")
 LIMIT = "memory"  # the stream
 Run = Callable[[], object]
 
@@ -43,14 +44,16 @@ class Row:
     speedup: Spread | None  # this one's time over that of what serves: above 1 where it is slower than that
 
 
-def check_peers(asked: str) -> list[str]:
-    """The peers named, separated by commas. Raises ConfigError or NotInstalledError."""
+def check_peers(asked: str, *, device: torch.device) -> list[str]:
+    """The peers named, separated by commas. Raises ConfigError or NotInstalledError for one that does not run here."""
     peers = [each for each in asked.split(",") if each]
     for peer in peers:
         if peer not in AGAINST:
             raise ConfigError(f"--against {peer}: expected some of {', '.join(AGAINST)}.")
     if "deepspeed" in peers and find_spec("deepspeed") is None:
         raise NotInstalledError("--against deepspeed needs it: pip install 'zcore-kernels[peers]'")
+    if "liger" in peers:
+        check_liger(device)
     return peers
 
 
@@ -136,6 +139,9 @@ def _peers(op: str, call: Call, reference: Callable[..., Any], peers: Sequence[s
         runs["torch.compile"] = _on(torch.compile(reference, dynamic=False), call.copied())
     if "deepspeed" in peers and op == "adamw_step" and len(call.args[4]) == 0:
         runs["deepspeed"] = _deepspeed_adam(call.copied())
+    by_liger = run_of_liger(op, call.copied()) if "liger" in peers else None
+    if by_liger is not None:
+        runs["liger"] = by_liger
     return runs
 
 

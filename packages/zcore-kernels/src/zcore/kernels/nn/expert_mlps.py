@@ -3,7 +3,8 @@
     x -> rows sorted by expert -> gate and up of each -> silu(gate) * up -> down of each -> sums of each token's rows
 
 What the router says comes in, so that any router will do: `TopKRouter`, or that of a Hugging Face model, whose experts
-(Qwen2-MoE, Mixtral) have the same parameters under the same names.
+(Qwen2-MoE, Mixtral) have the same parameters under the same names. On CUDA, where Triton is installed, nothing of this
+waits for the device.
 """
 
 import torch

@@ -9,7 +9,8 @@ grouped_matmul(rows, weights, counts, is_transposed) -> out
 
 The gradient of rows is the same product with the weights the other way round; that of an expert without rows is zero.
 On the CPU torch's own product writes each group into its part of one output, and experts without rows cost nothing.
-Where threads change the bits of a product of oneDNN or MKL, they change those of this one.
+Where threads change the bits of a product of oneDNN or MKL, they change those of this one. On CUDA Triton serves,
+and counts stay on the device: what becomes of some that do not add up says triton/grouped_matmul.py.
 """
 
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from zcore.core.errors import LayoutError
 from zcore.kernels.ops.differentiable import register_backward, register_differentiable
-from zcore.kernels.ops.operands import check
+from zcore.kernels.ops.operands import CPU, check
 
-__all__ = ["grouped_matmul", "reference"]
+__all__ = ["check_operands", "check_operands_backward", "fake", "fake_backward", "grouped_matmul", "reference"]
 
 
 def reference(rows: Tensor, weights: Tensor, counts: Tensor, is_transposed: bool = False) -> Tensor:
@@ -34,8 +35,10 @@ def reference(rows: Tensor, weights: Tensor, counts: Tensor, is_transposed: bool
     return torch.cat([group @ weight for group, weight in zip(groups, weights, strict=True)])
 
 
-def grouped_matmul(rows: Tensor, weights: Tensor, counts: Tensor, is_transposed: bool = False) -> Tensor:
-    """See `reference`; on the CPU, for fp32, bf16 and fp16. Raises LayoutError and ConfigError for other operands."""
+def check_operands(
+    rows: Tensor, weights: Tensor, counts: Tensor, is_transposed: bool, *, device: torch.device = CPU
+) -> None:
+    """Raise LayoutError or ConfigError unless `grouped_matmul` takes these on `device`, counts of any values."""
     op = "grouped_matmul"
     if rows.ndim != 2 or weights.ndim != 3 or weights.shape[2 if is_transposed else 1] != rows.shape[1]:
         expected = "[num_experts, out, in]" if is_transposed else "[num_experts, in, out]"
@@ -43,10 +46,29 @@ def grouped_matmul(rows: Tensor, weights: Tensor, counts: Tensor, is_transposed:
             f"{op}: rows has shape {tuple(rows.shape)}, weights {tuple(weights.shape)}; expected [total, in] and "
             f"{expected}."
         )
-    check(op, "rows", rows)
-    check(op, "weights", weights, shape=weights.shape, dtypes=(rows.dtype,))
+    check(op, "rows", rows, device=device)
+    check(op, "weights", weights, shape=weights.shape, dtypes=(rows.dtype,), device=device)
+    check(op, "counts", counts, shape=weights.shape[:1], dtypes=(torch.int64,), device=device)
+
+
+def check_operands_backward(rows: Tensor, dout: Tensor, counts: Tensor, *, device: torch.device = CPU) -> None:
+    """The same for the gradient of the weights."""
+    op = "grouped_matmul_backward"
+    if rows.ndim != 2 or dout.ndim != 2 or counts.ndim != 1:
+        raise LayoutError(
+            f"{op}: rows, dout and counts have shapes {tuple(rows.shape)}, {tuple(dout.shape)}, "
+            f"{tuple(counts.shape)}; expected [total, in], [total, out] and [num_experts]."
+        )
+    check(op, "rows", rows, device=device)
+    check(op, "dout", dout, shape=(rows.shape[0], dout.shape[1]), dtypes=(rows.dtype,), device=device)
+    check(op, "counts", counts, dtypes=(torch.int64,), device=device)
+
+
+def grouped_matmul(rows: Tensor, weights: Tensor, counts: Tensor, is_transposed: bool = False) -> Tensor:
+    """See `reference`; on the CPU, for fp32, bf16 and fp16. Raises LayoutError and ConfigError for other operands."""
+    check_operands(rows, weights, counts, is_transposed)
     out = fake(rows, weights, counts, is_transposed)
-    for expert, begin, end in _groups(op, counts, weights.shape[0], rows.shape[0]):
+    for expert, begin, end in _groups("grouped_matmul", counts, rows.shape[0]):
         weight = weights[expert]
         torch.mm(rows[begin:end], weight.T if is_transposed else weight, out=out[begin:end])
     return out
@@ -59,17 +81,11 @@ def fake(rows: Tensor, weights: Tensor, counts: Tensor, is_transposed: bool = Fa
 
 def grouped_matmul_backward(rows: Tensor, dout: Tensor, counts: Tensor, is_transposed: bool) -> Tensor:
     """The gradient of the weights."""
-    op = "grouped_matmul_backward"
-    if rows.ndim != 2 or dout.ndim != 2:
-        raise LayoutError(
-            f"{op}: rows and dout have shapes {tuple(rows.shape)}, {tuple(dout.shape)}; expected matrices."
-        )
-    check(op, "rows", rows)
-    check(op, "dout", dout, shape=(rows.shape[0], dout.shape[1]), dtypes=(rows.dtype,))
+    check_operands_backward(rows, dout, counts)
     dweights = fake_backward(rows, dout, counts, is_transposed)
     first, second = (dout, rows) if is_transposed else (rows, dout)
     used = set()
-    for expert, begin, end in _groups(op, counts, dweights.shape[0], rows.shape[0]):
+    for expert, begin, end in _groups("grouped_matmul_backward", counts, rows.shape[0]):
         torch.mm(first[begin:end].T, second[begin:end], out=dweights[expert])
         used.add(expert)
     for expert in range(dweights.shape[0]):
@@ -84,9 +100,8 @@ def fake_backward(rows: Tensor, dout: Tensor, counts: Tensor, is_transposed: boo
     return rows.new_empty(counts.shape[0], *sides)
 
 
-def _groups(op: str, counts: Tensor, num_experts: int, total: int) -> Iterator[tuple[int, int, int]]:
+def _groups(op: str, counts: Tensor, total: int) -> Iterator[tuple[int, int, int]]:
     """Of each expert that has rows itself, its first row and the one after its last."""
-    check(op, "counts", counts, shape=(num_experts,), dtypes=(torch.int64,))
     numbers = counts.tolist()
     if sum(numbers) != total or min(numbers, default=0) < 0:
         raise LayoutError(
@@ -121,6 +136,7 @@ register_backward(
     "(Tensor rows, Tensor dout, Tensor counts, bool is_transposed) -> Tensor",
     cpu=grouped_matmul_backward,
     fake=fake_backward,
+    triton="grouped_matmul",
 )
 register_differentiable(
     "grouped_matmul",
@@ -131,4 +147,5 @@ register_differentiable(
     setup_context=_setup,
     backward=_backward,
     source="torch",
+    triton="grouped_matmul",
 )

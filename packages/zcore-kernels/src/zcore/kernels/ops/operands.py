@@ -11,7 +11,7 @@ from torch import Tensor
 from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 
-__all__ = ["Operand", "check", "check_indices", "check_place", "operand", "rows_of"]
+__all__ = ["CPU", "Operand", "check", "check_indices", "check_place", "operand", "rows_of"]
 
 CPU = torch.device("cpu")
 Operand = tuple[int, int]  # address and zcore::Type

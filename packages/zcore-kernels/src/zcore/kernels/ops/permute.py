@@ -9,6 +9,9 @@ unpermute(rows, places, weights) -> out
     counts    [num_experts] int64      how many rows each expert has
     places    [tokens, k] int64        the row of each choice
     weights   [tokens, k]              by which rows are multiplied before a token's are added up
+
+On CUDA Triton serves, which cannot refuse experts and places that there are not without waiting for the device; the
+headers of triton/permute.py and triton/unpermute.py say what becomes of them.
 """
 
 from typing import Any
@@ -19,9 +22,20 @@ from torch import Tensor
 from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels import _cpu
 from zcore.kernels.ops.differentiable import register_backward, register_differentiable
-from zcore.kernels.ops.operands import check, check_indices, operand
+from zcore.kernels.ops.operands import CPU, check, check_indices, operand
 
-__all__ = ["permute", "reference", "reference_unpermute", "unpermute"]
+__all__ = [
+    "check_operands",
+    "check_operands_unpermute",
+    "check_operands_unpermute_backward",
+    "fake",
+    "fake_unpermute",
+    "fake_unpermute_backward",
+    "permute",
+    "reference",
+    "reference_unpermute",
+    "unpermute",
+]
 
 
 def reference(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,8 +56,8 @@ def reference_unpermute(rows: Tensor, places: Tensor, weights: Tensor | None = N
     return (wide if weights is None else wide * weights.to(wide.dtype).unsqueeze(-1)).sum(1).to(rows.dtype)
 
 
-def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference`; on the CPU, for fp32, bf16 and fp16. Raises LayoutError and ConfigError for other operands."""
+def check_operands(x: Tensor, experts: Tensor, num_experts: int, *, device: torch.device = CPU) -> None:
+    """Raise LayoutError or ConfigError unless `permute` takes these on `device`, but for the values of `experts`."""
     if x.ndim != 2 or experts.ndim != 2:
         raise LayoutError(
             f"permute: x has shape {tuple(x.shape)}, experts {tuple(experts.shape)}; expected [tokens, hidden] and "
@@ -51,10 +65,15 @@ def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tenso
         )
     if num_experts < 0:
         raise ConfigError(f"permute: num_experts is {num_experts}; expected 0 or more.")
-    tokens, hidden = x.shape
-    check("permute", "x", x)
-    check("permute", "experts", experts, shape=(tokens, experts.shape[1]), dtypes=(torch.int64,))
+    check("permute", "x", x, device=device)
+    check("permute", "experts", experts, shape=(x.shape[0], experts.shape[1]), dtypes=(torch.int64,), device=device)
+
+
+def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference`; on the CPU, for fp32, bf16 and fp16. Raises LayoutError and ConfigError for other operands."""
+    check_operands(x, experts, num_experts)
     check_indices("permute", "experts", experts, num_experts, "num_experts")
+    tokens, hidden = x.shape
     rows, counts, places = fake(x, experts, num_experts)
     _cpu.permute(
         operand(x),
@@ -77,12 +96,33 @@ def fake(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     return rows, experts.new_empty(num_experts), torch.empty_like(experts)
 
 
-def unpermute(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
-    """See `reference_unpermute`; for what `permute` takes, and weights of fp32, bf16 or fp16."""
+def check_operands_unpermute(
+    rows: Tensor, places: Tensor, weights: Tensor | None, *, device: torch.device = CPU
+) -> None:
+    """Raise LayoutError or ConfigError unless `unpermute` takes these on `device`, but for the values of `places`."""
     if rows.ndim != 2:
         raise LayoutError(f"unpermute: rows has shape {tuple(rows.shape)}; expected [tokens * k, hidden].")
-    check("unpermute", "rows", rows)
-    _check_places("unpermute", places, weights, rows.shape[0])
+    check("unpermute", "rows", rows, device=device)
+    _check_choices("unpermute", places, weights, rows.shape[0], device)
+
+
+def check_operands_unpermute_backward(
+    dout: Tensor, rows: Tensor | None, places: Tensor, weights: Tensor | None, *, device: torch.device = CPU
+) -> None:
+    """The same for its gradient."""
+    op = "unpermute_backward"
+    if dout.ndim != 2:
+        raise LayoutError(f"{op}: dout has shape {tuple(dout.shape)}; expected [tokens, hidden].")
+    _check_choices(op, places, weights, places.numel(), device)
+    check(op, "dout", dout, shape=(places.shape[0], dout.shape[1]), device=device)
+    if rows is not None:
+        check(op, "rows", rows, shape=(places.numel(), dout.shape[1]), dtypes=(dout.dtype,), device=device)
+
+
+def unpermute(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+    """See `reference_unpermute`; for what `permute` takes, and weights of fp32, bf16 or fp16."""
+    check_operands_unpermute(rows, places, weights)
+    _check_places("unpermute", places)
     out = fake_unpermute(rows, places, weights)
     _cpu.unpermute(
         operand(rows),
@@ -106,12 +146,9 @@ def unpermute_backward(
     dout: Tensor, rows: Tensor | None, places: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of rows and of weights, which is empty where there are none; only it needs the rows."""
-    op = "unpermute_backward"
+    check_operands_unpermute_backward(dout, rows, places, weights)
+    _check_places("unpermute_backward", places)
     drows, dweights = fake_unpermute_backward(dout, rows, places, weights)
-    check(op, "dout", dout, shape=(places.shape[0], drows.shape[1]))
-    _check_places(op, places, weights, drows.shape[0])
-    if rows is not None:
-        check(op, "rows", rows, shape=drows.shape, dtypes=(dout.dtype,))
     _cpu.unpermute_backward(
         operand(dout),
         operand(rows),
@@ -135,18 +172,21 @@ def fake_unpermute_backward(
     return drows, dout.new_empty(0) if rows is None or weights is None else torch.empty_like(weights)
 
 
-def _check_places(op: str, places: Tensor, weights: Tensor | None, num_rows: int) -> None:
+def _check_choices(op: str, places: Tensor, weights: Tensor | None, num_rows: int, device: torch.device) -> None:
     if places.ndim != 2 or places.numel() != num_rows:
         raise LayoutError(
             f"{op}: places has shape {tuple(places.shape)}; expected [tokens, k] with a place for each of the "
             f"{num_rows} rows."
         )
-    check(op, "places", places, dtypes=(torch.int64,))
+    check(op, "places", places, dtypes=(torch.int64,), device=device)
     if weights is not None:
-        check(op, "weights", weights, shape=places.shape)
-    if not _cpu.is_permutation(places.data_ptr(), num_rows):
+        check(op, "weights", weights, shape=places.shape, device=device)
+
+
+def _check_places(op: str, places: Tensor) -> None:
+    if not _cpu.is_permutation(places.data_ptr(), places.numel()):
         raise LayoutError(
-            f"{op}: places do not name each of the {num_rows} rows once; expected them as `permute` returns them."
+            f"{op}: places do not name each of the {places.numel()} rows once; expected them as `permute` returns them."
         )
 
 
@@ -175,6 +215,7 @@ register_backward(
     "(Tensor dout, Tensor? rows, Tensor places, Tensor? weights) -> (Tensor, Tensor)",
     cpu=unpermute_backward,
     fake=fake_unpermute_backward,
+    triton="unpermute",
 )
 register_differentiable(
     "permute",
@@ -184,6 +225,7 @@ register_differentiable(
     fake=fake,
     setup_context=_setup,
     backward=_backward,
+    triton="permute",
 )
 register_differentiable(
     "unpermute",
@@ -193,4 +235,5 @@ register_differentiable(
     fake=fake_unpermute,
     setup_context=_setup_unpermute,
     backward=_backward_unpermute,
+    triton="unpermute",
 )

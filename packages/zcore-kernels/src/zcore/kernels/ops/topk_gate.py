@@ -18,9 +18,9 @@ from torch import Tensor
 from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels import _cpu
 from zcore.kernels.ops.differentiable import register_backward, register_differentiable
-from zcore.kernels.ops.operands import check, check_indices, operand
+from zcore.kernels.ops.operands import CPU, check, check_indices, operand
 
-__all__ = ["reference", "topk_gate"]
+__all__ = ["SMALLEST_TOTAL", "check_operands", "check_operands_backward", "fake", "reference", "topk_gate"]
 
 SCORINGS = {"softmax": 0, "sigmoid": 1}  # as zcore::Scoring counts them
 SMALLEST_TOTAL = 1e-20  # added to the sum of the chosen scores, which may all be 0
@@ -51,15 +51,38 @@ def _check_choice(op: str, logits: Tensor, k: int, scoring: str) -> None:
         raise ConfigError(f"{op}: k is {k}; expected 1 to {logits.shape[1]}, the number of experts.")
 
 
+def check_operands(logits: Tensor, k: int, scoring: str, bias: Tensor | None, *, device: torch.device = CPU) -> None:
+    """Raise LayoutError or ConfigError unless `topk_gate` takes these on `device`."""
+    _check_choice("topk_gate", logits, k, scoring)
+    check("topk_gate", "logits", logits, device=device)
+    if bias is not None:
+        check("topk_gate", "bias", bias, shape=logits.shape[1:], device=device)
+
+
+def check_operands_backward(
+    dweights: Tensor,
+    logits: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    scoring: str,
+    *,
+    device: torch.device = CPU,
+) -> None:
+    """The same for its gradient, but for the values of `experts`."""
+    op = "topk_gate_backward"
+    _check_choice(op, logits, experts.shape[-1], scoring)
+    check(op, "logits", logits, device=device)
+    check(op, "experts", experts, shape=(logits.shape[0], experts.shape[-1]), dtypes=(torch.int64,), device=device)
+    for name, each in (("dweights", dweights), ("weights", weights)):
+        check(op, name, each, shape=experts.shape, dtypes=(torch.float32,), device=device)
+
+
 def topk_gate(
     logits: Tensor, k: int, scoring: str = "softmax", normalise: bool = True, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `reference`; on the CPU, for fp32, bf16 and fp16. Raises LayoutError and ConfigError for other operands."""
-    _check_choice("topk_gate", logits, k, scoring)
-    check("topk_gate", "logits", logits)
+    check_operands(logits, k, scoring, bias)
     tokens, num_experts = logits.shape
-    if bias is not None:
-        check("topk_gate", "bias", bias, shape=(num_experts,))
     weights, experts = fake(logits, k, scoring, normalise, bias)
     _cpu.topk_gate(
         operand(logits),
@@ -88,14 +111,9 @@ def topk_gate_backward(  # noqa: PLR0917 - as the schema has it
     dweights: Tensor, logits: Tensor, weights: Tensor, experts: Tensor, scoring: str, normalise: bool
 ) -> Tensor:
     """The gradient of logits from that of weights."""
-    op = "topk_gate_backward"
-    _check_choice(op, logits, experts.shape[-1], scoring)
-    check(op, "logits", logits)
+    check_operands_backward(dweights, logits, weights, experts, scoring)
     tokens, num_experts = logits.shape
-    check(op, "experts", experts, shape=(tokens, experts.shape[-1]), dtypes=(torch.int64,))
-    check_indices(op, "experts", experts, num_experts, "the width of logits")
-    for name, each in (("dweights", dweights), ("weights", weights)):
-        check(op, name, each, shape=experts.shape, dtypes=(torch.float32,))
+    check_indices("topk_gate_backward", "experts", experts, num_experts, "the width of logits")
     dlogits = torch.empty_like(logits)
     _cpu.topk_gate_backward(
         dweights.data_ptr(),
@@ -128,6 +146,7 @@ register_backward(
     "(Tensor dweights, Tensor logits, Tensor weights, Tensor experts, str scoring, bool normalise) -> Tensor",
     cpu=topk_gate_backward,
     fake=lambda dweights, logits, weights, experts, scoring, normalise: torch.empty_like(logits),
+    triton="topk_gate",
 )
 register_differentiable(
     "topk_gate",
@@ -137,4 +156,5 @@ register_differentiable(
     fake=fake,
     setup_context=_setup,
     backward=_backward,
+    triton="topk_gate",
 )

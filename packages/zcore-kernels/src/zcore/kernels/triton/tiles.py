@@ -63,9 +63,9 @@ def plan_pieces(hidden: int) -> Tile:
     return Tile(PIECE // columns, columns)
 
 
-def num_programs(device: torch.device) -> int:
-    """How many programs fill `device`: four for each multiprocessor; of the interpreter, where it matters little, 4."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def num_programs(device: torch.device, *, on_each: int = 4) -> int:
+    """How many programs fill `device`, so many on each multiprocessor; of the interpreter 4, for tests."""
+    return on_each * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _power_of_two(number: int) -> int:

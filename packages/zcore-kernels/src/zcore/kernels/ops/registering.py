@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zcore.core import ops
+from zcore.kernels.cuda.loading import offer
 from zcore.kernels.ops.pieces import FLOATS, Column, Columns
 
 __all__ = ["Result", "flat_op", "register"]
@@ -119,11 +120,13 @@ def register(
     cpu: Callable[..., Any],
     fake: Callable[..., Any],
     dtypes: tuple[torch.dtype, ...],
+    cuda: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Make `op` known, and return what calls it, in a graph or outside.
 
-    fake: what it returns of tensors without data. dtypes: of the first operand, that `cpu` serves. `reference` is the
-    op's where its user has not registered one; a user imported later replaces it.
+    fake: what it returns of tensors without data. dtypes: of the first operand, that `cpu` and `cuda` serve; the
+    latter where the wheel has CUDA kernels. `reference` is the op's where its user has not registered one; a user
+    imported later replaces it.
     """
     LIBRARY.define(op + schema)
     LIBRARY.impl(op, cpu, "CPU")
@@ -133,7 +136,21 @@ def register(
     in_graph = getattr(torch.ops.zcore, op)
 
     def serve(*args: Any, **kwargs: Any) -> Any:
-        return (in_graph if torch.compiler.is_compiling() else cpu)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return in_graph(*args, **kwargs)
+        return (cpu if cuda is None or not _is_on_cuda(args[0]) else cuda)(*args, **kwargs)
 
     ops.implementation(op, source="cpp", priority=PRIORITY, devices=("cpu",), dtypes=dtypes)(serve)
+    if cuda is not None:
+        LIBRARY.impl(op, cuda, "CUDA")
+        offer(op, serve, dtypes=dtypes)
     return serve
+
+
+def _is_on_cuda(operand: Any) -> bool:
+    """Of a tensor, or of the first one in lists and tuples of them."""
+    while not isinstance(operand, Tensor):
+        if not operand:
+            return False
+        operand = operand[0]
+    return operand.is_cuda

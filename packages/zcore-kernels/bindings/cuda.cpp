@@ -2,9 +2,13 @@
 // is the number of a CUDA stream (torch.cuda.Stream.cuda_stream).
 #include <nanobind/nanobind.h>
 
+#include "grouped_matmul.hpp"
 #include "zcore/cuda/stream.hpp"
 
 NB_MODULE(_cuda, module) {
     nanobind::set_leak_warnings(false);  // torch's registry keeps ops, and what they hold, beyond the interpreter's end
     module.def("architectures", &zcore::cuda::architectures);
+#if defined(ZCORE_HAS_CUTLASS)
+    bind_grouped_matmul(module);
+#endif
 }

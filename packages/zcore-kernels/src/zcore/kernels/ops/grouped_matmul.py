@@ -9,8 +9,12 @@ grouped_matmul(rows, weights, counts, is_transposed) -> out
 
 The gradient of rows is the same product with the weights the other way round; that of an expert without rows is zero.
 On the CPU torch's own product writes each group into its part of one output, and experts without rows cost nothing.
-Where threads change the bits of a product of oneDNN or MKL, they change those of this one. On CUDA Triton serves, and
-counts stay on the device.
+Where threads change the bits of a product of oneDNN or MKL, they change those of this one.
+
+On CUDA CUTLASS serves bf16 and fp16 whose `in` and `out` are multiples of 8 and which begin at multiples of 16 bytes.
+Triton serves all else, and all where no kernel of CUTLASS was built; with ZCORE_OPS=cuda that is refused instead, with
+the reason. Both sum in fp32 and leave counts on the device, where nobody looks whether their sum is `total`: they keep
+within memory whatever it is, and rows that no count covers become NaN.
 """
 
 from collections.abc import Iterator
@@ -38,7 +42,7 @@ def reference(rows: Tensor, weights: Tensor, counts: Tensor, is_transposed: bool
 def check_operands(
     rows: Tensor, weights: Tensor, counts: Tensor, is_transposed: bool, *, device: torch.device = CPU
 ) -> None:
-    """Raise LayoutError or ConfigError unless `grouped_matmul` takes these on `device`, but for the values of counts."""
+    """Raise LayoutError or ConfigError unless `grouped_matmul` takes these on `device`, counts of any values."""
     op = "grouped_matmul"
     if rows.ndim != 2 or weights.ndim != 3 or weights.shape[2 if is_transposed else 1] != rows.shape[1]:
         expected = "[num_experts, out, in]" if is_transposed else "[num_experts, in, out]"
@@ -51,9 +55,7 @@ def check_operands(
     check(op, "counts", counts, shape=weights.shape[:1], dtypes=(torch.int64,), device=device)
 
 
-def check_operands_backward(
-    rows: Tensor, dout: Tensor, counts: Tensor, *, device: torch.device = CPU
-) -> None:
+def check_operands_backward(rows: Tensor, dout: Tensor, counts: Tensor, *, device: torch.device = CPU) -> None:
     """The same for the gradient of the weights."""
     op = "grouped_matmul_backward"
     if rows.ndim != 2 or dout.ndim != 2 or counts.ndim != 1:
@@ -139,6 +141,7 @@ register_backward(
     cpu=grouped_matmul_backward,
     fake=fake_backward,
     triton="grouped_matmul",
+    cuda="grouped_matmul",
 )
 register_differentiable(
     "grouped_matmul",
@@ -150,4 +153,5 @@ register_differentiable(
     backward=_backward,
     source="torch",
     triton="grouped_matmul",
+    cuda="grouped_matmul",
 )

@@ -1,32 +1,32 @@
 """The ops of experts against their references in float64: odd shapes, dtypes, ties, threads, refusals, compiling."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
+from expert_cases import OPS, SMALL, Draw, Sizes, grouped
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from op_calls import (
+    DTYPES,
+    Arguments,
+    Op,
+    check_close,
+    check_graph,
+    each_spoilt,
+    everything,
+    gradients,
+    is_float,
+    threads,
+    widened,
+)
 
 from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError, StateError
-from zcore.kernels.ops import grouped_matmul, permute, topk_gate
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# A result may differ from the reference in float64, of the same rounded operands, by this much of 1 + its magnitude.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-REFERENCES: dict[str, Callable[..., Any]] = {
-    "topk_gate": topk_gate.reference,
-    "permute": permute.reference,
-    "unpermute": permute.reference_unpermute,
-    "grouped_matmul": grouped_matmul.reference,
-}
 NAN, INF = float("nan"), float("inf")
 
-Arguments = tuple[Any, ...]
+every_op = pytest.mark.parametrize("op", OPS, ids=str)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,139 +35,6 @@ def unwritten_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory is set by default
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much of each there is."""
-
-    tokens: int
-    hidden: int
-    num_experts: int
-    k: int  # at most num_experts
-
-
-class Draw:
-    """Operands of one dtype and seed."""
-
-    def __init__(self, dtype: torch.dtype, seed: int = 7) -> None:
-        self.dtype, self._random = dtype, torch.Generator().manual_seed(seed)
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(*shape, generator=self._random).to(dtype or self.dtype).requires_grad_()
-
-    def experts(self, size: Sizes) -> Tensor:
-        """The last expert gets none, so that there is one without rows."""
-        used = max(size.num_experts - 1, 1)
-        return torch.randint(used, (size.tokens, size.k), generator=self._random)
-
-    def places(self, size: Sizes) -> Tensor:
-        return torch.randperm(size.tokens * size.k, generator=self._random).view(size.tokens, size.k)
-
-
-@dataclass(frozen=True)
-class Op:
-    """How to call one op."""
-
-    name: str
-    make: Callable[[Draw, Sizes], Arguments]
-    label: str = ""
-
-    def __str__(self) -> str:
-        return self.name + self.label
-
-    def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
-        return as_tuple(getattr(torch.ops.zcore, self.name)(*arguments))
-
-    def reference(self, *arguments: Any) -> tuple[Tensor, ...]:
-        return as_tuple(REFERENCES[self.name](*arguments))
-
-
-def gate(scoring: str, normalise: bool, *, is_biased: bool = False) -> Op:
-    def make(draw: Draw, size: Sizes) -> Arguments:
-        logits = draw(size.tokens, size.num_experts)
-        return logits, size.k, scoring, normalise, draw(size.num_experts).detach() if is_biased else None
-
-    return Op("topk_gate", make, f" {scoring}{' normalised' * normalise}{' biased' * is_biased}")
-
-
-def grouped(is_transposed: bool) -> Op:
-    def make(draw: Draw, size: Sizes) -> Arguments:
-        counts = torch.bincount(draw.experts(size).flatten(), minlength=size.num_experts)
-        into, out = size.hidden, size.hidden // 2 + 1
-        sides = (out, into) if is_transposed else (into, out)
-        return draw(size.tokens * size.k, into), draw(size.num_experts, *sides), counts, is_transposed
-
-    return Op("grouped_matmul", make, " transposed" * is_transposed)
-
-
-OPS = [
-    gate("softmax", normalise=True),
-    gate("softmax", normalise=False),
-    gate("softmax", normalise=True, is_biased=True),
-    gate("sigmoid", normalise=True, is_biased=True),
-    gate("sigmoid", normalise=False),
-    Op("permute", lambda draw, size: (draw(size.tokens, size.hidden), draw.experts(size), size.num_experts)),
-    Op(
-        "unpermute",
-        lambda draw, size: (
-            draw(size.tokens * size.k, size.hidden),
-            draw.places(size),
-            draw(size.tokens, size.k, dtype=torch.float32),
-        ),
-    ),
-    Op(
-        "unpermute",
-        lambda draw, size: (draw(size.tokens * size.k, size.hidden), draw.places(size), draw(size.tokens, size.k)),
-        " weights in the dtype of rows",
-    ),
-    Op("unpermute", lambda draw, size: (draw(size.tokens * size.k, size.hidden), draw.places(size)), " no weights"),
-    grouped(is_transposed=False),
-    grouped(is_transposed=True),
-]
-every_op = pytest.mark.parametrize("op", OPS, ids=str)
-SMALL = Sizes(tokens=5, hidden=6, num_experts=4, k=2)
-
-
-def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
-def is_float(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def gradients(results: tuple[Tensor, ...], arguments: Arguments) -> tuple[Tensor, ...]:
-    random = torch.Generator().manual_seed(11)
-    outputs = [each for each in results if is_float(each)]
-    seeds = [torch.randn(each.shape, generator=random).to(torch.bfloat16).to(each.dtype) for each in outputs]
-    return torch.autograd.grad(outputs, [each for each in arguments if is_float(each) and each.requires_grad], seeds)
-
-
-def widened(arguments: Arguments) -> Arguments:
-    return tuple(
-        each.detach().double().requires_grad_(each.requires_grad) if is_float(each) else each for each in arguments
-    )
-
-
-def check_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], factor: float = 1.0) -> None:
-    assert len(found) == len(expected)
-    for each, right in zip(found, expected, strict=True):
-        if not is_float(each):
-            assert torch.equal(each, right)
-            continue
-        tolerance = TOLERANCE[each.dtype]
-        torch.testing.assert_close(each.double(), right, atol=tolerance * factor, rtol=tolerance, equal_nan=True)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 SIZES = st.builds(
@@ -209,8 +76,7 @@ def test_results_do_not_depend_on_threads_or_on_the_run(op: Op, dtype: torch.dty
     for count in (1, 2, 2):
         arguments = op.make(Draw(dtype), Sizes(tokens=1500, hidden=66, num_experts=9, k=2))
         with threads(count):
-            results = op(*arguments)
-            found.append([*results, *gradients(results, arguments)])
+            found.append(everything(op, arguments))
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
@@ -237,25 +103,14 @@ def test_the_reference_has_the_gradients_that_differences_show(op: Op) -> None:
 
 @every_op
 def test_torch_compile_passes_without_a_graph_break(op: Op) -> None:
-    torch.compiler.reset()  # else all ops count as recompilations of one function
-    arguments = op.make(Draw(torch.float32), SMALL)
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    results, expected = compiled(*arguments), op(*arguments)
-    pairs = zip((*results, *gradients(results, arguments)), (*expected, *gradients(expected, arguments)), strict=True)
-    assert all(torch.equal(one, two) for one, two in pairs)
+    check_graph(op, op.make(Draw(torch.float32), SMALL))
 
 
 @every_op
 def test_operands_that_cannot_be_served_are_refused_by_name(op: Op) -> None:
-    arguments = op.make(Draw(torch.float32), SMALL)
-    for index, each in enumerate(arguments):
-        if not isinstance(each, Tensor):
-            continue
-        strided = torch.stack([each.detach()] * 2, -1)[..., 0]
-        other = each.detach().double() if is_float(each) else each.int()
-        for wrong, error in ((other, ConfigError), (strided, LayoutError)):
-            with pytest.raises(error, match=op.name + ": .* expected"):
-                op(*arguments[:index], wrong, *arguments[index + 1 :])
+    for arguments, error in each_spoilt(op.make(Draw(torch.float32), SMALL)):
+        with pytest.raises(error, match=op.name + ": .* expected"):
+            op(*arguments)
 
 
 @pytest.mark.parametrize("name", sorted({op.name for op in OPS}))

@@ -1,13 +1,11 @@
 """Every op of layers against its reference in float64, over odd shapes, dtypes, threads, refusals and torch.compile."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_cases import DTYPES, EPS, OPS, Op, check_close, drawing, gradients, widened
+from layer_cases import EPS, OPS, drawing
+from op_calls import DTYPES, Op, check_close, check_graph, each_spoilt, everything, gradients, threads, widened
 from torch import Tensor
 
 import zcore.kernels.ops.bias_dropout_residual
@@ -15,16 +13,6 @@ from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError, StateError
 
 every_op = pytest.mark.parametrize("op", OPS, ids=str)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @every_op
@@ -41,9 +29,10 @@ def test_op_and_its_gradients_are_those_of_the_reference_in_float64(
     arguments = op.make(drawing(dtype, seed), rows, hidden)
     wide = widened(arguments)
     results, expected = op(*arguments), op.reference(*wide)
-    check_close(results, expected, dtype, 1.0)
+    check_close(results, expected)
     # A weight's gradient sums over rows, and rounding grows as a random walk does.
-    check_close(gradients(results, arguments), gradients(expected, wide), dtype, 1.0 + rows**0.5)
+    check_close(gradients(results, arguments), gradients(expected, wide), 1.0 + rows**0.5)
+    assert all(each.dtype == dtype for each in results)
 
 
 @every_op
@@ -53,8 +42,7 @@ def test_results_do_not_depend_on_threads_or_on_the_run(op: Op, dtype: torch.dty
     for count in (1, 2, 2):
         arguments = op.make(drawing(dtype), 700, 98)
         with threads(count):
-            results = op(*arguments)
-            found.append([*results, *gradients(results, arguments)])
+            found.append(everything(op, arguments))
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
@@ -76,7 +64,7 @@ def test_what_is_not_finite_comes_out_as_in_torch(op: Op, special: float) -> Non
     arguments = op.make(drawing(torch.float32), 3, 70)
     with torch.no_grad():
         arguments[0].view(-1)[70 + 5] = special  # the second row
-    check_close(op(*arguments), op.reference(*widened(arguments)), torch.float32, 1.0)
+    check_close(op(*arguments), op.reference(*widened(arguments)))
 
 
 @every_op
@@ -93,28 +81,14 @@ def test_the_reference_has_the_gradients_that_differences_show(op: Op) -> None:
 
 @every_op
 def test_torch_compile_passes_without_a_graph_break(op: Op) -> None:
-    torch.compiler.reset()  # else all ops count as recompilations of one function
-    arguments = op.make(drawing(torch.float32), 3, 10)
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    results, expected = compiled(*arguments), op(*arguments)
-    for one, two in zip(
-        (*results, *gradients(results, arguments)), (*expected, *gradients(expected, arguments)), strict=True
-    ):
-        assert torch.equal(one, two)
+    check_graph(op, op.make(drawing(torch.float32), 3, 10))
 
 
 @every_op
 def test_operands_that_cannot_be_served_are_refused_by_name(op: Op) -> None:
-    arguments = op.make(drawing(torch.float32), 3, 10)
-    for index, each in enumerate(arguments):
-        if not isinstance(each, Tensor) or not each.is_floating_point():
-            continue
-        for wrong, error in (
-            (each.detach().double(), ConfigError),
-            (torch.stack([each.detach()] * 2, -1)[..., 0], LayoutError),
-        ):
-            with pytest.raises(error, match=op.name + ": .* expected"):
-                op(*arguments[:index], wrong, *arguments[index + 1 :])
+    for arguments, error in each_spoilt(op.make(drawing(torch.float32), 3, 10)):
+        with pytest.raises(error, match=op.name + ": .* expected"):
+            op(*arguments)
 
 
 @pytest.mark.parametrize("name", sorted({op.name for op in OPS}))

@@ -14,19 +14,29 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import OPS, Op, drawing
+from expert_cases import OPS as EXPERT_OPS
+from expert_cases import SMALL, Draw, Sizes
+from layer_cases import OPS, drawing
+from op_calls import Op, as_tuple, everything, is_float, moved
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zcore.kernels.ops.newton_schulz
 from zcore.core import ops
 from zcore.core.errors import NotInstalledError
-from zcore.kernels.nn import RMSNorm, SwiGLU
+from zcore.kernels.nn import ExpertMLPs, RMSNorm, SwiGLU, TopKRouter
 from zcore.kernels.triton import loading
 
-FILES = ("test_triton_layer_ops.py", "test_triton_newton_schulz.py")
-LETTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+FILES = ("test_triton_expert_ops.py", "test_triton_layer_ops.py", "test_triton_newton_schulz.py")
+LETTERS = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+NAMES = sorted({op.name for op in (*OPS, *EXPERT_OPS)})
 
 needs_triton = pytest.mark.skipif(loading.why_unavailable() is not None, reason="triton is not installed")
 not_interpreted = pytest.mark.skipif(loading.is_interpreted(), reason="TRITON_INTERPRET is set: nothing is compiled")
@@ -44,13 +54,13 @@ def test_the_kernels_are_right_in_the_interpreter(file: str) -> None:
 
 
 @pytest.fixture
-def compile_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], list[str]]:
-    """Makes launches compile their kernel for a device of some compute capability, and returns the names of those."""
+def compile_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], list[Any]]:
+    """Makes launches compile their kernel for a device of some compute capability, and returns what is compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names: list[str] = []
+    compiled: list[Any] = []
 
     def run(capability: int, kernel: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
@@ -64,13 +74,13 @@ def compile_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[i
         target = GPUTarget("cuda", capability, 32)
         made = triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
         assert made.asm["cubin"]
-        names.append(kernel.fn.__name__)
+        compiled.append(made)
 
-    def choose(capability: int) -> list[str]:
+    def choose(capability: int) -> list[Any]:
         monkeypatch.setattr(
             triton.runtime.JITFunction, "run", lambda kernel, *args, **kwargs: run(capability, kernel, *args, **kwargs)
         )
-        return names
+        return compiled
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     return choose
@@ -91,14 +101,13 @@ every_capability = pytest.mark.parametrize("capability", [pytest.param(80, marks
 @not_interpreted
 @every_capability
 @pytest.mark.parametrize("op", OPS, ids=str)
-def test_every_layer_op_compiles_for_a_gpu(op: Op, capability: int, compile_only: Callable[[int], list[str]]) -> None:
-    names = compile_only(capability)
+def test_every_layer_op_compiles_for_a_gpu(op: Op, capability: int, compile_only: Callable[[int], list[Any]]) -> None:
+    compiled = compile_only(capability)
     arguments = op.make(drawing(torch.bfloat16), 3, 66)
     results = loading.deferred(_file_of(op.name), op.name)(*arguments)
-    outputs = (results,) if isinstance(results, Tensor) else results
     backward = loading.deferred(_file_of(op.name), _backward_of(op.name))
-    backward(*_backward_arguments(op, arguments, tuple(outputs)))
-    assert len(names) in {2, 4}  # rotary turns queries and keys, each by itself
+    backward(*_backward_arguments(op, arguments, as_tuple(results)))
+    assert len(compiled) in {2, 4}  # rotary turns queries and keys, each by itself
 
 
 def _file_of(name: str) -> str:
@@ -129,14 +138,76 @@ def _backward_arguments(op: Op, arguments: tuple[Any, ...], outputs: tuple[Tenso
 @needs_triton
 @not_interpreted
 @every_capability
-def test_the_symmetric_product_compiles_for_a_gpu(capability: int, compile_only: Callable[[int], list[str]]) -> None:
-    names = compile_only(capability)
+def test_the_symmetric_product_compiles_for_a_gpu(capability: int, compile_only: Callable[[int], list[Any]]) -> None:
+    compiled = compile_only(capability)
     zcore.kernels.ops.newton_schulz.newton_schulz(torch.randn(5, 9), steps=1)
-    assert names == ["symmetric_kernel"] * 2
+    assert [each.name for each in compiled] == ["symmetric_kernel"] * 2
+
+
+def _launch(name: str, *arguments: Any) -> tuple[Tensor, ...]:
+    return as_tuple(loading.deferred(name.removesuffix("_backward"), name)(*arguments))
+
+
+@needs_triton
+@not_interpreted
+@every_capability
+@pytest.mark.parametrize("op", EXPERT_OPS, ids=str)
+def test_every_op_of_experts_compiles_for_a_gpu_and_is_launched_without_a_look_at_values(
+    op: Op, capability: int, compile_only: Callable[[int], list[Any]]
+) -> None:
+    compiled = compile_only(capability)
+    mode = FakeTensorMode()  # whoever asks its tensors for values gets an error
+    drawn = op.make(Draw(torch.bfloat16), Sizes(tokens=300, hidden=130, num_experts=2, k=2))
+    arguments = tuple(mode.from_tensor(each) if isinstance(each, Tensor) else each for each in drawn)
+    results = _launch(op.name, *arguments)
+    if op.name == "permute":
+        _launch("unpermute", results[0], results[2])
+    elif op.name == "unpermute":
+        _launch("unpermute_backward", results[0], *(*arguments, None)[:3])
+    elif op.name == "topk_gate":
+        _launch("topk_gate_backward", results[0], arguments[0], *results, *arguments[2:4])
+    else:
+        _launch("grouped_matmul_backward", arguments[0], results[0], *arguments[2:])
+    assert len(compiled) == (3 if op.name == "permute" else 2)
+
+
+@needs_triton
+@not_interpreted
+@pytest.mark.parametrize(("precision", "instruction"), [("none", "fma.rn.f32"), ("tf32", "tf32.f32")])
+def test_products_of_fp32_are_exact_unless_torch_allows_tf32(
+    precision: str, instruction: str, compile_only: Callable[[int], list[Any]]
+) -> None:
+    compiled, matmul = compile_only(80), torch.backends.cuda.matmul
+    rows, weights, counts = torch.randn(300, 40), torch.randn(1, 40, 130), torch.tensor([300])
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        (out,) = _launch("grouped_matmul", rows, weights, counts)
+        _launch("grouped_matmul_backward", rows, out, counts, False)
+    finally:
+        matmul.fp32_precision = before
+    assert len(compiled) == 2
+    assert all(instruction in each.asm["ptx"] for each in compiled)
+    assert any("tf32" in each.asm["ptx"] for each in compiled) == (precision == "tf32")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+@needs_triton
+@not_interpreted
+@pytest.mark.parametrize("op", EXPERT_OPS, ids=str)
+def test_ops_of_experts_never_wait_for_the_device(op: Op) -> None:
+    arguments = moved(op.make(Draw(torch.float32), SMALL), CUDA)
+    everything(op, arguments)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums = [each.sum() for each in op(*arguments) if is_float(each)]
+        torch.autograd.grad(sums, arguments[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @not_interpreted
-@pytest.mark.parametrize("name", [*sorted({op.name for op in OPS}), "newton_schulz"])
+@pytest.mark.parametrize("name", [*NAMES, "newton_schulz"])
 def test_the_registry_offers_it_on_cuda_before_the_reference_and_never_on_the_cpu(name: str) -> None:
     (triton,) = (each for each in ops.implementations()[name] if each.source == "triton")
     assert triton.devices == {"cuda"}
@@ -148,10 +219,11 @@ def test_the_registry_offers_it_on_cuda_before_the_reference_and_never_on_the_cp
         ops.get(name, device=CPU, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("op", sorted({op.name for op in OPS}))
+@pytest.mark.parametrize("op", NAMES)
 def test_torch_has_a_kernel_for_cuda(op: str) -> None:
+    backward = "unpermute" if op == "permute" else _backward_of(op)
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"zcore::{op}", "CUDA")
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"zcore::{_backward_of(op)}", "CUDA")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"zcore::{backward}", "CUDA")
 
 
 def test_ops_are_registered_without_triton_and_say_what_is_missing() -> None:
@@ -192,6 +264,21 @@ def test_graphs_for_cuda_hold_the_ops() -> None:
     with FakeTensorMode():  # of tensors without data there are such on a GPU without one
         block, x = nn.Sequential(RMSNorm(8, device="cuda"), SwiGLU()), torch.empty(3, 8, device="cuda")
         assert torch.compile(block, backend=keep, fullgraph=True)(x).shape == (3, 4)
+        assert torch.compile(Experts(), backend=keep, fullgraph=True)(x).shape == (3, 8)
     called = [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
-    assert torch.ops.zcore.rms_norm in called
-    assert torch.ops.zcore.swiglu_packed in called
+    for name in ("rms_norm", "swiglu_packed", "topk_gate", "permute", "grouped_matmul", "unpermute"):
+        assert getattr(torch.ops.zcore, name) in called
+
+
+class Experts(nn.Module):
+    """Two of four for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = TopKRouter(8, num_experts=4, k=2, device="cuda")
+        self.experts = ExpertMLPs(8, 6, num_experts=4, device="cuda")
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, experts, _ = self.router(x)
+        found: Tensor = self.experts(x, experts, weights)
+        return found

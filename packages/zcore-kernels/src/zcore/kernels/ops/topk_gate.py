@@ -59,7 +59,7 @@ def check_operands(logits: Tensor, k: int, scoring: str, bias: Tensor | None, *,
         check("topk_gate", "bias", bias, shape=logits.shape[1:], device=device)
 
 
-def check_operands_backward(  # noqa: PLR0917 - as the schema has it
+def check_operands_backward(
     dweights: Tensor,
     logits: Tensor,
     weights: Tensor,

@@ -15,8 +15,6 @@ Counts that do not add up cannot be refused without waiting for the device. One 
 are none, and rows beyond the counts become NaN and give weights no gradient.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -24,80 +22,17 @@ from torch import Tensor
 
 from zcore.kernels.ops.grouped_matmul import check_operands, check_operands_backward, fake, fake_backward
 from zcore.kernels.triton.loading import is_interpreted
+from zcore.kernels.triton.product_tiles import plan_gradient, plan_product
 from zcore.kernels.triton.tiles import num_programs
 
 __all__ = ["grouped_matmul", "grouped_matmul_backward"]
 
-BAND = 8  # tiles of rows that take their turn beside one tile of columns, so that both are read again from the L2 cache
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """A tile of the result, `rows` x `columns`, and how much of what is summed is multiplied at a time."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def keywords(self) -> dict[str, int]:
-        """As kernels take it."""
-        return {
-            "ROWS": self.rows,
-            "COLUMNS": self.columns,
-            "DEPTH": self.depth,
-            "BAND": BAND,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-def plan_product(dtype: torch.dtype, rows: float, columns: int) -> Tiling:
-    """For experts of so many rows, on average. None of this has been measured on a GPU yet.
-
-    16 bits take 128 x 128 x 64 where there are rows for it: 64 KB of operands in 3 stages leave room in the 99 KB that a
-    program may have on sm_86, the least of any since sm_80. Experts of few rows, as in decoding, are bound by reading
-    weights: tiles as low as tensor cores allow, 16, waste no products, and a fourth stage keeps more reads on the way.
-    fp32 is multiplied without tensor cores, where a tile of 64 x 64 already fills the registers of 4 warps.
-
-    >>> plan_product(torch.bfloat16, 500.0, 4096)
-    Tiling(rows=128, columns=128, depth=64, num_warps=8, num_stages=3)
-    >>> plan_product(torch.bfloat16, 3.0, 4096)
-    Tiling(rows=16, columns=128, depth=64, num_warps=4, num_stages=4)
-    """
-    wide = torch.finfo(dtype).bits > 16
-    most = 64 if wide else 128
-    low, narrow = _power_of_two(rows, most), _power_of_two(columns, most)
-    if wide:
-        return Tiling(low, narrow, 32, 4, 2)
-    return Tiling(low, narrow, 64, 8 if low * narrow > 64 * 128 else 4, 3 if low > 64 else 4)
-
-
-def plan_gradient(dtype: torch.dtype, rows: float, sides: tuple[int, int]) -> Tiling:
-    """For weights of `sides`; what is summed are rows, of which an expert has so many on average.
-
-    As `plan_product`, but that it is the depth which is small where rows are few.
-
-    >>> plan_gradient(torch.bfloat16, 500.0, (4096, 64))
-    Tiling(rows=128, columns=64, depth=64, num_warps=4, num_stages=3)
-    """
-    wide = torch.finfo(dtype).bits > 16
-    most = 64 if wide else 128
-    low, narrow = (_power_of_two(side, most) for side in sides)
-    depth = _power_of_two(rows, 32 if wide else 64)
-    return Tiling(low, narrow, depth, 8 if low * narrow > 64 * 128 else 4, 2 if wide else 3)
-
-
-def _power_of_two(number: float, most: int) -> int:
-    """The one at or above `number`, from 16, the least that tensor cores multiply, to `most`."""
-    return next(side for side in (16, 32, 64, 128) if side >= number or side == most)
-
 
 @triton.jit
-def sums_of(counts: tl.tensor, num_experts: tl.tensor, total: tl.tensor, EXPERTS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Of each expert the first row and the one after its last; that after all experts has the rows beyond the counts."""
+def sums_of(
+    counts: tl.tensor, num_experts: tl.tensor, total: tl.tensor, EXPERTS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Of each expert the first row and the one after its last; one expert more has the rows beyond the counts."""
     expert = tl.arange(0, EXPERTS)
     given = tl.load(counts + expert, mask=expert < num_experts, other=0)
     given = tl.where(expert == num_experts, total, tl.minimum(tl.maximum(given, 0), total))
@@ -211,12 +146,16 @@ def gradient_kernel(
     tl.store(dweights + at, product.to(dweights.dtype.element_ty), mask=(row < high_side) & (column < wide_side))
 
 
-def _settings(num_experts: int) -> dict[str, object]:
-    """What both kernels are compiled for."""
+def _multiplies_by_tensor_cores(dtype: torch.dtype) -> bool:
+    # The property allow_tf32 raises an error where a program has set this one.
+    return dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _settings(num_experts: int, *, by_tensor_cores: bool) -> dict[str, object]:
+    """What both kernels are compiled for, beside tiles."""
     return {
         "EXPERTS": triton.next_power_of_2(num_experts + 1),
-        # The property allow_tf32 raises an error where a program has set this one.
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+        "PRECISION": "tf32" if by_tensor_cores else "ieee",  # of fp32 operands
         "IS_WIDENED": is_interpreted(),  # the interpreter of triton 3.7 multiplies the bits of bf16 as integers
     }
 
@@ -227,7 +166,9 @@ def grouped_matmul(rows: Tensor, weights: Tensor, counts: Tensor, is_transposed:
     out = fake(rows, weights, counts, is_transposed)
     (total, into), columns, num_experts = rows.shape, out.shape[1], weights.shape[0]
     if out.numel():
-        tiling = plan_product(rows.dtype, total / max(num_experts, 1), columns)
+        by_tensor_cores = _multiplies_by_tensor_cores(rows.dtype)
+        of_expert = total / max(num_experts, 1)
+        tiling = plan_product(rows.element_size(), of_expert, columns, by_tensor_cores=by_tensor_cores)
         tiles = (triton.cdiv(total, tiling.rows) + num_experts) * triton.cdiv(columns, tiling.columns)  # at most
         programs = num_programs(rows.device, on_each=8 // tiling.num_warps)
         product_kernel[(min(tiles, programs),)](
@@ -240,7 +181,7 @@ def grouped_matmul(rows: Tensor, weights: Tensor, counts: Tensor, is_transposed:
             into,
             columns,
             *((1, into) if is_transposed else (columns, 1)),
-            **_settings(num_experts),
+            **_settings(num_experts, by_tensor_cores=by_tensor_cores),
             **tiling.keywords,
         )
     return out
@@ -252,7 +193,9 @@ def grouped_matmul_backward(rows: Tensor, dout: Tensor, counts: Tensor, is_trans
     dweights = fake_backward(rows, dout, counts, is_transposed)
     num_experts, *sides = dweights.shape
     if dweights.numel():
-        tiling = plan_gradient(rows.dtype, rows.shape[0] / num_experts, (sides[0], sides[1]))
+        by_tensor_cores = _multiplies_by_tensor_cores(rows.dtype)
+        of_expert = rows.shape[0] / num_experts
+        tiling = plan_gradient(rows.element_size(), of_expert, (sides[0], sides[1]), by_tensor_cores=by_tensor_cores)
         tiles = triton.cdiv(sides[0], tiling.rows) * triton.cdiv(sides[1], tiling.columns)
         gradient_kernel[(num_experts * tiles,)](
             *((dout, rows) if is_transposed else (rows, dout)),
@@ -261,7 +204,7 @@ def grouped_matmul_backward(rows: Tensor, dout: Tensor, counts: Tensor, is_trans
             rows.shape[0],
             num_experts,
             *sides,
-            **_settings(num_experts),
+            **_settings(num_experts, by_tensor_cores=by_tensor_cores),
             **tiling.keywords,
         )
     return dweights

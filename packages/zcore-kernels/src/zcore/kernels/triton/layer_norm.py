@@ -4,13 +4,11 @@ Rows stay in registers, so that the variance is of differences from the mean wit
 rms_norm.py here.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from zcore.kernels.ops.operands import check, rows_of
-from zcore.kernels.triton.tiles import num_programs, plan_whole_rows
+from zcore.kernels.triton.norms import launch_backward, launch_forward
 
 __all__ = ["layer_norm", "layer_norm_backward", "layer_norm_residual"]
 
@@ -102,80 +100,21 @@ def backward_kernel(
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """The norm of rows; raises LayoutError and ConfigError for operands that are not served."""
-    return _forward("layer_norm", x, None, weight, bias, eps)[0]
+    return launch_forward(forward_kernel, "layer_norm", x, None, {"weight": weight, "bias": bias}, eps)[0]
 
 
 def layer_norm_residual(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Of x + residual the norm, and the sum itself."""
-    check("layer_norm_residual", "residual", residual, shape=x.shape, dtypes=(x.dtype,), device=x.device)
-    return _forward("layer_norm_residual", x, residual, weight, bias, eps)
-
-
-def _forward(
-    op: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    rows, hidden = rows_of(op, "x", x, device=x.device)
-    _check_affine(op, weight, bias, hidden, x.device)
-    y, tile = torch.empty_like(x), plan_whole_rows(op, hidden)
-    added = y if residual is None else torch.empty_like(x)
-    if x.numel():
-        forward_kernel[(triton.cdiv(rows, tile.rows),)](
-            x,
-            residual,
-            weight,
-            bias,
-            y,
-            added,
-            rows,
-            hidden,
-            eps,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.num_warps,
-        )
-    return y, added
+    affine = {"weight": weight, "bias": bias}
+    return launch_forward(forward_kernel, "layer_norm_residual", x, residual, affine, eps)
 
 
 def layer_norm_backward(
     dy: Tensor, s: Tensor, weight: Tensor | None, bias: Tensor | None, dsum: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of what was normalised, of the weight and of the bias (these empty where there is none)."""
-    op = "layer_norm_backward"
-    rows, hidden = rows_of(op, "s", s, device=s.device)
-    check(op, "dy", dy, shape=s.shape, dtypes=(s.dtype,), device=s.device)
-    if dsum is not None:
-        check(op, "dsum", dsum, shape=s.shape, dtypes=(s.dtype,), device=s.device)
-    _check_affine(op, weight, bias, hidden, s.device)
-    ds, tile = torch.empty_like(s), plan_whole_rows(op, hidden)
-    programs = min(triton.cdiv(rows, tile.rows), num_programs(s.device))
-    partials = [
-        None if affine is None else s.new_empty(programs, hidden, dtype=torch.float32) for affine in (weight, bias)
-    ]
-    if s.numel():
-        backward_kernel[(programs,)](
-            dy,
-            s,
-            weight,
-            dsum,
-            ds,
-            *partials,
-            rows,
-            hidden,
-            eps,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.num_warps,
-        )
-    dweight, dbias = (
-        s.new_empty(0) if affine is None or partial is None else partial.sum(0).to(affine.dtype)
-        for affine, partial in zip((weight, bias), partials, strict=True)
-    )
+    affine = {"weight": weight, "bias": bias}
+    ds, dweight, dbias = launch_backward(backward_kernel, "layer_norm_backward", dy, s, affine, dsum, eps)
     return ds, dweight, dbias
-
-
-def _check_affine(op: str, weight: Tensor | None, bias: Tensor | None, hidden: int, device: torch.device) -> None:
-    for name, affine in (("weight", weight), ("bias", bias)):
-        if affine is not None:
-            check(op, name, affine, shape=(hidden,), device=device)

@@ -2,12 +2,12 @@
 
 A stable counting sort without atomics, so that places are those of the CPU's op, and nothing waits for the device:
 
-    counts_kernel    a program has BLOCK choices: of each its rank among those of its expert, and how many each expert has
+    counts_kernel    of BLOCK choices the rank of each among those of its expert, and how many each expert has
     torch.cumsum     over [num_experts + 1, blocks]: where the choices of each expert and block begin
     copy_kernel      place = begin + rank; a program reads a piece of x once and writes it k times
 
-An expert that there is not has no count, and its choices come behind all others, as rows of NaN: to refuse it, the host
-would have to wait for the device. Beside the rows, x and its choices the counts take 16 bytes for each expert and block.
+An expert that there is not has no count, and its choices come behind all others, as rows of NaN: to refuse it, the
+host would have to wait for the device. Beside rows and choices 16 bytes are taken for each expert and block.
 """
 
 import torch
@@ -42,8 +42,8 @@ def counts_kernel(
     choice, opposite = block * BLOCK + at[:, None], block * BLOCK + at[None, :]
     mine = tl.load(experts + choice, mask=choice < choices, other=-1)
     theirs = tl.load(experts + opposite, mask=opposite < choices, other=-1)
-    mine = tl.where((mine >= 0) & (mine < num_experts), mine, num_experts)
-    theirs = tl.where((theirs >= 0) & (theirs < num_experts), theirs, num_experts)
+    mine = tl.where((mine >= 0) & (mine < num_experts), mine, num_experts).to(tl.int32)
+    theirs = tl.where((theirs >= 0) & (theirs < num_experts), theirs, num_experts).to(tl.int32)
     is_same = (mine == theirs) & (opposite < choices)
     rank = tl.sum((is_same & (at[None, :] < at[:, None])).to(tl.int32), 1, keep_dims=True)
     later = tl.sum((is_same & (at[None, :] > at[:, None])).to(tl.int32), 1, keep_dims=True)
@@ -85,7 +85,8 @@ def copy_kernel(
         begin = tl.load(begins + group * blocks + choice // BLOCK, mask=is_token, other=0)
         place = begin + tl.load(ranks + choice, mask=is_token, other=0)
         tl.store(rows + place * hidden + column, tl.where(is_known, tile, nan), mask=is_inside)
-        tl.store(places + choice, place, mask=is_token & (piece == 0))
+        if piece == 0:
+            tl.store(places + choice, place, mask=is_token)
 
 
 def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,9 +98,7 @@ def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     counts = experts.new_zeros(num_experts + 1, blocks)
     ranks = torch.empty_like(experts, dtype=torch.int32)
     if choices:
-        counts_kernel[(blocks,)](
-            experts, ranks, counts, choices, num_experts, blocks, BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
+        counts_kernel[(blocks,)](experts, ranks, counts, choices, num_experts, blocks, BLOCK=BLOCK, num_warps=NUM_WARPS)
         tile = plan_pieces(hidden)
         pieces = max(triton.cdiv(hidden, tile.columns), 1)  # one that writes places where rows have no elements
         copy_kernel[(triton.cdiv(tokens, tile.rows) * pieces,)](

@@ -4,13 +4,11 @@ A program keeps its rows in registers: forward moves 8 bytes an element in fp32 
 dsum 16), and a partial sum of the weight's gradient for each program.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from zcore.kernels.ops.operands import check, rows_of
-from zcore.kernels.triton.tiles import num_programs, plan_whole_rows
+from zcore.kernels.triton.norms import launch_backward, launch_forward
 
 __all__ = ["rms_norm", "rms_norm_backward", "rms_norm_residual"]
 
@@ -87,73 +85,20 @@ def backward_kernel(
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     """The norm of rows; raises LayoutError and ConfigError for operands that are not served."""
-    return _forward("rms_norm", x, None, weight, eps, offset)[0]
+    return launch_forward(forward_kernel, "rms_norm", x, None, {"weight": weight}, eps, offset)[0]
 
 
 def rms_norm_residual(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Of x + residual the norm, and the sum itself."""
-    check("rms_norm_residual", "residual", residual, shape=x.shape, dtypes=(x.dtype,), device=x.device)
-    return _forward("rms_norm_residual", x, residual, weight, eps, offset)
-
-
-def _forward(
-    op: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
-) -> tuple[Tensor, Tensor]:
-    rows, hidden = rows_of(op, "x", x, device=x.device)
-    if weight is not None:
-        check(op, "weight", weight, shape=(hidden,), device=x.device)
-    y, tile = torch.empty_like(x), plan_whole_rows(op, hidden)
-    added = y if residual is None else torch.empty_like(x)
-    if x.numel():
-        forward_kernel[(triton.cdiv(rows, tile.rows),)](
-            x,
-            residual,
-            weight,
-            y,
-            added,
-            rows,
-            hidden,
-            eps,
-            offset,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.num_warps,
-        )
-    return y, added
+    return launch_forward(forward_kernel, "rms_norm_residual", x, residual, {"weight": weight}, eps, offset)
 
 
 def rms_norm_backward(
     dy: Tensor, s: Tensor, weight: Tensor | None, dsum: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     """The gradients of what was normalised and of the weight (empty where there is none)."""
-    op = "rms_norm_backward"
-    rows, hidden = rows_of(op, "s", s, device=s.device)
-    check(op, "dy", dy, shape=s.shape, dtypes=(s.dtype,), device=s.device)
-    if dsum is not None:
-        check(op, "dsum", dsum, shape=s.shape, dtypes=(s.dtype,), device=s.device)
-    if weight is not None:
-        check(op, "weight", weight, shape=(hidden,), device=s.device)
-    ds, tile = torch.empty_like(s), plan_whole_rows(op, hidden)
-    programs = min(triton.cdiv(rows, tile.rows), num_programs(s.device))
-    partial = None if weight is None else s.new_empty(programs, hidden, dtype=torch.float32)
-    if s.numel():
-        backward_kernel[(programs,)](
-            dy,
-            s,
-            weight,
-            dsum,
-            ds,
-            partial,
-            rows,
-            hidden,
-            eps,
-            offset,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.num_warps,
-        )
-    if weight is None or partial is None:
-        return ds, s.new_empty(0)
-    return ds, partial.sum(0).to(weight.dtype)
+    affine = {"weight": weight}
+    ds, dweight = launch_backward(backward_kernel, "rms_norm_backward", dy, s, affine, dsum, eps, offset)
+    return ds, dweight

@@ -39,7 +39,8 @@ def rotary_kernel(
     head = (tl.program_id(0) % groups) * HEADS + tl.arange(0, HEADS)[:, None]
     at = (token * heads + head) * dim
 
-    position = tl.load(positions + token)
+    # A block of one, since of a lone truth the interpreter makes an integer, which is no mask to triton above 3.7.
+    position = tl.load(positions + token + tl.zeros([1, 1], tl.int64))
     has_row = (position >= 0) & (position < num_positions)
     pair = tl.arange(0, PAIRS)[None, :]
     if IS_INTERLEAVED:

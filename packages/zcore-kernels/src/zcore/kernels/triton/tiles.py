@@ -64,7 +64,7 @@ def plan_pieces(hidden: int) -> Tile:
 
 
 def num_programs(device: torch.device, *, on_each: int = 4) -> int:
-    """How many programs fill `device`, so many on each multiprocessor; of the interpreter, where it matters little, 4."""
+    """How many programs fill `device`, so many on each multiprocessor; of the interpreter 4, for tests."""
     return on_each * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 

@@ -45,7 +45,8 @@ def score_of(x: tl.tensor, largest: tl.tensor, total: tl.tensor, IS_SOFTMAX: tl.
 def key_of(value: tl.tensor, column: tl.tensor, COLUMNS: tl.constexpr) -> tl.tensor:
     """An int64 that is larger for what comes first."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    ordered = tl.where(value != value, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    is_nan = value != value  # noqa: PLR0124
+    ordered = tl.where(is_nan, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     return (ordered.to(tl.int64) << 32) | (COLUMNS - 1 - column).to(tl.int64)
 
 
@@ -137,8 +138,9 @@ def backward_kernel(
     for choice in range(k):
         expert = tl.load(experts + row * k + choice, mask=is_token, other=-1)
         dscore = (tl.load(dweights + row * k + choice, mask=is_token, other=0.0) - shared) / total
-        dscores = tl.where(column == expert, dscore, dscores)
-        is_chosen = is_chosen | (column == expert)
+        is_this = (column == expert) & (column < num_experts)
+        dscores = tl.where(is_this, dscore, dscores)
+        is_chosen = is_chosen | is_this
     scores = score_of(x, largest, sum_of_row, IS_SOFTMAX)
     if IS_SOFTMAX:
         along = tl.sum(tl.where(is_chosen, dscores * scores, 0.0), 1, keep_dims=True)

@@ -79,6 +79,7 @@ def backward_kernel(
     place = tl.load(places + choice, mask=is_choice, other=-1)
     is_known = is_choice & (place >= 0) & (place < num_rows)
     total = tl.zeros([ROWS, 1], tl.float32)
+    weight = tl.full([ROWS, 1], 1.0, tl.float32)
     if weights is not None:
         weight = tl.load(weights + choice, mask=is_choice, other=0.0).to(tl.float32)
     for start in range(0, hidden, COLUMNS):
@@ -89,11 +90,7 @@ def backward_kernel(
         if dweights is not None:
             row = tl.load(rows + at, mask=is_inside, other=0.0).to(tl.float32)
             total += tl.sum(gradient * row, 1, keep_dims=True)
-        if weights is not None:
-            drow = weight * gradient
-        else:
-            drow = gradient + tl.zeros([ROWS, 1], tl.float32)  # for each choice
-        tl.store(drows + at, drow.to(drows.dtype.element_ty), mask=is_inside)
+        tl.store(drows + at, (weight * gradient).to(drows.dtype.element_ty), mask=is_inside)
     if dweights is not None:
         total = tl.where(is_known, total, float("nan"))
         tl.store(dweights + choice, total.to(dweights.dtype.element_ty), mask=is_choice)

@@ -10,6 +10,9 @@ from zcore.kernels._cpu import Table
 def architectures() -> str:
     """What the kernels were compiled for: "sm_80 sm_90 sm_100 compute_100", the last as PTX, for later devices."""
 
+def why_unusable() -> str | None:
+    """Why no kernel can be launched on the current device, in CUDA's words; makes its context."""
+
 def adamw_step(
     table: Table,
     stream: int,

@@ -17,10 +17,10 @@ namespace zcore::ZCORE_ISA {
 template <typename Step>
 constexpr int at_least_one = Step::num_states == 0 ? 1 : Step::num_states;  // as there are no arrays of none
 
-// Of a launch.
+// Of a launch, and of the one that adds sums: with one pointer more they are within the limit.
 template <typename Step>
 struct Arguments {
-    static constexpr std::uint32_t capacity = capacity_beside<Step::num_states>(sizeof(Step) + sizeof(double*));
+    static constexpr std::uint32_t capacity = capacity_beside<Step::num_states>(sizeof(Step) + 2 * sizeof(double*));
 
     Pieces<Step::num_states, capacity> pieces;
     Step step;

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(block_threads)
 template <typename Step, typename Piece, typename Before, typename After>
 void launch_steps(const char* op, std::span<const Piece> pieces, const Step& step, Stream stream, const Before& before,
                   const After& after) {
-    static_assert(sizeof(Arguments<Step>) <= argument_bytes);
+    static_assert(sizeof(Arguments<Step>) + sizeof(void*) <= argument_bytes);
     for (std::size_t first = 0; first < pieces.size(); first += Arguments<Step>::capacity) {
         Arguments<Step> arguments{{}, step, nullptr};
         for (const Piece& piece : pieces.subspan(first).first(std::min<std::size_t>(

@@ -19,8 +19,8 @@ struct Lengths {
 inline void require_sides(const char* op, const Lengths& lengths, std::int64_t in_multiple) {
     const std::string name = op;
     if (lengths.num_in % in_multiple != 0 || lengths.num_out % 8 != 0) {
-        throw std::invalid_argument(name + ": the sides of the weights are " + std::to_string(lengths.num_in) + " (in) and " +
-                                    std::to_string(lengths.num_out) + " (out); expected multiples of " +
+        throw std::invalid_argument(name + ": the sides of the weights are " + std::to_string(lengths.num_in) +
+                                    " (in) and " + std::to_string(lengths.num_out) + " (out); expected multiples of " +
                                     std::to_string(in_multiple) + " and 8. Pad them with zeros.");
     }
     for (const std::int64_t each : {lengths.total, lengths.num_groups, lengths.num_in, lengths.num_out}) {

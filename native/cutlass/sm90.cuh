@@ -55,8 +55,8 @@ struct Sm90 {
     using StrideA = typename Kernel::InternalStrideA;
     using StrideB = typename Kernel::InternalStrideB;
     using StrideD = typename Kernel::InternalStrideD;
-    static_assert(sizeof(Sides) == sides_bytes && sizeof(StrideA) == sizeof(void*) && sizeof(StrideB) == sizeof(void*) &&
-                  sizeof(StrideD) == sizeof(void*));
+    static_assert(sizeof(Sides) == sides_bytes && sizeof(StrideA) == sizeof(void*) &&
+                  sizeof(StrideB) == sizeof(void*) && sizeof(StrideD) == sizeof(void*));
 
     // What `describe` writes.
     struct Arrays {

@@ -46,10 +46,11 @@ Matrix multiplied(const Products& all, const Matrix& a, const Matrix& b, std::in
             for (std::int64_t column = 0; column < group.n; ++column) {
                 double sum = 0.0;
                 for (std::int64_t each = 0; each < group.k; ++each) {
-                    const std::int64_t at_a = is_a_transposed ? each * leading_a(all) + row : row * leading_a(all) + each;
+                    const std::int64_t at_a =
+                        group.a + (is_a_transposed ? each * leading_a(all) + row : row * leading_a(all) + each);
                     const std::int64_t at_b =
-                        is_b_transposed ? column * leading_b(all) + each : each * leading_b(all) + column;
-                    sum += a.at(static_cast<std::size_t>(group.a + at_a)) * b.at(static_cast<std::size_t>(group.b + at_b));
+                        group.b + (is_b_transposed ? column * leading_b(all) + each : each * leading_b(all) + column);
+                    sum += a.at(static_cast<std::size_t>(at_a)) * b.at(static_cast<std::size_t>(at_b));
                 }
                 d.at(static_cast<std::size_t>(group.d + row * all.n + column)) = sum;
             }
@@ -127,8 +128,8 @@ TEST(GroupedMatmul, AWorkspaceHoldsWhatItsSizeWasAskedFor) {
                 before = taken;
             }
             cut.take<std::array<std::int32_t, 3>>(groups);
-            const std::size_t left = multiprocessors * zcore::grouped::num_descriptors * zcore::grouped::descriptor_bytes;
-            EXPECT_NE(cut.take<std::byte>(left), nullptr);
+            const std::size_t of_each = zcore::grouped::num_descriptors * zcore::grouped::descriptor_bytes;
+            EXPECT_NE(cut.take<std::byte>(multiprocessors * of_each), nullptr);
             EXPECT_THROW(cut.take<std::byte>(1), std::invalid_argument);
         }
     }
@@ -146,7 +147,8 @@ TEST(GroupedMatmul, WhatTensorCoresDoNotTakeIsRefusedWithTheReason) {
     using namespace zcore::grouped;
     EXPECT_EQ(said([] { require_sides("op", {5, 2, 64, 24}, 8); }), "");
     EXPECT_EQ(said([] { require_sides("op", {5, 2, 12, 24}, 8); }),
-              "op: the sides of the weights are 12 (in) and 24 (out); expected multiples of 8 and 8. Pad them with zeros.");
+              "op: the sides of the weights are 12 (in) and 24 (out); expected multiples of 8 and 8. "
+              "Pad them with zeros.");
     EXPECT_NE(said([] { require_sides("op", {5, 2, 8, 8}, 16); }), "");
     EXPECT_NE(said([] { require_sides("op", {5, 2, 16, 12}, 16); }), "");
     EXPECT_EQ(said([] { require_sides("op", {std::int64_t{1} << 31, 2, 8, 8}, 8); }),

@@ -11,6 +11,7 @@
 
 #include "cpu/dynamic_lanes.hpp"
 #include "cpu/vectors.hpp"
+#include "elements/floats.hpp"
 #include "zcore/flat.hpp"
 
 namespace zcore::ZCORE_ISA {
@@ -20,60 +21,6 @@ constexpr std::size_t block_numel = code_block_numel;  // so that a block has on
 // How many elements the block at `at` has, of a range that ends at `end`.
 static inline std::size_t block_at(std::size_t at, std::size_t end) {
     return end - at < block_numel ? end - at : block_numel;
-}
-
-// A hyper-parameter, kept in double until 1 - beta and its like are computed: 1.0f - 0.999f is off by 5e-5.
-static inline float rounded(double value) { return static_cast<float>(value); }
-
-// a b + c, rounded once where the instruction set can. Said where torch's fused steps do it, and nowhere left to the
-// compiler, so that a step has torch's bits on such machines.
-static inline float multiply_add(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    return __builtin_fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-
-static inline std::uint16_t bf16_of(float value) {
-    const std::uint32_t bits = bits_of_float(value);
-    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;  // rounding could carry it into the sign
-    return static_cast<std::uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
-}
-
-static inline float float_of_bf16(std::uint16_t value) { return float_of_bits(static_cast<std::uint32_t>(value) << 16); }
-
-// fp16 without F16C, branch by branch as IEEE 754 has it.
-static inline float float_of_f16_bits(std::uint16_t half) {
-    const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
-    const std::uint32_t magnitude = half & 0x7fffu;
-    if (magnitude >= 0x7c00u) {
-        return float_of_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-    }
-    if (magnitude < 0x400u) {
-        const float value = static_cast<float>(magnitude) * 0x1p-24f;  // exact
-        return sign ? -value : value;
-    }
-    return float_of_bits(sign | ((magnitude << 13) + (112u << 23)));
-}
-
-static inline std::uint16_t f16_bits_of(float value) {
-    const std::uint32_t bits = bits_of_float(value);
-    const std::uint32_t sign = (bits >> 16) & 0x8000u;
-    const std::uint32_t magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) {
-        return static_cast<std::uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
-    }
-    if (magnitude >= 0x47800000u) {  // 65536 and more; what rounds up to that carries into it below
-        return static_cast<std::uint16_t>(sign | 0x7c00u);
-    }
-    if (magnitude < 0x38800000u) {  // below the smallest normal number: let the addition round
-        const float shifted = float_of_bits(magnitude) + 0.5f;
-        return static_cast<std::uint16_t>(sign | (bits_of_float(shifted) - 0x3f000000u));
-    }
-    const std::uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23);
-    return static_cast<std::uint16_t>(sign | (rounded >> 13));
 }
 
 static inline void floats_of_f16(const std::uint16_t* ZCORE_RESTRICT in, float* ZCORE_RESTRICT out, std::size_t count) {

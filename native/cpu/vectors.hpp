@@ -1,10 +1,11 @@
-// The bits of a float, and vectors as wide as the instruction set has them. For code that is compiled once for each
-// instruction set: everything is `static`, and in the namespace of that set (see CMakeLists.txt).
+// Vectors as wide as the instruction set has them. For code that is compiled once for each instruction set: everything
+// is `static`, and in the namespace of that set (see CMakeLists.txt).
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <cstring>
+
+#include "elements/floats.hpp"
 
 #if defined(__F16C__)  // and so AVX2: see CMakeLists.txt
 #pragma GCC diagnostic push
@@ -16,18 +17,6 @@
 #define ZCORE_RESTRICT __restrict__
 
 namespace zcore::ZCORE_ISA {
-
-static inline float float_of_bits(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline std::uint32_t bits_of_float(float value) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
 
 #if defined(__AVX512F__)
 constexpr std::size_t vector_bytes = 64;

@@ -20,6 +20,8 @@ struct Names {
     PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
     PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
     PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+    PyObject* is_cuda = PyUnicode_InternFromString("is_cuda");
+    PyObject* get_device = PyUnicode_InternFromString("get_device");
     PyObject* dtype = PyUnicode_InternFromString("dtype");
 };
 
@@ -44,8 +46,11 @@ std::optional<zcore::Type> type_of(const Column& column, nb::handle dtype) {
     return std::nullopt;
 }
 
-bool is_flat(nb::handle tensor) {
-    return attribute(tensor, names().is_cpu).ptr() == Py_True && call<bool>(tensor, names().is_contiguous);
+bool is_on(nb::handle tensor, std::optional<int> cuda_index) {
+    if (!cuda_index) {
+        return attribute(tensor, names().is_cpu).ptr() == Py_True;
+    }
+    return attribute(tensor, names().is_cuda).ptr() == Py_True && call<int>(tensor, names().get_device) == *cuda_index;
 }
 
 std::size_t num_blocks(std::size_t numel) { return (numel + zcore::code_block_numel - 1) / zcore::code_block_numel; }
@@ -54,7 +59,7 @@ bool is_of_codes(zcore::Type type) { return type == zcore::Type::signed_code || 
 
 }  // namespace
 
-std::optional<Table> Layout::read(const nb::sequence& operands) const {
+std::optional<Table> Layout::read(const nb::sequence& operands, std::optional<int> cuda_index) const {
     if (nb::len(operands) != columns_.size() || columns_.empty()) {
         return std::nullopt;
     }
@@ -100,7 +105,8 @@ std::optional<Table> Layout::read(const nb::sequence& operands) const {
             }
             const std::size_t expected = scales ? num_blocks(numels[row]) : numels[row];
             const std::size_t numel = index == 0 ? expected : call<std::size_t>(tensor, names().numel);
-            if (!own.is(dtype) || numel != expected || !is_flat(tensor)) {
+            if (!own.is(dtype) || numel != expected || !is_on(tensor, cuda_index) ||
+                !call<bool>(tensor, names().is_contiguous)) {
                 return std::nullopt;
             }
             table.set_address(row++, index, call<std::uintptr_t>(tensor, names().data_ptr));
@@ -126,5 +132,5 @@ void bind_table(nb::module_& module) {
                  new (self) Layout(std::move(made));
              },
              "columns"_a)
-        .def("read", &Layout::read, "operands"_a);
+        .def("read", &Layout::read, "operands"_a, "cuda_index"_a = nb::none());
 }

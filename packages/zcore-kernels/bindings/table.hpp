@@ -70,8 +70,9 @@ class Layout {
 public:
     explicit Layout(std::vector<Column> columns) : columns_(std::move(columns)) {}
 
-    // The table of one list of tensors for each column; none where they are not as the columns want them.
-    std::optional<Table> read(const nanobind::sequence& operands) const;
+    // The table of one list of tensors for each column; none where they are not as the columns want them. All are to lie
+    // on the CPU, or on the CUDA device of this index.
+    std::optional<Table> read(const nanobind::sequence& operands, std::optional<int> cuda_index) const;
 
 private:
     std::vector<Column> columns_;

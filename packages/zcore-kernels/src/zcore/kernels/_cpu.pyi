@@ -22,8 +22,11 @@ class Layout:
     """The columns of an op: of each what a torch.dtype is as zcore::Type, is_optional, and whose scales (-1: none)."""
 
     def __init__(self, columns: Sequence[tuple[Sequence[tuple[torch.dtype, int]], bool, int]]) -> None: ...
-    def read(self, operands: Sequence[Sequence[Tensor]]) -> Table | None:
-        """One list of tensors for each column; None unless all are as the columns want them."""
+    def read(self, operands: Sequence[Sequence[Tensor]], cuda_index: int | None = None) -> Table | None:
+        """One list of tensors for each column; None unless all are as the columns want them.
+
+        cuda_index: of the device that all lie on; None: the CPU.
+        """
 
 def instruction_set() -> str: ...
 def stream(read: Sequence[tuple[int, int]], written: Sequence[tuple[int, int]], threads: int) -> None:

@@ -101,7 +101,7 @@ def _adamw(draw: Operands) -> Call:
 
 
 def _lamb_apply(draw: Operands) -> Call:
-    ratios = torch.ones(1, dtype=torch.float64)
+    ratios = torch.ones(1, dtype=torch.float64, device=draw.device)
     return Call(
         ([draw.flat()], [draw.flat()], [draw.squares()], draw.copies()), {"ratios": ratios, **STEP, **ADAM_ONLY}
     )
@@ -175,6 +175,12 @@ def _grouped_matmul(draw: Operands) -> Call:
     return Call((rows, weights, counts))
 
 
+def _grouped_matmul_fp8(draw: Operands) -> Call:
+    (rows, weights, counts), dtype = _grouped_matmul(draw).args, torch.float8_e4m3fn
+    row_scales, weight_scales = (draw.normal(*each.shape[:-1], dtype=torch.float32).abs() for each in (rows, weights))
+    return Call((rows.to(dtype), row_scales, weights.to(dtype), weight_scales, counts))
+
+
 def _matrix(draw: Operands) -> Call:
     side = max(2, math.isqrt(min(draw.numel, 1 << 18)))
     return Call((draw.normal(side, side),))
@@ -203,6 +209,7 @@ CASES: dict[str, Callable[[Operands], Call]] = {
     "geglu": _rows(2),
     "geglu_packed": _packed,
     "grouped_matmul": _grouped_matmul,
+    "grouped_matmul_fp8": _grouped_matmul_fp8,
     "lamb_apply": _lamb_apply,
     "lamb_average": _lamb_average,
     "layer_norm": _rows(1, weights=2, eps=1e-5),

@@ -7,6 +7,7 @@ import torch
 from zcore.core import ops
 from zcore.core.tables import Table
 from zcore.kernels.commands.cases import CASES, Operands
+from zcore.kernels.cuda.loading import architectures
 
 __all__ = ["list_ops"]
 
@@ -22,7 +23,9 @@ def list_ops(*, device: torch.device, dtype: torch.dtype) -> list[Table]:
             state = "serves" if each is serves else _refusal(each, device, first, forced) or "stands by"
             rows.append((op if at == 0 else "", each.source, state))
     title = f"{str(dtype).removeprefix('torch.')} on {device.type}" + (f", ZCORE_OPS={forced}" if forced else "")
-    return [Table(title, ("op", "source", "here"), tuple(rows), words=("op", "source", "here"))]
+    built = architectures()
+    notes = () if built is None else (f"CUDA kernels: built for {built}",)
+    return [Table(title, ("op", "source", "here"), tuple(rows), words=("op", "source", "here"), notes=notes)]
 
 
 def _refusal(each: ops.Implementation, device: torch.device, dtype: torch.dtype, forced: str | None) -> str | None:

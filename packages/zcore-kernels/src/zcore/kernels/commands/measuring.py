@@ -2,7 +2,8 @@
 
 The limit on the CPU is the machine's own stream of that shape (native/include/zcore/stream.hpp): it reads what the op
 reads and writes what it writes, in as many arrays, and computes nothing. What an op returns is new memory in every
-call, as torch's is, and costs page faults that the stream does not have.
+call, as torch's is, and costs page faults that the stream does not have. On a GPU the limit is a copy of as many bytes,
+half of them read and half written.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from zcore.kernels.commands.liger import check_liger, run_of_liger
 __all__ = ["AGAINST", "Row", "check_peers", "measure_op", "table_of"]
 
 AGAINST = ("torch", "compile", "deepspeed", "liger")
-LIMIT = "memory"  # the stream
+LIMIT = "memory"  # the stream, or the copy
 Run = Callable[[], object]
 
 
@@ -40,7 +41,7 @@ class Row:
     contender: str
     time_s: Spread
     bytes_per_s: float  # read and written
-    of_limit: Spread | None  # the stream's time over this one's; None without a stream
+    of_limit: Spread  # the limit's time over this one's
     speedup: Spread | None  # this one's time over that of what serves: above 1 where it is slower than that
 
 
@@ -67,7 +68,7 @@ def measure_op(
     rounds: int,
     slice_s: float,
 ) -> list[Row]:
-    """Every implementation that serves, then the peers, then the stream. Empty where only the reference serves."""
+    """Every implementation that serves, then the peers, then the limit. Empty where only the reference serves."""
     call = CASES[op](Operands(numel, dtype=dtype, device=device))
     served = [each for each in ops.registered()[op] if each.refusal(device.type, call.tensors[0].dtype) is None]
     compiled = [each for each in served if each.source != "reference"]
@@ -78,13 +79,11 @@ def measure_op(
     reference = next(each for each in served if each.source == "reference")
     runs |= _peers(op, call, reference.function, peers)
     read, written = _traffic(compiled[0].function, call)
-    if device.type == "cpu":
-        runs[LIMIT] = _stream(read, written)
-    times_s = time_in_turns(runs, group=None, device=device, rounds=rounds, slice_s=slice_s)
     moved = sum(each.numel() * each.element_size() for each in (*read, *written))
+    runs[LIMIT] = _stream(read, written) if device.type == "cpu" else _copy(moved, device)
+    times_s = time_in_turns(runs, group=None, device=device, rounds=rounds, slice_s=slice_s)
     rows = []
     for name, taken in times_s.items():
-        limits = times_s.get(LIMIT)
         rows.append(
             Row(
                 op,
@@ -93,7 +92,7 @@ def measure_op(
                 name,
                 Spread.of(taken),
                 moved / Spread.of(taken).median,
-                None if limits is None else Spread.of([a / b for a, b in zip(limits, taken, strict=True)]),
+                Spread.of([a / b for a, b in zip(times_s[LIMIT], taken, strict=True)]),
                 Spread.of([a / b for a, b in zip(taken, times_s[own], strict=True)]),
             )
         )
@@ -109,12 +108,11 @@ def table_of(rows: Sequence[Row]) -> Table:
         names = (row.op, row.dtype) if key != last else ("", "")
         last = key
         spread = (row.time_s.high - row.time_s.low) / row.time_s.median
-        of_limit = "" if row.of_limit is None else f"{row.of_limit.median:.2f}"
         times = "" if row.speedup is None or row.contender == LIMIT else f"{row.speedup.median:.2f}"
         cells.append(
             (
                 *(*names, row.contender, shown_seconds(row.time_s.median), f"{spread:.0%}"),
-                *(shown_rate(row.bytes_per_s), of_limit, times),
+                *(shown_rate(row.bytes_per_s), f"{row.of_limit.median:.2f}", times),
             )
         )
     notes = (
@@ -137,7 +135,7 @@ def _peers(op: str, call: Call, reference: Callable[..., Any], peers: Sequence[s
         runs["torch" if made is not None else "torch (reference)"] = made or _on(reference, call.copied())
     if "compile" in peers and op not in TORCH_STEPS:  # its code for a list of tensors is that of the fused steps
         runs["torch.compile"] = _on(torch.compile(reference, dynamic=False), call.copied())
-    if "deepspeed" in peers and op == "adamw_step" and len(call.args[4]) == 0:
+    if "deepspeed" in peers and op == "adamw_step" and len(call.args[4]) == 0 and call.tensors[0].is_cpu:
         runs["deepspeed"] = _deepspeed_adam(call.copied())
     by_liger = run_of_liger(op, call.copied()) if "liger" in peers else None
     if by_liger is not None:
@@ -164,9 +162,14 @@ def _stream(read: Sequence[Tensor], written: Sequence[Tensor]) -> Run:
     return run
 
 
+def _copy(moved_bytes: int, device: torch.device) -> Run:
+    source, target = (torch.zeros(moved_bytes // 2, dtype=torch.uint8, device=device) for _ in range(2))
+    return lambda: target.copy_(source)
+
+
 def _torch_adamw(call: Call) -> Run | None:
     params, grads, exp_avgs, exp_avg_sqs, copies = call.args
-    steps = [torch.ones(()) for _ in params]
+    steps = [torch.ones((), device=param.device) for param in params]
     settings = call.kwargs
 
     def run() -> None:
@@ -211,7 +214,7 @@ def _torch_sgd(call: Call) -> Run | None:
 
 def _torch_adagrad(call: Call) -> Run | None:
     params, grads, sums, copies = call.args
-    if copies:
+    if copies or params[0].device.type != "cpu":  # torch's fused one is for the CPU only
         return None
     settings = {key: call.kwargs[key] for key in ("lr", "weight_decay", "eps")}
     steps = [torch.ones(()) for _ in params]

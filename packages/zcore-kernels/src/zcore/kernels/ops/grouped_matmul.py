@@ -9,8 +9,12 @@ grouped_matmul(rows, weights, counts, is_transposed) -> out
 
 The gradient of rows is the same product with the weights the other way round; that of an expert without rows is zero.
 On the CPU torch's own product writes each group into its part of one output, and experts without rows cost nothing.
-Where threads change the bits of a product of oneDNN or MKL, they change those of this one. On CUDA Triton serves,
-and counts stay on the device: what becomes of some that do not add up says triton/grouped_matmul.py.
+Where threads change the bits of a product of oneDNN or MKL, they change those of this one.
+
+On CUDA CUTLASS serves bf16 and fp16 whose `in` and `out` are multiples of 8 and which begin at multiples of 16 bytes.
+Triton serves all else, and all where no kernel of CUTLASS was built; with ZCORE_OPS=cuda that is refused instead, with
+the reason. Both sum in fp32 and leave counts on the device, where nobody looks whether their sum is `total`: they keep
+within memory whatever it is, and rows that no count covers become NaN.
 """
 
 from collections.abc import Iterator
@@ -137,6 +141,7 @@ register_backward(
     cpu=grouped_matmul_backward,
     fake=fake_backward,
     triton="grouped_matmul",
+    cuda="grouped_matmul",
 )
 register_differentiable(
     "grouped_matmul",
@@ -148,4 +153,5 @@ register_differentiable(
     backward=_backward,
     source="torch",
     triton="grouped_matmul",
+    cuda="grouped_matmul",
 )

@@ -1,6 +1,7 @@
 """What compiled functions over flat pieces take: a list of tensors for each column, read into a table of addresses.
 
-The native side reads and checks them (bindings/table.hpp); where it makes no table, this finds out what it refused.
+All lie on the device of the first, the CPU or one for CUDA. The native side reads and checks them (bindings/table.hpp);
+where it makes no table, this finds out what it refused.
 """
 
 from collections.abc import Sequence
@@ -13,10 +14,11 @@ from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels import _cpu
 from zcore.kernels.ops.dynamic_code import num_blocks
 
-__all__ = ["FLOATS", "TYPES", "Column", "Columns", "scales", "state"]
+__all__ = ["FLOATS", "TYPES", "Column", "Columns", "cuda_index", "scales", "state"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as zcore::Type counts them
 SIGNED_CODE, UNSIGNED_CODE = 3, 4
+CPU = torch.device("cpu")
 FLOATS = tuple(TYPES)
 
 
@@ -62,9 +64,9 @@ class Columns:
     def table(self, operands: Sequence[Sequence[Tensor]]) -> _cpu.Table:
         """The table of `operands`, one list for each column; whoever holds it holds them.
 
-        Raises LayoutError for tensors that are not flat on the CPU or not of one size, ConfigError for a dtype.
+        Raises LayoutError for tensors that are not flat on one device or not of one size, ConfigError for a dtype.
         """
-        table = self._layout.read(operands)
+        table = self._layout.read(operands, cuda_index(operands[0]))
         if table is None:
             self._refuse(operands)
         assert table is not None
@@ -72,6 +74,7 @@ class Columns:
 
     def _refuse(self, operands: Sequence[Sequence[Tensor]]) -> None:
         numels = [tensor.numel() for tensor in operands[0]]
+        device = operands[0][0].device if cuda_index(operands[0]) is not None else CPU
         of_codes = {
             column.name: bool(tensors) and tensors[0].dtype is torch.uint8
             for column, tensors in zip(self._columns, operands, strict=True)
@@ -88,7 +91,12 @@ class Columns:
                     f"{self._op} got {len(numels)} {self._columns[0].name} and {len(tensors)} {column.name}; expected "
                     "as many."
                 )
-            _check(self._op, column, tensors, expected)
+            _check(self._op, column, tensors, expected, device)
+
+
+def cuda_index(tensors: Sequence[Tensor]) -> int | None:
+    """The index of the device that the first of `tensors` lies on; None where that is not one for CUDA."""
+    return tensors[0].get_device() if tensors and tensors[0].is_cuda else None
 
 
 def _type(column: Column, dtype: torch.dtype) -> int:
@@ -97,11 +105,12 @@ def _type(column: Column, dtype: torch.dtype) -> int:
     return TYPES[dtype]
 
 
-def _check(op: str, column: Column, tensors: Sequence[Tensor], numels: Sequence[int]) -> None:
+def _check(op: str, column: Column, tensors: Sequence[Tensor], numels: Sequence[int], device: torch.device) -> None:
     dtype = tensors[0].dtype if tensors else column.dtypes[0]
     for index, tensor in enumerate(tensors):
-        if tensor.dtype is not dtype or tensor.numel() != numels[index] or not _is_flat(tensor):
-            raise _refusal(f"{op}: {column.name}[{index}]", tensor, dtype, numels[index])
+        is_flat = tensor.is_contiguous() and tensor.device == device
+        if tensor.dtype is not dtype or tensor.numel() != numels[index] or not is_flat:
+            raise _refusal(f"{op}: {column.name}[{index}]", tensor, dtype, numels[index], device)
     if dtype not in column.dtypes:
         served = ", ".join(map(str, column.dtypes))
         raise ConfigError(f"{op}: {column.name} are {dtype}; expected {served}. Convert them.")
@@ -114,13 +123,10 @@ def _check_scales(op: str, column: Column, count: int, has_codes: bool) -> None:
         raise LayoutError(f"{op} got {column.name}, but {column.scales_of} are no codes (uint8). Leave the scales out.")
 
 
-def _is_flat(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.is_cpu
-
-
-def _refusal(operand: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> Exception:
-    if not tensor.is_cpu:
-        return LayoutError(f"{operand} is on {tensor.device}; expected all on the CPU. Move it there.")
+def _refusal(operand: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> Exception:
+    if tensor.device != device:
+        expected = "the CPU" if device == CPU else str(device)
+        return LayoutError(f"{operand} is on {tensor.device}; expected all on {expected}. Move it there.")
     if tensor.dtype is not dtype:
         return ConfigError(f"{operand} is {tensor.dtype}, the first {dtype}; pass each dtype by itself.")
     if tensor.numel() != numel:

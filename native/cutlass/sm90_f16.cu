@@ -1,0 +1,9 @@
+#include "sm90.cuh"
+
+namespace zcore::grouped {
+
+void run_sm90_f16(const Products& all, std::span<std::byte> workspace, cudaStream_t stream) {
+    run_sm90<cutlass::half_t>(all, workspace, stream);
+}
+
+}  // namespace zcore::grouped

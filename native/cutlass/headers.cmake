@@ -10,6 +10,16 @@ if(ZCORE_CUTLASS STREQUAL "OFF")
   return()
 endif()
 
+# Older compilers do not rewrite tensor maps on the device: their kernels for sm_90 would trap when they are launched.
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.3)
+  if(NOT ZCORE_CUDA STREQUAL "AUTO")
+    message(FATAL_ERROR "Grouped products for NVIDIA GPUs need CUDA 12.3 or newer, and this compiler is of "
+                        "${CMAKE_CUDA_COMPILER_VERSION}. Build with a newer one, or without them: -DZCORE_CUTLASS=OFF.")
+  endif()
+  message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} is too old for CUTLASS: no grouped products for NVIDIA GPUs")
+  return()
+endif()
+
 set(zcore_remedy "Install nvidia-cutlass==4.2.0.0 for the Python that CMake finds, name the headers with "
                  "-DZCORE_CUTLASS=FOLDER/include, or build without: -DZCORE_CUTLASS=OFF.")
 if(ZCORE_CUTLASS STREQUAL "AUTO")

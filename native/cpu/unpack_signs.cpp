@@ -3,6 +3,7 @@
 #if defined(ZCORE_ISA)  // compiled once for each instruction set
 
 #include "cpu/groups.hpp"
+#include "elements/signs.hpp"
 
 namespace zcore::ZCORE_ISA {
 
@@ -17,9 +18,8 @@ static void spread_signs(const std::uint8_t* ZCORE_RESTRICT signs, std::size_t b
 
 static void scale_signs(const std::uint32_t* ZCORE_RESTRICT bits, std::size_t count, float scale,
                         float* ZCORE_RESTRICT values) {
-    const std::uint32_t magnitude = bits_of_float(scale);
     for (std::size_t at = 0; at < count; ++at) {
-        values[at] = float_of_bits(magnitude | bits[at]);
+        values[at] = with_sign(scale, bits[at]);
     }
 }
 

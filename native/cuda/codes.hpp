@@ -5,7 +5,7 @@
 #pragma once
 
 #include "cuda/noise.hpp"
-#include "cuda/tiles.hpp"
+#include "cuda/block_tiles.hpp"
 #include "elements/codes.hpp"
 
 namespace zcore::cuda {

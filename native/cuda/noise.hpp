@@ -1,7 +1,7 @@
 // Noise of elements/noise.hpp for the vectors of a tile.
 #pragma once
 
-#include "cuda/tiles.hpp"
+#include "cuda/block_tiles.hpp"
 #include "elements/noise.hpp"
 
 namespace zcore::cuda {

@@ -1,4 +1,4 @@
-#include "cuda/tiles.hpp"
+#include "cuda/block_tiles.hpp"
 #include "elements/noise.hpp"
 #include "zcore/cuda/blocks.hpp"
 

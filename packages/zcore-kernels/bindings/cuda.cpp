@@ -2,9 +2,11 @@
 // is the number of a CUDA stream (torch.cuda.Stream.cuda_stream).
 #include <nanobind/nanobind.h>
 
+#include "cuda_blocks.hpp"
 #include "zcore/cuda/stream.hpp"
 
 NB_MODULE(_cuda, module) {
     nanobind::set_leak_warnings(false);  // torch's registry keeps ops, and what they hold, beyond the interpreter's end
     module.def("architectures", &zcore::cuda::architectures);
+    bind_cuda_blocks(module);
 }

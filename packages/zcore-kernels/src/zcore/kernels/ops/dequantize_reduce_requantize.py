@@ -5,14 +5,13 @@ ZeRO++, arXiv 2306.10209, section 3.3. The formula stands in native/include/zcor
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from zcore.core.errors import ConfigError, LayoutError
-from zcore.kernels import _cpu
+from zcore.kernels.ops.compiled import run
 from zcore.kernels.ops.dequantize_blockwise import reference as dequantize
 from zcore.kernels.ops.noise import word_of
-from zcore.kernels.ops.operands import check_place
+from zcore.kernels.ops.operands import check_place, device_of
 from zcore.kernels.ops.quantize_blockwise import reference as quantize
 from zcore.kernels.ops.quantized import FORMATS, Quantized, QuantizedLayout, format_named
 from zcore.kernels.ops.registering import register
@@ -67,7 +66,7 @@ def dequantize_reduce_requantize(
     seed: int | None = None,
     offset: int = 0,
 ) -> Quantized:
-    """See `reference`; on the CPU, of contiguous memory. Raises LayoutError and ConfigError for other operands."""
+    """See `reference`; of contiguous memory, on the CPU or CUDA. Raises LayoutError and ConfigError for others."""
     factor = _factor(reduction, len(codes))
     if not len(codes) == len(scales) == len(zero_points):
         raise LayoutError(
@@ -78,13 +77,15 @@ def dequantize_reduce_requantize(
     layout.require(OP)
     check_place(OP, offset)
     shards = list(zip(codes, scales, zero_points, strict=True))
+    device = device_of(codes[0])
     for index, shard in enumerate(shards):
-        layout.require_operands(OP, *shard, index=f"[{index}]")
-    made = layout.empty(codes[0].device)
-    _cpu.dequantize_reduce_requantize(
+        layout.require_operands(OP, *shard, device=device, index=f"[{index}]")
+    made = layout.empty(device)
+    run(
+        OP,
+        device,
         [address for shard in shards for address in layout.addresses(shard)],
         layout.addresses(made),
-        torch.get_num_threads(),
         factor=factor,
         numel=numel,
         block_size=block_size,
@@ -126,6 +127,7 @@ register(
     ' str reduction="mean", int? seed=None, SymInt offset=0) -> (Tensor, Tensor, Tensor)',
     reference=reference,
     cpu=dequantize_reduce_requantize,
+    cuda=dequantize_reduce_requantize,
     fake=_fake,
     dtypes=tuple(kind.dtype for kind in FORMATS.values()),
 )

@@ -92,6 +92,7 @@ register(
     reference=reference,
     cpu=dequantize_blockwise,
     cuda=dequantize_blockwise,
+    triton="dequantize_blockwise",
     fake=_fake,
     dtypes=tuple(kind.dtype for kind in FORMATS.values()),
 )

@@ -77,6 +77,7 @@ register(
     reference=reference,
     cpu=pack_signs,
     cuda=pack_signs,
+    triton="pack_signs",
     fake=_fake,
     dtypes=FLOATS,
 )

@@ -136,6 +136,7 @@ register(
     reference=reference,
     cpu=quantize_blockwise,
     cuda=quantize_blockwise,
+    triton="quantize_blockwise",
     fake=_fake,
     dtypes=FLOATS,
 )

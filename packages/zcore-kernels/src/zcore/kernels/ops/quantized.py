@@ -114,6 +114,11 @@ class QuantizedLayout:
         codes, scales, zero_points = tensors
         return [codes.data_ptr(), scales.data_ptr(), 0 if self.is_symmetric else zero_points.data_ptr()]
 
+    def raw(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What Triton's kernels take for them: bytes for codes, and None for zero points that there are not."""
+        codes, scales, zero_points = tensors
+        return codes.view(torch.uint8), scales, None if self.is_symmetric else zero_points
+
     def in_blocks(self, values: Tensor) -> Tensor:
         """`values`, flat, as [num_blocks, block_size] with zeros at the end: for references."""
         padding = self.num_blocks * self.block_size - self.numel

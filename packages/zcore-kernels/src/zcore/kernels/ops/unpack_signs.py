@@ -61,6 +61,7 @@ register(
     reference=reference,
     cpu=unpack_signs,
     cuda=unpack_signs,
+    triton="unpack_signs",
     fake=_fake,
     dtypes=(torch.uint8,),
 )

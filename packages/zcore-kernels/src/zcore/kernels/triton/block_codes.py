@@ -145,7 +145,7 @@ def ordered(bits: tl.tensor) -> Any:
 
 @triton.jit
 def measured(values: tl.tensor, LARGEST: tl.constexpr, IS_SYMMETRIC: tl.constexpr) -> Any:
-    """Scales, NaN where a block is not finite, and zero points of rows, [ROWS, 1]. LARGEST: of codes."""
+    """Scales, NaN where a block is not finite, their inverses and zero points of rows, [ROWS, 1]. LARGEST: of codes."""
     bits = values.to(tl.int32, bitcast=True)
     if IS_SYMMETRIC:
         high_bits = tl.max(bits & MAGNITUDE, 1, keep_dims=True)
@@ -153,6 +153,7 @@ def measured(values: tl.tensor, LARGEST: tl.constexpr, IS_SYMMETRIC: tl.constexp
         high = high_bits.to(tl.float32, bitcast=True)
         scale = tl.div_rn(high, tl.full(high.shape, LARGEST, tl.float32))
         scale = tl.where(scale < SMALLEST_SCALE, SMALLEST_SCALE, scale)
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
         zero_point = tl.zeros(high.shape, tl.int32)
     else:
         in_order = ordered(bits)
@@ -164,10 +165,11 @@ def measured(values: tl.tensor, LARGEST: tl.constexpr, IS_SYMMETRIC: tl.constexp
         levels = tl.full(high.shape, 2.0 * LARGEST + 1.0, tl.float32)
         scale = tl.div_rn(high, levels) - tl.div_rn(low, levels)
         scale = tl.where(scale < SMALLEST_SCALE, SMALLEST_SCALE, scale)
-        place = -LARGEST - 1.0 - low * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        place = -LARGEST - 1.0 - low * inverse
         place = tl.where(place > LARGEST, LARGEST, place)
         zero_point = tl.where(is_finite, near(place, 0, False), 0)
-    return tl.where(is_finite, scale, NAN), zero_point
+    return tl.where(is_finite, scale, NAN), tl.where(is_finite, inverse, NAN), zero_point
 
 
 @triton.jit
@@ -198,15 +200,15 @@ def float_code(
 def encoded(
     values: tl.tensor,
     noise: tl.tensor,
-    scale: tl.tensor,
+    inverse: tl.tensor,
     zero_point: tl.tensor,
     FORMAT: tl.constexpr,
     LARGEST: tl.constexpr,
     IS_SYMMETRIC: tl.constexpr,
     IS_STOCHASTIC: tl.constexpr,
 ) -> Any:
-    """Codes of rows, int32; zeros where the scale is NaN."""
-    scaled = values * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    """Codes of rows, int32; zeros where the inverse of the scale is NaN."""
+    scaled = values * inverse
     if FORMAT == E4M3:
         codes = float_code(scaled, noise, 3, 7, LARGEST, IS_STOCHASTIC)
     elif FORMAT == E5M2:
@@ -217,7 +219,7 @@ def encoded(
         scaled = tl.where(scaled < lowest, lowest, scaled)
         scaled = tl.where(scaled > LARGEST - zero, LARGEST - zero, scaled)
         codes = near(scaled, noise, IS_STOCHASTIC) + zero_point
-    return tl.where(scale > 0.0, codes, 0)  # NaN is not
+    return tl.where(inverse > 0.0, codes, 0)  # NaN is not
 
 
 @triton.jit

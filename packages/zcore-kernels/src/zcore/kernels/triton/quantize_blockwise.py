@@ -48,7 +48,7 @@ def quantize_tile(
 ) -> None:
     """Writes what `values` [ROWS, COLUMNS] become; `zero_points` may be None."""
     IS_SYMMETRIC: tl.constexpr = zero_points is None
-    scale, zero_point = measured(values, LARGEST, IS_SYMMETRIC)
+    scale, inverse, zero_point = measured(values, LARGEST, IS_SYMMETRIC)
     tl.store(scales + block, scale, mask=block < num_blocks)
     if zero_points is not None:
         tl.store(zero_points + block, zero_point.to(tl.int8), mask=block < num_blocks)
@@ -56,7 +56,7 @@ def quantize_tile(
     if IS_STOCHASTIC:
         first = offset.to(tl.int64) + tl.program_id(0).to(tl.int64) * ROWS * block_size
         noise = noise_at(seed, offset.to(tl.int64) + element, first)
-    found = encoded(values, noise, scale, zero_point, FORMAT, LARGEST, IS_SYMMETRIC, IS_STOCHASTIC)
+    found = encoded(values, noise, inverse, zero_point, FORMAT, LARGEST, IS_SYMMETRIC, IS_STOCHASTIC)
     store_codes(codes, element, found, is_inside, FORMAT, ROWS, COLUMNS)
 
 

@@ -147,7 +147,7 @@ def native(session: nox.Session) -> None:
     session.install("cmake>=3.25", "ninja")
     for name, sanitizers in (("address", "address;undefined"), ("thread", "thread")):
         folder = str(Path(session.create_tmp()).resolve() / name)
-        options = ("-DZCORE_TESTS=ON", f"-DZCORE_SANITIZE={sanitizers}", "-DCMAKE_BUILD_TYPE=Debug")
+        options = ("-DZCORE_TESTS=ON", f"-DZCORE_SANITIZE={sanitizers}", "-DCMAKE_BUILD_TYPE=Debug", "-DZCORE_CUDA=OFF")
         session.run("cmake", "-S", "native", "-B", folder, "-G", "Ninja", *options)
         session.run("cmake", "--build", folder)
         session.run("ctest", "--test-dir", folder, "--output-on-failure", *session.posargs)

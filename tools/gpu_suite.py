@@ -11,6 +11,8 @@ ok, a "reason". The others, with `_s` seconds and `_bytes` bytes:
 
     facts        versions of device, driver, torch and tools; copy_tb_per_s (read + written), bf16_matmul_tflop_per_s
     build        wheel, wheel_bytes, build_s, compiled_libraries
+    kernels      of zcore-kernels on the device: tests (as below); what check, memcheck and racecheck said; bench: rows
+                 as `zcore kernels bench` writes them, steps and norm beside torch and a copy of as many bytes
     tests        tests, skipped, failures, errors, pytest_s, and names in failed
     zero_parity  {one_rank, two_ranks}: {fp32, bf16}: {zcore-<stage>: largest relative difference of a loss}
     zero_step    {one_rank, simulated}: model: shape, {trainer: median_s, spread (quartile distance / median),
@@ -74,6 +76,13 @@ def build(device_type: str, is_quick: bool) -> Figures:
     return build_kernels(ROOT)
 
 
+def kernels(device_type: str, is_quick: bool) -> Figures:
+    """Test, check, time and sanitize the kernels."""
+    from gpu.kernels import try_kernels
+
+    return try_kernels(ROOT, device_type, is_quick=is_quick)
+
+
 def tests(device_type: str, is_quick: bool) -> Figures:
     """Run the tests of core and zero, without the GPU."""
     from gpu.tree import run_tests
@@ -104,7 +113,8 @@ def overlap(device_type: str, is_quick: bool) -> Figures:
 
 SECTIONS = {
     "facts": Section(("torch",), facts),
-    "build": Section(("scikit_build_core",), build),
+    "build": Section(("scikit_build_core", "nanobind"), build),
+    "kernels": Section((*FOR_TESTS, "scikit_build_core", "nanobind"), kernels),
     "tests": Section(FOR_TESTS, tests),
     "zero_parity": Section(FOR_ZERO, zero_parity),
     "zero_step": Section(FOR_ZERO, zero_step),

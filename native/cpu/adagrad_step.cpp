@@ -2,23 +2,16 @@
 
 #if defined(ZCORE_ISA)  // compiled once for each instruction set
 
-#include <cmath>
-
 #include "cpu/blocks.hpp"
+#include "elements/adagrad.hpp"
 
 namespace zcore::ZCORE_ISA {
 
 static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT grad, float* ZCORE_RESTRICT sum,
                        std::size_t count, const Adagrad& hyper) {
-    const float lr = rounded(hyper.lr), eps = rounded(hyper.eps);
-    const float penalty = rounded(hyper.weight_decay), factor = rounded(hyper.grad_factor);
-    const bool is_penalised = penalty != 0.0f;  // else an infinite parameter would become NaN
+    const AdagradElement by(hyper);
     for (std::size_t at = 0; at < count; ++at) {
-        const float scaled = grad[at] * factor;
-        const float g = is_penalised ? multiply_add(penalty, param[at], scaled) : scaled;
-        const float s = multiply_add(g, g, sum[at]);
-        sum[at] = s;
-        param[at] -= lr * g / (std::sqrt(s) + eps);
+        step_element(by, param[at], grad[at], sum[at]);
     }
 }
 

@@ -2,29 +2,16 @@
 
 #if defined(ZCORE_ISA)  // compiled once for each instruction set
 
-#include <cmath>
-
 #include "cpu/blocks.hpp"
+#include "elements/adamw.hpp"
 
 namespace zcore::ZCORE_ISA {
 
 static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT grad, float* ZCORE_RESTRICT exp_avg,
                        float* ZCORE_RESTRICT exp_avg_sq, std::size_t count, const AdamW& hyper) {
-    const float decay = hyper.is_decoupled ? rounded(1.0 - hyper.lr * hyper.weight_decay) : 1.0f;
-    const float penalty = rounded(hyper.weight_decay);
-    const bool is_penalised = !hyper.is_decoupled && penalty != 0.0f;  // else an infinite parameter would become NaN
-    const float factor = rounded(hyper.grad_factor), beta2 = rounded(hyper.beta2), eps = rounded(hyper.eps);
-    const float rest1 = rounded(1.0 - hyper.beta1), rest2 = rounded(1.0 - hyper.beta2);
-    const float step_size = rounded(hyper.lr / hyper.bias_correction1);
-    const float bias = rounded(hyper.bias_correction2_sqrt);
+    const AdamWElement by(hyper);
     for (std::size_t at = 0; at < count; ++at) {
-        const float p = param[at] * decay, scaled = grad[at] * factor;
-        const float g = is_penalised ? multiply_add(penalty, p, scaled) : scaled;
-        const float m = multiply_add(rest1, g - exp_avg[at], exp_avg[at]);
-        const float v = multiply_add(rest2 * g, g, beta2 * exp_avg_sq[at]);
-        exp_avg[at] = m;
-        exp_avg_sq[at] = v;
-        param[at] = p - step_size * m / (std::sqrt(v) / bias + eps);
+        step_element(by, param[at], grad[at], exp_avg[at], exp_avg_sq[at]);
     }
 }
 

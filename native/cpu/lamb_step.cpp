@@ -2,32 +2,25 @@
 
 #if defined(ZCORE_ISA)  // compiled once for each instruction set
 
-#include <cmath>
-
 #include "cpu/blocks.hpp"
+#include "elements/lamb.hpp"
 
 namespace zcore::ZCORE_ISA {
 
 constexpr std::size_t lanes = 16;  // of partial sums, the same in each instruction set
 
 static void average_block(const float* ZCORE_RESTRICT grad, float* ZCORE_RESTRICT exp_avg,
-                          float* ZCORE_RESTRICT exp_avg_sq, std::size_t count, const Lamb& hyper) {
-    const float factor = rounded(hyper.grad_factor), beta2 = rounded(hyper.beta2);
-    const float rest1 = rounded(1.0 - hyper.beta1), rest2 = rounded(1.0 - hyper.beta2);
+                          float* ZCORE_RESTRICT exp_avg_sq, std::size_t count, const LambElement& by) {
     for (std::size_t at = 0; at < count; ++at) {
-        const float g = grad[at] * factor;
-        exp_avg[at] += rest1 * (g - exp_avg[at]);
-        exp_avg_sq[at] = beta2 * exp_avg_sq[at] + rest2 * g * g;
+        average_element(by, grad[at], exp_avg[at], exp_avg_sq[at]);
     }
 }
 
 static void update_block(const float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT exp_avg,
                          const float* ZCORE_RESTRICT exp_avg_sq, float* ZCORE_RESTRICT update, std::size_t count,
-                         const Lamb& hyper) {
-    const float decay = rounded(hyper.weight_decay), eps = rounded(hyper.eps);
-    const float unbias1 = rounded(1.0 / hyper.bias_correction1), unbias2 = rounded(1.0 / hyper.bias_correction2_sqrt);
+                         const LambElement& by) {
     for (std::size_t at = 0; at < count; ++at) {
-        update[at] = exp_avg[at] * unbias1 / (std::sqrt(exp_avg_sq[at]) * unbias2 + eps) + decay * param[at];
+        update[at] = update_of_element(by, param[at], exp_avg[at], exp_avg_sq[at]);
     }
 }
 
@@ -58,16 +51,17 @@ void lamb_average_part(const LambPiece& piece, std::size_t begin, std::size_t en
     alignas(64) float params[block_numel], grads[block_numel], first[block_numel], second[block_numel];
     alignas(64) float update[block_numel];
     double of_param[lanes] = {}, of_update[lanes] = {};
+    const LambElement by(hyper);
     for (std::size_t at = begin; at < end; at += block_numel) {
         const std::size_t count = block_at(at, end);
         float* const param = load_block(piece.param, at, count, params);
         const float* const grad = load_block(piece.grad, at, count, grads);
         float* const exp_avg = load_block(piece.exp_avg, at, count, first);
         float* const exp_avg_sq = load_block(piece.exp_avg_sq, at, count, second);
-        average_block(grad, exp_avg, exp_avg_sq, count, hyper);
+        average_block(grad, exp_avg, exp_avg_sq, count, by);
         store_block(piece.exp_avg, at, count, exp_avg);
         store_block(piece.exp_avg_sq, at, count, exp_avg_sq);
-        update_block(param, exp_avg, exp_avg_sq, update, count, hyper);
+        update_block(param, exp_avg, exp_avg_sq, update, count, by);
         add_squares(param, count, of_param);
         add_squares(update, count, of_update);
     }
@@ -78,14 +72,15 @@ void lamb_average_part(const LambPiece& piece, std::size_t begin, std::size_t en
 void lamb_apply_part(const LambPiece& piece, std::size_t begin, std::size_t end, const Lamb& hyper, double ratio) {
     alignas(64) float params[block_numel], first[block_numel], second[block_numel], update[block_numel];
     const float step_size = rounded(hyper.lr * ratio);
+    const LambElement by(hyper);
     for (std::size_t at = begin; at < end; at += block_numel) {
         const std::size_t count = block_at(at, end);
         float* const param = load_block(piece.param, at, count, params);
         const float* const exp_avg = load_block(piece.exp_avg, at, count, first);
         const float* const exp_avg_sq = load_block(piece.exp_avg_sq, at, count, second);
-        update_block(param, exp_avg, exp_avg_sq, update, count, hyper);
+        update_block(param, exp_avg, exp_avg_sq, update, count, by);
         for (std::size_t each = 0; each < count; ++each) {
-            param[each] -= step_size * update[each];
+            apply_element(step_size, param[each], update[each]);
         }
         store_block(piece.param, at, count, param);
         store_block(piece.copy, at, count, param);

@@ -3,24 +3,15 @@
 #if defined(ZCORE_ISA)  // compiled once for each instruction set
 
 #include "cpu/blocks.hpp"
+#include "elements/lion.hpp"
 
 namespace zcore::ZCORE_ISA {
 
-static inline float sign(float value) {
-    const float one = value > 0.0f ? 1.0f : value < 0.0f ? -1.0f : 0.0f;
-    return value == value ? one : value;
-}
-
 static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT grad, float* ZCORE_RESTRICT exp_avg,
                        std::size_t count, const Lion& hyper) {
-    const float decay = rounded(1.0 - hyper.lr * hyper.weight_decay), lr = rounded(hyper.lr);
-    const float factor = rounded(hyper.grad_factor);
-    const float rest1 = rounded(1.0 - hyper.beta1), rest2 = rounded(1.0 - hyper.beta2);
+    const LionElement by(hyper);
     for (std::size_t at = 0; at < count; ++at) {
-        const float g = grad[at] * factor, m = exp_avg[at];
-        const float kept = param[at] * decay;
-        param[at] = kept - lr * sign(multiply_add(rest1, g - m, m));
-        exp_avg[at] = multiply_add(rest2, g - m, m);
+        step_element(by, param[at], grad[at], exp_avg[at]);
     }
 }
 

@@ -3,33 +3,23 @@
 #if defined(ZCORE_ISA)  // compiled once for each instruction set
 
 #include "cpu/blocks.hpp"
+#include "elements/sgd.hpp"
 
 namespace zcore::ZCORE_ISA {
 
 static void step_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT grad, std::size_t count,
                        const Sgd& hyper) {
-    const float lr = rounded(hyper.lr), penalty = rounded(hyper.weight_decay);
-    const float factor = rounded(hyper.grad_factor);
-    const bool is_penalised = penalty != 0.0f;  // else an infinite parameter would become NaN
+    const SgdElement by(hyper);
     for (std::size_t at = 0; at < count; ++at) {
-        const float scaled = grad[at] * factor;
-        const float g = is_penalised ? multiply_add(penalty, param[at], scaled) : scaled;
-        param[at] = multiply_add(-lr, g, param[at]);
+        step_element(by, param[at], grad[at]);
     }
 }
 
 static void momentum_block(float* ZCORE_RESTRICT param, const float* ZCORE_RESTRICT grad,
                            float* ZCORE_RESTRICT momentum_buffer, std::size_t count, const Sgd& hyper) {
-    const float lr = rounded(hyper.lr), penalty = rounded(hyper.weight_decay);
-    const float factor = rounded(hyper.grad_factor), momentum = rounded(hyper.momentum);
-    const float fresh = rounded(1.0 - hyper.dampening);
-    const bool is_penalised = penalty != 0.0f, is_first = hyper.is_first, is_nesterov = hyper.is_nesterov;
+    const SgdElement by(hyper);
     for (std::size_t at = 0; at < count; ++at) {
-        const float scaled = grad[at] * factor;
-        const float g = is_penalised ? multiply_add(penalty, param[at], scaled) : scaled;
-        const float b = is_first ? g : multiply_add(fresh, g, momentum * momentum_buffer[at]);
-        momentum_buffer[at] = b;
-        param[at] = multiply_add(-lr, is_nesterov ? multiply_add(momentum, b, g) : b, param[at]);
+        step_element(by, param[at], grad[at], momentum_buffer[at]);
     }
 }
 

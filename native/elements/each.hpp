@@ -13,6 +13,12 @@
 #define ZCORE_EACH static inline
 #endif
 
+#if defined(__CUDA_ARCH__)
+#define ZCORE_UNROLL _Pragma("unroll")
+#else
+#define ZCORE_UNROLL  // only so that arrays lie in registers
+#endif
+
 namespace zcore::ZCORE_ISA {
 
 // A hyper-parameter, kept in double until 1 - beta and its like are computed: 1.0f - 0.999f is off by 5e-5.

@@ -29,8 +29,13 @@ ZCORE_EACH std::uint16_t bf16_of(float value) {
 
 ZCORE_EACH float float_of_bf16(std::uint16_t value) { return float_of_bits(static_cast<std::uint32_t>(value) << 16); }
 
-// fp16 without an instruction for it, branch by branch as IEEE 754 has it.
+// fp16; without an instruction for it, branch by branch as IEEE 754 has it.
 ZCORE_EACH float float_of_f16_bits(std::uint16_t half) {
+#if defined(__CUDA_ARCH__)
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+    return value;
+#else
     const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
     const std::uint32_t magnitude = half & 0x7fffu;
     if (magnitude >= 0x7c00u) {
@@ -41,9 +46,15 @@ ZCORE_EACH float float_of_f16_bits(std::uint16_t half) {
         return sign ? -value : value;
     }
     return float_of_bits(sign | ((magnitude << 13) + (112u << 23)));
+#endif
 }
 
 ZCORE_EACH std::uint16_t f16_bits_of(float value) {
+#if defined(__CUDA_ARCH__)
+    std::uint16_t half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    return half;
+#else
     const std::uint32_t bits = bits_of_float(value);
     const std::uint32_t sign = (bits >> 16) & 0x8000u;
     const std::uint32_t magnitude = bits & 0x7fffffffu;
@@ -59,6 +70,7 @@ ZCORE_EACH std::uint16_t f16_bits_of(float value) {
     }
     const std::uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23);
     return static_cast<std::uint16_t>(sign | (rounded >> 13));
+#endif
 }
 
 }  // namespace zcore::ZCORE_ISA

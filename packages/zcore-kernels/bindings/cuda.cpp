@@ -3,10 +3,13 @@
 #include <nanobind/nanobind.h>
 
 #include "cuda_blocks.hpp"
+#include "cuda_steps.hpp"
 #include "zcore/cuda/stream.hpp"
 
 NB_MODULE(_cuda, module) {
     nanobind::set_leak_warnings(false);  // torch's registry keeps ops, and what they hold, beyond the interpreter's end
     module.def("architectures", &zcore::cuda::architectures);
+    module.def("why_unusable", &zcore::cuda::why_unusable, nanobind::sig("def why_unusable() -> str | None"));
+    bind_cuda_steps(module);
     bind_cuda_blocks(module);
 }

@@ -11,38 +11,19 @@
 #include <utility>
 #include <vector>
 
-#include "table.hpp"
-#include "zcore/adagrad_step.hpp"
-#include "zcore/adamw_step.hpp"
-#include "zcore/lamb_step.hpp"
-#include "zcore/lion_step.hpp"
-#include "zcore/sgd_step.hpp"
-#include "zcore/squared_norm.hpp"
+#include "step_pieces.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace {
 
-// Columns: param, grad, state, copy, the scales of the state.
-template <typename Piece>
-std::vector<Piece> one_state(const Table& table) {
-    return table.pieces<Piece>([&](std::size_t row) -> Piece {
-        return {table.flat(row, 0), table.flat(row, 1), table.flat(row, 2, 4), table.flat(row, 3), table.numel(row)};
-    });
-}
-
 void adamw_step(const Table& table, int threads, double lr, double beta1, double beta2, double eps,
                 double weight_decay, double bias_correction1, double bias_correction2, double grad_factor,
                 bool is_decoupled) {
     const zcore::AdamW hyper{lr, beta1, beta2, eps, weight_decay, bias_correction1, std::sqrt(bias_correction2),
                              grad_factor, is_decoupled};
-    // param, grad, two states, copy, the scales of the states
-    const auto pieces = table.pieces<zcore::AdamWPiece>([&](std::size_t row) -> zcore::AdamWPiece {
-        return {table.flat(row, 0),    table.flat(row, 1), table.flat(row, 2, 5),
-                table.flat(row, 3, 6), table.flat(row, 4), table.numel(row)};
-    });
-    zcore::adamw_step(pieces, hyper, threads);
+    zcore::adamw_step(adamw_pieces(table), hyper, threads);
 }
 
 std::vector<std::pair<double, double>> lamb_average(const Table& table, int threads, double beta1,
@@ -51,13 +32,8 @@ std::vector<std::pair<double, double>> lamb_average(const Table& table, int thre
                                                     double grad_factor) {
     const zcore::Lamb hyper{0.0, beta1, beta2, eps, weight_decay, bias_correction1, std::sqrt(bias_correction2),
                             grad_factor};
-    // param, grad, two states, the scales of the states
-    const auto pieces = table.pieces<zcore::LambPiece>([&](std::size_t row) -> zcore::LambPiece {
-        return {table.flat(row, 0),    table.flat(row, 1), table.flat(row, 2, 4),
-                table.flat(row, 3, 5), {},                 table.numel(row)};
-    });
     std::vector<std::pair<double, double>> squares;
-    for (const zcore::LambSquares& each : zcore::lamb_average(pieces, hyper, threads)) {
+    for (const zcore::LambSquares& each : zcore::lamb_average(lamb_average_pieces(table), hyper, threads)) {
         squares.emplace_back(each.param, each.update);
     }
     return squares;
@@ -65,11 +41,7 @@ std::vector<std::pair<double, double>> lamb_average(const Table& table, int thre
 
 void lamb_apply(const Table& table, int threads, const std::vector<double>& ratios, double lr,
                 double eps, double weight_decay, double bias_correction1, double bias_correction2) {
-    // param, two states, copy, the scales of the states
-    const auto pieces = table.pieces<zcore::LambPiece>([&](std::size_t row) -> zcore::LambPiece {
-        return {table.flat(row, 0),    {},                 table.flat(row, 1, 4),
-                table.flat(row, 2, 5), table.flat(row, 3), table.numel(row)};
-    });
+    const auto pieces = lamb_apply_pieces(table);
     if (ratios.size() != pieces.size()) {
         throw std::invalid_argument("lamb_apply got " + std::to_string(pieces.size()) + " params and " +
                                     std::to_string(ratios.size()) + " ratios; expected one for each.");
@@ -80,25 +52,22 @@ void lamb_apply(const Table& table, int threads, const std::vector<double>& rati
 
 void lion_step(const Table& table, int threads, double lr, double beta1, double beta2,
                double weight_decay, double grad_factor) {
-    zcore::lion_step(one_state<zcore::LionPiece>(table), {lr, beta1, beta2, weight_decay, grad_factor}, threads);
+    zcore::lion_step(one_state_pieces<zcore::LionPiece>(table), {lr, beta1, beta2, weight_decay, grad_factor}, threads);
 }
 
 void adagrad_step(const Table& table, int threads, double lr, double eps, double weight_decay,
                   double grad_factor) {
-    zcore::adagrad_step(one_state<zcore::AdagradPiece>(table), {lr, eps, weight_decay, grad_factor}, threads);
+    zcore::adagrad_step(one_state_pieces<zcore::AdagradPiece>(table), {lr, eps, weight_decay, grad_factor}, threads);
 }
 
 void sgd_step(const Table& table, int threads, double lr, double momentum, double dampening,
               double weight_decay, bool is_nesterov, bool is_first, double grad_factor) {
-    zcore::sgd_step(one_state<zcore::SgdPiece>(table),
+    zcore::sgd_step(one_state_pieces<zcore::SgdPiece>(table),
                     {lr, momentum, dampening, weight_decay, is_nesterov, is_first, grad_factor}, threads);
 }
 
 double squared_norm(const Table& table, int threads) {
-    const auto pieces = table.pieces<zcore::NormPiece>([&](std::size_t row) -> zcore::NormPiece {
-        return {table.flat(row, 0), table.numel(row)};
-    });
-    return zcore::squared_norm(pieces, threads);
+    return zcore::squared_norm(norm_pieces(table), threads);
 }
 
 }  // namespace

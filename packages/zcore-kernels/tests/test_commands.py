@@ -76,7 +76,8 @@ def test_the_list_says_who_serves_and_why_others_do_not(monkeypatch: pytest.Monk
     at = next(index for index, line in enumerate(lines) if line.startswith("adamw_step"))
     assert code == 0
     assert lines[at].split() == ["adamw_step", "cpp", "serves"]
-    assert lines[at + 1].split() == ["reference", "stands", "by"]
+    assert lines[at + 1].split() == ["cuda", "serves", "cuda", "only"]
+    assert lines[at + 2].split() == ["reference", "stands", "by"]
     monkeypatch.setenv("ZCORE_OPS", "reference")
     assert "ZCORE_OPS asks for another" in run("list")[1]
 

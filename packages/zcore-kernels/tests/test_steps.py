@@ -1,4 +1,7 @@
-"""The steps of optimizers over flat pieces, each against its reference in fp64, whatever shape, dtype and threads."""
+"""The steps of optimizers over flat pieces, each against its reference in fp64, whatever shape, dtype and threads.
+
+On the CPU, and on a GPU where there is one.
+"""
 
 import inspect
 from collections.abc import Iterator
@@ -8,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from devices import DEVICES, needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError
+from zcore.kernels import _cpu
 from zcore.kernels.ops import adagrad_step, adamw_step, lamb_apply, lamb_average, lion_step, sgd_step, squared_norm
 from zcore.kernels.ops.dynamic_code import bounds, decode, encode, num_blocks
 from zcore.kernels.ops.registering import register
@@ -68,13 +73,21 @@ STEPS = {
 
 
 def operands_of(
-    step: Step, numels: list[int], *, param: torch.dtype, grad: torch.dtype, state: torch.dtype, with_copies: bool
+    step: Step,
+    numels: list[int],
+    *,
+    param: torch.dtype,
+    grad: torch.dtype,
+    state: torch.dtype,
+    with_copies: bool,
+    device: str = "cpu",
+    shift: int = 1,
 ) -> dict[str, Any]:
-    """Operands by name, near 1, each beginning one element into its storage."""
+    """Operands by name, near 1, floats beginning `shift` elements into their storage; the same on every device."""
     random = torch.Generator().manual_seed(7)
 
     def normal(numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(numel + 1, generator=random).to(dtype)[1:]
+        return torch.randn(numel + shift, generator=random).to(device, dtype)[shift:]
 
     made: dict[str, Any] = {"params": [normal(numel, param) for numel in numels]}
     taken = inspect.signature(step.module.reference).parameters
@@ -90,9 +103,9 @@ def operands_of(
         else:
             made[name] = [each.to(state) for each in wide]
     if "copies" in taken and with_copies:
-        made["copies"] = [torch.empty(numel, dtype=torch.bfloat16) for numel in numels]
+        made["copies"] = [torch.empty(numel, dtype=torch.bfloat16, device=device) for numel in numels]
     if "ratios" in taken:
-        made["ratios"] = torch.rand(len(numels), generator=random, dtype=torch.float64) + 0.5
+        made["ratios"] = (torch.rand(len(numels), generator=random, dtype=torch.float64) + 0.5).to(device)
     return made
 
 
@@ -129,13 +142,15 @@ def assert_same(left: Tensor, right: Tensor) -> None:
             "grad": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
             "state": st.sampled_from([torch.float32, torch.bfloat16]),
             "with_copies": st.booleans(),
+            "shift": st.integers(0, 4),
         }
     ),
 )
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_is_its_reference_in_fp64(name: str, numels: list[int], kinds: dict[str, Any]) -> None:
+def test_a_step_is_its_reference_in_fp64(name: str, device: str, numels: list[int], kinds: dict[str, Any]) -> None:
     step = STEPS[name]
-    mine = operands_of(step, numels, **kinds)
+    mine = operands_of(step, numels, device=device, **kinds)
     exact = cloned(mine, floats=torch.float64)
     returned = step.call(**mine, **step.settings)
     expected = step.module.reference(**exact, **step.settings)
@@ -148,10 +163,12 @@ def test_a_step_is_its_reference_in_fp64(name: str, numels: list[int], kinds: di
                 torch.testing.assert_close(ours.double(), theirs, rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", [name for name, step in STEPS.items() if step.states])
-def test_a_step_on_codes_of_one_byte_is_its_reference(name: str) -> None:
+def test_a_step_on_codes_of_one_byte_is_its_reference(name: str, device: str) -> None:
     step = STEPS[name]
-    mine = operands_of(step, list(SIZES), param=torch.float32, grad=torch.float32, state=torch.uint8, with_copies=False)
+    kinds = {"param": torch.float32, "grad": torch.float32, "state": torch.uint8}
+    mine = operands_of(step, list(SIZES), **kinds, with_copies=False, device=device)
     other = cloned(mine)
     step.call(**mine, **step.settings)
     step.module.reference(**other, **step.settings)
@@ -184,10 +201,51 @@ def test_the_number_of_threads_changes_no_bit(name: str, state: torch.dtype) -> 
         assert_same(returned_one, returned_two)
 
 
+@needs_cuda
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("name", STEPS)
-def test_nan_and_infinity_go_where_the_reference_has_them(name: str) -> None:
+def test_a_gpu_has_the_bits_of_a_cpu_with_fma_and_the_same_in_every_run(name: str, state: torch.dtype) -> None:
     step = STEPS[name]
-    mine = operands_of(step, [9], param=torch.float32, grad=torch.float32, state=torch.float32, with_copies=False)
+    kinds = {"param": torch.float32, "grad": torch.bfloat16, "state": state, "with_copies": True}
+    numels = [*SIZES, 70_001, *(each % 5 for each in range(150))]  # several launches
+    runs = [operands_of(step, numels, **kinds, device=device) for device in ("cpu", "cuda", "cuda")]
+    returned = [step.call(**run, **step.settings) for run in runs]
+    for key, values in runs[0].items():
+        for here, there, again in zip(values, runs[1][key], runs[2][key], strict=True):
+            assert_same(there, again)
+            if "avx" in _cpu.instruction_set():
+                assert_same(there.cpu(), here)
+    if returned[0] is not None:
+        assert_same(returned[1], returned[2])
+        torch.testing.assert_close(returned[1].cpu(), returned[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", [name for name, step in STEPS.items() if name != "lamb_apply"])
+def test_a_clip_factor_counts_as_the_factor_of_gradients_does(name: str, device: str) -> None:
+    step = STEPS[name]
+    kinds = {"param": torch.float32, "grad": torch.float32, "state": torch.float32, "with_copies": False}
+    runs = [operands_of(step, [300, 5], **kinds, device=device) for _ in range(2)]
+    factor = step.settings.get("grad_factor", 1.0)
+    step.call(**runs[0], **{**step.settings, "grad_factor": factor * 0.375})
+    step.call(**runs[1], **step.settings, clip_factor=torch.tensor(0.375, device=device))
+    for key, values in runs[0].items():
+        for left, right in zip(values, runs[1][key], strict=True):
+            assert_same(left, right)
+    exact = [cloned(operands_of(step, [300, 5], **kinds), floats=torch.float64) for _ in range(2)]
+    step.module.reference(**exact[0], **{**step.settings, "grad_factor": factor * 0.375})
+    step.module.reference(**exact[1], **step.settings, clip_factor=torch.tensor([0.375]))
+    for key, values in exact[0].items():
+        for left, right in zip(values, exact[1][key], strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", STEPS)
+def test_nan_and_infinity_go_where_the_reference_has_them(name: str, device: str) -> None:
+    step = STEPS[name]
+    kinds = {"param": torch.float32, "grad": torch.float32, "state": torch.float32}
+    mine = operands_of(step, [9], **kinds, with_copies=False, device=device)
     where = mine.get("grads", mine["params"])[0]
     where[2], where[5], where[7] = torch.nan, torch.inf, -torch.inf
     exact = cloned(mine, floats=torch.float64)
@@ -257,10 +315,16 @@ def test_a_backward_pass_through_a_parameter_stepped_since_is_refused() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(deadline=None, max_examples=30, derandomize=True)
-@given(numel=st.integers(0, 3000), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_the_squared_norm_is_summed_in_fp64(numel: int, dtype: torch.dtype) -> None:
-    tensor = torch.randn(numel + 1, generator=torch.Generator().manual_seed(numel)).to(dtype)[1:]
+@given(
+    numel=st.integers(0, 3000) | st.integers(16_000, 50_000),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    shift=st.integers(0, 4),
+)
+def test_the_squared_norm_is_summed_in_fp64(device: str, numel: int, dtype: torch.dtype, shift: int) -> None:
+    drawn = torch.randn(numel + shift, generator=torch.Generator().manual_seed(numel))
+    tensor = drawn.to(device, dtype)[shift:]
     torch.testing.assert_close(
         squared_norm.squared_norm(tensor), tensor.double().square().sum().float(), rtol=2e-7, atol=0
     )
@@ -279,6 +343,41 @@ def test_the_squared_norm_is_the_same_on_any_number_of_threads_and_not_finite_wh
     with pytest.raises(LayoutError, match="expected a flat one"):
         squared_norm.squared_norm(torch.ones(2, 2))
     torch.library.opcheck(torch.ops.zcore.squared_norm.default, (torch.ones(5),))
+
+
+@needs_cuda
+def test_the_squared_norm_on_a_gpu_is_the_same_in_every_run_and_not_finite_where_an_element_is_not() -> None:
+    tensor = torch.randn(1_000_003, generator=torch.Generator().manual_seed(1)).cuda()
+    one = squared_norm.squared_norm(tensor)
+    assert one.device == tensor.device
+    assert_same(squared_norm.squared_norm(tensor), one)
+    tensor[70_000] = torch.inf
+    assert squared_norm.squared_norm(tensor).isinf()
+    tensor[0] = torch.nan
+    assert squared_norm.squared_norm(tensor).isnan()
+    torch.library.opcheck(torch.ops.zcore.squared_norm.default, (torch.ones(5, device="cuda"),))
+
+
+@needs_cuda
+def test_steps_on_a_gpu_run_on_the_current_stream_and_refuse_what_lies_elsewhere() -> None:
+    param, grad = torch.ones(1 << 20, device="cuda"), torch.zeros(1 << 20, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # the gradient comes late: only a step behind it on the stream sees it
+        grad.fill_(1.0)
+        sgd_step.sgd_step([param], [grad], lr=1.0, momentum=0.0, dampening=0.0, weight_decay=0.0)
+    stream.synchronize()
+    assert torch.equal(param, torch.zeros_like(param))
+    kinds = {"param": torch.float32, "grad": torch.float32, "state": torch.float32, "with_copies": False}
+    mine = operands_of(STEPS["adamw"], [4], **kinds, device="cuda")
+    with pytest.raises(LayoutError, match=r"grads\[0\] is on cpu; expected all on cuda:0"):
+        adamw_step.adamw_step(**{**mine, "grads": [torch.ones(4)]}, **STEPS["adamw"].settings)
+    with pytest.raises(LayoutError, match="clip_factor is on cpu"):
+        adamw_step.adamw_step(**mine, **STEPS["adamw"].settings, clip_factor=torch.tensor(1.0))
+    clip_factor = torch.tensor(1.0, device="cuda", dtype=torch.float64)
+    with pytest.raises(ConfigError, match=r"clip_factor is torch\.float64"):
+        adamw_step.adamw_step(**mine, **STEPS["adamw"].settings, clip_factor=clip_factor)
 
 
 def test_the_reference_of_an_op_whose_user_has_one_stays() -> None:

@@ -23,4 +23,8 @@ public:
 // What the kernels of this library were compiled for, as "sm_80 sm_90 sm_100 compute_100"; compute: PTX, for later ones.
 const char* architectures();
 
+// Why no kernel of this library can be launched on the current device, in CUDA's words; null if one can. Kernels are looked
+// for, so it makes the device's context if there is none: a driver may be too old, or the device not among those above.
+const char* why_unusable();
+
 }  // namespace zcore::cuda

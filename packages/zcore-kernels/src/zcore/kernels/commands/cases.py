@@ -101,7 +101,7 @@ def _adamw(draw: Operands) -> Call:
 
 
 def _lamb_apply(draw: Operands) -> Call:
-    ratios = torch.ones(1, dtype=torch.float64)
+    ratios = torch.ones(1, dtype=torch.float64, device=draw.device)
     return Call(
         ([draw.flat()], [draw.flat()], [draw.squares()], draw.copies()), {"ratios": ratios, **STEP, **ADAM_ONLY}
     )

@@ -2,7 +2,8 @@
 
 The limit on the CPU is the machine's own stream of that shape (native/include/zcore/stream.hpp): it reads what the op
 reads and writes what it writes, in as many arrays, and computes nothing. What an op returns is new memory in every
-call, as torch's is, and costs page faults that the stream does not have.
+call, as torch's is, and costs page faults that the stream does not have. On a GPU the limit is a copy of as many bytes,
+half of them read and half written.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from zcore.kernels.commands.cases import CASES, Call, Operands, tensors_in
 __all__ = ["AGAINST", "Row", "check_peers", "measure_op", "table_of"]
 
 AGAINST = ("torch", "compile", "deepspeed")
-LIMIT = "memory"  # the stream
+LIMIT = "memory"  # the stream, or the copy
 Run = Callable[[], object]
 
 
@@ -39,7 +40,7 @@ class Row:
     contender: str
     time_s: Spread
     bytes_per_s: float  # read and written
-    of_limit: Spread | None  # the stream's time over this one's; None without a stream
+    of_limit: Spread  # the limit's time over this one's
     speedup: Spread | None  # this one's time over that of what serves: above 1 where it is slower than that
 
 
@@ -64,7 +65,7 @@ def measure_op(
     rounds: int,
     slice_s: float,
 ) -> list[Row]:
-    """Every implementation that serves, then the peers, then the stream. Empty where only the reference serves."""
+    """Every implementation that serves, then the peers, then the limit. Empty where only the reference serves."""
     call = CASES[op](Operands(numel, dtype=dtype, device=device))
     served = [each for each in ops.registered()[op] if each.refusal(device.type, call.tensors[0].dtype) is None]
     compiled = [each for each in served if each.source != "reference"]
@@ -75,13 +76,11 @@ def measure_op(
     reference = next(each for each in served if each.source == "reference")
     runs |= _peers(op, call, reference.function, peers)
     read, written = _traffic(compiled[0].function, call)
-    if device.type == "cpu":
-        runs[LIMIT] = _stream(read, written)
-    times_s = time_in_turns(runs, group=None, device=device, rounds=rounds, slice_s=slice_s)
     moved = sum(each.numel() * each.element_size() for each in (*read, *written))
+    runs[LIMIT] = _stream(read, written) if device.type == "cpu" else _copy(moved, device)
+    times_s = time_in_turns(runs, group=None, device=device, rounds=rounds, slice_s=slice_s)
     rows = []
     for name, taken in times_s.items():
-        limits = times_s.get(LIMIT)
         rows.append(
             Row(
                 op,
@@ -90,7 +89,7 @@ def measure_op(
                 name,
                 Spread.of(taken),
                 moved / Spread.of(taken).median,
-                None if limits is None else Spread.of([a / b for a, b in zip(limits, taken, strict=True)]),
+                Spread.of([a / b for a, b in zip(times_s[LIMIT], taken, strict=True)]),
                 Spread.of([a / b for a, b in zip(taken, times_s[own], strict=True)]),
             )
         )
@@ -106,12 +105,11 @@ def table_of(rows: Sequence[Row]) -> Table:
         names = (row.op, row.dtype) if key != last else ("", "")
         last = key
         spread = (row.time_s.high - row.time_s.low) / row.time_s.median
-        of_limit = "" if row.of_limit is None else f"{row.of_limit.median:.2f}"
         times = "" if row.speedup is None or row.contender == LIMIT else f"{row.speedup.median:.2f}"
         cells.append(
             (
                 *(*names, row.contender, shown_seconds(row.time_s.median), f"{spread:.0%}"),
-                *(shown_rate(row.bytes_per_s), of_limit, times),
+                *(shown_rate(row.bytes_per_s), f"{row.of_limit.median:.2f}", times),
             )
         )
     notes = (
@@ -158,9 +156,14 @@ def _stream(read: Sequence[Tensor], written: Sequence[Tensor]) -> Run:
     return run
 
 
+def _copy(moved_bytes: int, device: torch.device) -> Run:
+    source, target = (torch.zeros(moved_bytes // 2, dtype=torch.uint8, device=device) for _ in range(2))
+    return lambda: target.copy_(source)
+
+
 def _torch_adamw(call: Call) -> Run | None:
     params, grads, exp_avgs, exp_avg_sqs, copies = call.args
-    steps = [torch.ones(()) for _ in params]
+    steps = [torch.ones((), device=param.device) for param in params]
     settings = call.kwargs
 
     def run() -> None:
@@ -205,7 +208,7 @@ def _torch_sgd(call: Call) -> Run | None:
 
 def _torch_adagrad(call: Call) -> Run | None:
     params, grads, sums, copies = call.args
-    if copies:
+    if copies or params[0].device.type != "cpu":  # torch's fused one is for the CPU only
         return None
     settings = {key: call.kwargs[key] for key in ("lr", "weight_decay", "eps")}
     steps = [torch.ones(()) for _ in params]

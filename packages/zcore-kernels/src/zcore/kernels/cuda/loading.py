@@ -24,7 +24,6 @@ from zcore.kernels.ops.pieces import FLOATS
 __all__ = ["architectures", "extension", "launching", "offer", "why_unavailable"]
 
 PRIORITY = 10  # as compiled code for the CPU; over Triton
-OLDEST = (8, 0)  # compute capability
 NOT_BUILT = (
     "this wheel was built without CUDA kernels; where nvcc is on PATH: "
     "pip install --no-binary zcore-kernels -Ccmake.define.ZCORE_CUDA=ON zcore-kernels"
@@ -38,10 +37,8 @@ def why_unavailable() -> str | None:
         return NOT_BUILT
     if not torch.cuda.is_available():
         return "needs a CUDA device; torch sees none"
-    found = torch.cuda.get_device_capability()
-    if found < OLDEST:
-        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, and this device has {found[0]}.{found[1]}"
-    return None
+    said: str | None = extension().why_unusable()
+    return None if said is None else f"cannot run on this device: {said}. Built for {architectures()}"
 
 
 def architectures() -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zcore.kernels import _cpu
 from zcore.kernels.ops.dynamic_code import read_state, write_state
+from zcore.kernels.ops.gradients import scaled
 from zcore.kernels.ops.pieces import Column, scales, state
 from zcore.kernels.ops.registering import flat_op
 
@@ -28,11 +29,12 @@ def reference(
     eps: float,
     weight_decay: float,
     grad_factor: float = 1.0,
+    clip_factor: Tensor | None = None,
 ) -> None:
-    """Step `params` in place; dtypes, `copies` and `grad_factor` as in `adamw_step`. The caller decays `lr`."""
+    """Step `params` in place; dtypes, `copies` and factors as in `adamw_step`. The caller decays `lr`."""
     for index, param in enumerate(params):
         value = param.to(torch.promote_types(param.dtype, torch.float32))
-        grad = grads[index].to(value.dtype) * grad_factor
+        grad = scaled(grads[index], value.dtype, grad_factor, clip_factor)
         if weight_decay:
             grad = grad + weight_decay * value
         total = read_state(sums, sum_scales, index, value.dtype, is_signed=False) + grad * grad

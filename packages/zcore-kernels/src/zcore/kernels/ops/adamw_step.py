@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zcore.kernels import _cpu
 from zcore.kernels.ops.dynamic_code import read_state, write_state
+from zcore.kernels.ops.gradients import scaled
 from zcore.kernels.ops.pieces import Column, scales, state
 from zcore.kernels.ops.registering import flat_op
 
@@ -33,17 +34,19 @@ def reference(
     bias_correction1: float,
     bias_correction2: float,
     grad_factor: float = 1.0,
+    clip_factor: Tensor | None = None,
     is_decoupled: bool = True,
 ) -> None:
     """Step `params` in place, computing in fp32, or in fp64 where they are.
 
     States are of any floating dtype, or codes (uint8) with scales, see `dynamic_code`. bias_correction1,
-    bias_correction2: 1 - beta^t. grad_factor: what gradients are multiplied by first. copies: written with the new
-    parameters in their own dtype; may be empty.
+    bias_correction2: 1 - beta^t. grad_factor: what gradients are multiplied by first; clip_factor: and by this, one
+    fp32 element, which on a GPU stays there and is waited for by nobody. copies: written with the new parameters in
+    their own dtype; may be empty.
     """
     for index, param in enumerate(params):
         value = param.to(torch.promote_types(param.dtype, torch.float32))
-        grad = grads[index].to(value.dtype) * grad_factor
+        grad = scaled(grads[index], value.dtype, grad_factor, clip_factor)
         if is_decoupled:
             value = value * (1.0 - lr * weight_decay)
         elif weight_decay:

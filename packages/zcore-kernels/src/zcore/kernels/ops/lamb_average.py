@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from zcore.kernels import _cpu
+from zcore.kernels.cuda.stepping import Result
 from zcore.kernels.ops.dynamic_code import read_state, write_state
+from zcore.kernels.ops.gradients import scaled
 from zcore.kernels.ops.pieces import Column, scales, state
-from zcore.kernels.ops.registering import Result, flat_op
+from zcore.kernels.ops.registering import flat_op
 
 __all__ = ["lamb_average", "reference"]
 
@@ -32,16 +34,17 @@ def reference(
     bias_correction1: float,
     bias_correction2: float,
     grad_factor: float = 1.0,
+    clip_factor: Tensor | None = None,
 ) -> Tensor:  # [num_pieces, 2] fp64
     """Move the averages in place; returns the sums of squares of each parameter and of its update.
 
-    Dtypes and `grad_factor` as in `adamw_step`. The squares are of updates from averages not yet rounded.
+    Dtypes and factors as in `adamw_step`. The squares are of updates from averages not yet rounded.
     """
     device = params[0].device if params else None
     squares = torch.zeros(len(params), 2, dtype=torch.float64, device=device)
     for index, param in enumerate(params):
         value = param.to(torch.promote_types(param.dtype, torch.float32))
-        grad = grads[index].to(value.dtype) * grad_factor
+        grad = scaled(grads[index], value.dtype, grad_factor, clip_factor)
         average = read_state(exp_avgs, exp_avg_scales, index, value.dtype, is_signed=True).lerp(grad, 1.0 - beta1)
         square = read_state(exp_avg_sqs, exp_avg_sq_scales, index, value.dtype, is_signed=False)
         square = square * beta2 + grad * grad * (1.0 - beta2)

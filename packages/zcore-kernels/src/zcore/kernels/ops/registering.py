@@ -12,7 +12,6 @@ takes some microseconds more (docs/decisions).
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -20,25 +19,18 @@ from torch import Tensor
 
 from zcore.core import ops
 from zcore.kernels.cuda import loading as cuda_loading
-from zcore.kernels.ops.pieces import FLOATS, Column, Columns
+from zcore.kernels.cuda.stepping import Result, step, sum_squares
+from zcore.kernels.ops.pieces import FLOATS, Column, Columns, cuda_index
 from zcore.kernels.triton import loading as triton_loading
 
-__all__ = ["Result", "flat_op", "register"]
+__all__ = ["flat_op", "register"]
 
 LIBRARY = torch.library.Library("zcore", "DEF")
 PRIORITY = 10  # of compiled code for the CPU, over references
-WORDS = {float: "float", bool: "bool", Tensor: "Tensor"}
+WORDS = {float: "float", bool: "bool", Tensor: "Tensor", Tensor | None: "Tensor?"}
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What an op returns: one row of `width` for each piece, in `dtype`, on the device of the pieces."""
-
-    width: int
-    dtype: torch.dtype
 
 
 def flat_op(
@@ -49,7 +41,7 @@ def flat_op(
     compiled: Callable[..., Any],
     result: Result | None = None,
 ) -> Callable[P, R]:
-    """Register `compiled`, of the native library, as what serves `op` on the CPU; returns it, checked, to be called.
+    """Register what serves `op`: `compiled` on the CPU, its namesake of the CUDA extension there; returns a function.
 
     It takes what the reference takes, and raises LayoutError or ConfigError for operands it does not serve.
     """
@@ -57,17 +49,23 @@ def flat_op(
     written = tuple(index for index, column in enumerate(columns) if column.is_written)
     hyper = [each for each in inspect.signature(reference).parameters.values() if each.name not in names]
     defaults = {each.name: each.default for each in hyper if each.default is not each.empty}
-    of_tensors = [each.name for each in hyper if each.annotation is Tensor]
 
     def run(*operands: Sequence[Tensor], **given: Any) -> Tensor | None:
         settings = defaults | given
-        for key in of_tensors:
-            settings[key] = settings[key].tolist()
-        made = compiled(taken.table(operands), torch.get_num_threads(), **settings)
+        table = taken.table(operands)
+        made = None
+        if cuda_index(operands[0]) is None:
+            on_host = compiled(table, torch.get_num_threads(), **_known_to_host(settings))
+            if result is not None:
+                made = torch.tensor(on_host, dtype=result.dtype).view(-1, result.width)
+        elif result is None:
+            step(op, table, settings, device=operands[0][0].device)
+        else:
+            made = sum_squares(op, table, settings, result=result, device=operands[0][0].device)
         # Autograd refuses a backward pass through what has changed since.
         changed = [each for index in written for each in operands[index] if not each.is_inference()]
         torch.autograd.graph.increment_version(changed)
-        return None if result is None else torch.tensor(made, dtype=result.dtype).view(-1, result.width)
+        return made
 
     def fake(*operands: Sequence[Tensor], **_given: Any) -> Tensor | None:
         if result is None:
@@ -82,6 +80,7 @@ def flat_op(
         cpu=run,
         fake=fake,
         dtypes=FLOATS,
+        cuda=run,
     )
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:  # once for each step: kept short
@@ -91,7 +90,16 @@ def flat_op(
         return cast(R, run(*operands, **kwargs))
 
     ops.implementation(op, source="cpp", priority=PRIORITY, devices=("cpu",), dtypes=FLOATS)(call)
+    cuda_loading.offer(op, call)
     return call
+
+
+def _known_to_host(settings: dict[str, Any]) -> dict[str, Any]:
+    """Numbers in place of tensors; the clip factor is folded into the factor of gradients."""
+    clip_factor = settings.pop("clip_factor", None)
+    if clip_factor is not None:
+        settings["grad_factor"] *= float(clip_factor)
+    return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in settings.items()}
 
 
 def _schema(columns: Sequence[Column], hyper: Sequence[inspect.Parameter], result: Result | None) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zcore.kernels import _cpu
 from zcore.kernels.ops.dynamic_code import read_state, write_state
+from zcore.kernels.ops.gradients import scaled
 from zcore.kernels.ops.pieces import FLOATS, Column, scales
 from zcore.kernels.ops.registering import flat_op
 
@@ -30,14 +31,15 @@ def reference(
     is_nesterov: bool = False,
     is_first: bool = False,
     grad_factor: float = 1.0,
+    clip_factor: Tensor | None = None,
 ) -> None:
-    """Step `params` in place; dtypes, `copies` and `grad_factor` as in `adamw_step`.
+    """Step `params` in place; dtypes, `copies` and factors as in `adamw_step`.
 
     Without `momentum_buffers` there is no momentum. is_first: they hold nothing yet, and become the gradients.
     """
     for index, param in enumerate(params):
         value = param.to(torch.promote_types(param.dtype, torch.float32))
-        grad = grads[index].to(value.dtype) * grad_factor
+        grad = scaled(grads[index], value.dtype, grad_factor, clip_factor)
         if weight_decay:
             grad = grad + weight_decay * value
         direction = grad

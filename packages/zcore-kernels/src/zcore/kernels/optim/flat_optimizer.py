@@ -8,7 +8,7 @@
 A group holds it by name ("float32", "bfloat16", "8bit"), so that it goes through JSON; either may be passed.
 
 Parameters of a group are of one kind where the dtypes of both parameter and gradient and the number of the step agree.
-The ops come from the registry, so that `ZCORE_OPS=reference`, and another device than the CPU, takes references.
+The ops come from the registry, so that `ZCORE_OPS=reference`, and a device without kernels, takes references.
 
 Parameters in bf16 and fp16 are stepped in fp32 and rounded to the nearest in the same pass, as torch's fused optimizers
 do; what is too small for their dtype is lost, as there. For a master in fp32 keep parameters in fp32 and compute under

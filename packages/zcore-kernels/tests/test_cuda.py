@@ -1,0 +1,74 @@
+"""What of the CUDA extension needs no GPU: it imports, says why it cannot serve, and what a launch met.
+
+`test_steps` and others try its kernels where there is a GPU.
+"""
+
+import re
+
+import pytest
+import torch
+
+from zcore.core import ops
+from zcore.core.errors import NotInstalledError
+from zcore.kernels import _cpu
+from zcore.kernels.cuda import loading
+from zcore.kernels.ops import squared_norm
+
+built = pytest.mark.skipif(loading.architectures() is None, reason="the wheel was built without CUDA kernels")
+CUDA = torch.device("cuda")
+
+
+def test_the_registry_puts_cuda_before_triton_and_says_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = next(each for each in ops.registered()["adamw_step"] if each.source == "cuda")
+    assert (row.devices, row.why_unavailable) == ({"cuda"}, loading.why_unavailable)
+    for known in ops.registered().values():
+        priorities = {each.source: each.priority for each in known}
+        assert priorities.get("cuda", 100) > priorities.get("triton", 0)
+    for reason in ("this wheel was built without", "needs a CUDA device"):
+        monkeypatch.setattr(loading, "find_spec", lambda name, reason=reason: None if "built" in reason else "found")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert (loading.why_unavailable.__wrapped__() or "").startswith(reason)
+
+
+def test_without_kernels_the_reference_serves_a_gpu_and_asking_for_them_says_how_to_build() -> None:
+    if loading.why_unavailable() is None:
+        pytest.skip("they serve here")
+    assert ops.choose("adamw_step", device=CUDA, dtype=torch.float32).source == "reference"
+    with ops.force("cuda"), pytest.raises(NotInstalledError, match=re.escape(loading.why_unavailable() or "")):
+        ops.get("adamw_step", device=CUDA, dtype=torch.float32)
+
+
+def test_an_extension_that_was_not_built_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(NotInstalledError, match=r"built without CUDA kernels; .*ZCORE_CUDA=ON.*ZCORE_OPS=reference"):
+        loading.extension.__wrapped__()
+    assert loading.architectures() is None
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can run")
+def test_a_driver_that_cannot_run_the_kernels_is_no_device_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # torch may be content with an older one
+    assert re.fullmatch(r"cannot run on this device: .+\. Built for sm_80 .+", loading.why_unavailable.__wrapped__())
+
+
+@built
+def test_it_was_built_for_every_generation_and_as_ptx_for_later_ones() -> None:
+    names = (loading.architectures() or "").split()
+    assert {"sm_80", "sm_90"} <= set(names)
+    assert names[-1].startswith("compute_")
+
+
+@built
+def test_it_counts_a_sum_for_each_chunk_of_a_table_that_the_cpu_module_read() -> None:
+    layout = _cpu.Layout([([(torch.float32, 0)], False, -1)])
+    table = layout.read([[torch.empty(numel) for numel in (0, 1, 16_384, 16_385)]])
+    assert loading.extension().num_partial_sums(table) == 0 + 1 + 1 + 2
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a launch would be made")
+def test_a_launch_that_is_refused_names_the_op_and_what_cuda_says() -> None:
+    table = squared_norm.COLUMNS.table(([torch.ones(5)],))
+    with pytest.raises(RuntimeError, match=r"squared_norm: its CUDA kernel could not be launched: .+\. An error"):
+        loading.extension().squared_norm(table, 0, scratch=0, result=0)

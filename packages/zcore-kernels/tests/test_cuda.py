@@ -4,6 +4,7 @@
 """
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -72,3 +73,49 @@ def test_a_launch_that_is_refused_names_the_op_and_what_cuda_says() -> None:
     table = squared_norm.COLUMNS.table(([torch.ones(5)],))
     with pytest.raises(RuntimeError, match=r"squared_norm: its CUDA kernel could not be launched: .+\. An error"):
         loading.extension().squared_norm(table, 0, scratch=0, result=0)
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches would be made")
+@pytest.mark.parametrize("op", ["quantize_blockwise", "dequantize_blockwise", "dequantize_reduce_requantize"])
+def test_a_launch_of_a_quantiser_that_is_refused_names_the_op(op: str) -> None:
+    settings = {"numel": 1, "block_size": 2, "format": 0}
+    rounding = {"is_stochastic": False, "seed": 0, "offset": 0}
+    operands: dict[str, tuple[Any, ...]] = {
+        "quantize_blockwise": (0, 0, [0, 0, 0]),
+        "dequantize_blockwise": ([0, 0, 0], 0, 0),
+        "dequantize_reduce_requantize": ([0, 0, 0], [0, 0, 0]),
+    }
+    settings |= {} if op == "dequantize_blockwise" else rounding
+    settings |= {"factor": 1.0} if op == "dequantize_reduce_requantize" else {}
+    with pytest.raises(RuntimeError, match=rf"^{op}: its CUDA kernel could not be launched"):
+        getattr(loading.extension(), op)(*operands[op], 0, **settings)
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches would be made")
+@pytest.mark.parametrize(
+    ("op", "operands", "settings"),
+    [
+        ("pack_signs", (0, 0, 0, 0, 0), {"block_size": 8}),
+        ("pack_signs", (0, 0, 0, 0, 0), {"block_size": 16384}),  # asks for more shared memory than is usual
+        ("unpack_signs", (0, 0, 0, 0), {"block_size": 8}),
+        ("round_stochastic", (0, 0), {"seed": 0, "offset": 0}),
+        ("round_with_noise", (0, 0, 0), {}),
+    ],
+)
+def test_a_launch_of_signs_or_roundings_that_is_refused_names_the_op(
+    op: str, operands: tuple[int, ...], settings: dict[str, int]
+) -> None:
+    with pytest.raises(RuntimeError, match=rf"^{op}: its CUDA kernel could not be launched"):
+        getattr(loading.extension(), op)(*operands, 0, numel=1, **settings)
+    getattr(loading.extension(), op)(*operands, 0, numel=0, **settings)  # nothing to launch
+
+
+@built
+def test_too_many_shards_are_refused_before_a_launch() -> None:
+    most = loading.extension().LARGEST_NUM_SHARDS
+    settings = {"numel": 1, "block_size": 2, "format": 0, "is_stochastic": False, "seed": 0, "offset": 0, "factor": 1.0}
+    for count in (0, most + 1):
+        with pytest.raises(ValueError, match=f"got {count} shards; expected 1 to {most}"):
+            loading.extension().dequantize_reduce_requantize([0, 0, 0] * count, [0, 0, 0], 0, **settings)

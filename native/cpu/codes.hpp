@@ -113,12 +113,14 @@ static inline void quantize_group(const float* values, Group group, std::size_t 
     });
     alignas(64) std::uint32_t codes[block_numel];
     alignas(64) std::uint16_t noise[block_numel];
-    for (std::size_t at = 0; at < group.count; at += block_numel) {
-        const std::size_t chunk = block_at(at, group.count);
+    const std::size_t step = chunk_numel(layout.block_size);
+    for (std::size_t at = 0; at < group.count; at += step) {
+        const std::size_t chunk = group.count - at < step ? group.count - at : step;
+        const std::size_t first = block + at / layout.block_size;
         if (rounding.is_stochastic) {
             fill_noise(rounding.seed, rounding.offset + group.begin + at, chunk, noise);
         }
-        for_each_block(block, chunk, layout.block_size, [&](std::size_t each, std::size_t start, std::size_t size) {
+        for_each_block(first, chunk, layout.block_size, [&](std::size_t each, std::size_t start, std::size_t size) {
             const auto encode_block = rounding.is_stochastic ? encode<true> : encode<false>;
             encode_block(values + at + start, noise + start, size, out.scales[each], is_symmetric,
                          is_symmetric ? 0 : out.zero_points[each], layout.format, codes + start);

@@ -54,8 +54,8 @@ def quantize_tile(
         tl.store(zero_points + block, zero_point.to(tl.int8), mask=block < num_blocks)
     noise = tl.zeros([ROWS, COLUMNS], tl.int32)
     if IS_STOCHASTIC:
-        first = offset.to(tl.int64) + tl.program_id(0).to(tl.int64) * ROWS * block_size
-        noise = noise_at(seed, offset.to(tl.int64) + element, first)
+        first = tl.program_id(0).to(tl.int64) * ROWS * block_size + offset
+        noise = noise_at(seed, element + offset, first)
     found = encoded(values, noise, inverse, zero_point, FORMAT, LARGEST, IS_SYMMETRIC, IS_STOCHASTIC)
     store_codes(codes, element, found, is_inside, FORMAT, ROWS, COLUMNS)
 

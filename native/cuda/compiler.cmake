@@ -1,6 +1,6 @@
-# Whether CUDA kernels are built, decided once: sets ZCORE_BUILDS_CUDA, and where it is true enables the language and names
-# the architectures. Included by whichever project stands on top, since a language has to be enabled there.
-#   ZCORE_CUDA=AUTO   where a CUDA compiler is found that makes code for sm_90 of C++20
+# Whether CUDA kernels are built, decided once: sets ZCORE_BUILDS_CUDA, and where it is true enables the language and
+# names the architectures. Included by whichever project stands on top, since a language has to be enabled there.
+#   ZCORE_CUDA=AUTO   where a CUDA compiler is found that knows C++20
 #   ZCORE_CUDA=ON     demanded: without such a compiler the build ends
 #   ZCORE_CUDA=OFF    never
 if(DEFINED ZCORE_BUILDS_CUDA)
@@ -18,12 +18,11 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # while the compiler is looked for
 endif()
 check_language(CUDA)
-set(zcore_remedy "Put nvcc of CUDA 12.1 or newer, and a host compiler that it takes, on PATH (or name it in CUDACXX), or "
-                 "build without: -DZCORE_CUDA=OFF, with pip -Ccmake.define.ZCORE_CUDA=OFF.")
+string(CONCAT zcore_remedy "Put nvcc of CUDA 12.1 or newer, and a host compiler that it takes, on PATH (or name it in "
+       "CUDACXX), or build without: -DZCORE_CUDA=OFF, with pip -Ccmake.define.ZCORE_CUDA=OFF.")
 if(NOT CMAKE_CUDA_COMPILER)
   if(NOT ZCORE_CUDA STREQUAL "AUTO")
-    message(FATAL_ERROR "ZCORE_CUDA=${ZCORE_CUDA} demands kernels for NVIDIA GPUs, and no CUDA compiler works here. "
-                        ${zcore_remedy})
+    message(FATAL_ERROR "ZCORE_CUDA=${ZCORE_CUDA} demands kernels for NVIDIA GPUs, and no CUDA compiler works here. ${zcore_remedy}")
   endif()
   message(STATUS "No CUDA compiler: built without kernels for NVIDIA GPUs")
   return()
@@ -34,7 +33,7 @@ enable_language(CUDA)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.1)
   if(NOT ZCORE_CUDA STREQUAL "AUTO")
     message(FATAL_ERROR "ZCORE_CUDA=${ZCORE_CUDA} demands kernels for NVIDIA GPUs, and the CUDA compiler here is "
-                        "${CMAKE_CUDA_COMPILER_VERSION}. " ${zcore_remedy})
+                        "${CMAKE_CUDA_COMPILER_VERSION}. ${zcore_remedy}")
   endif()
   message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} is too old: built without kernels for NVIDIA GPUs")
   return()

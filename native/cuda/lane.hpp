@@ -1,5 +1,5 @@
-// One lane's share of one tile of a step: read, stepped, and written, with what the lanes of a warp have to agree on, the
-// scales of codes, in between. See tiles.hpp for which elements those are.
+// One lane's share of one tile of a step: read, stepped, and written; in between what the lanes of a warp have to agree
+// on, the scales of codes. See tiles.hpp for which elements those are.
 //
 // A step says what it is by constants, and steps one element:
 //
@@ -17,10 +17,10 @@ namespace zcore::ZCORE_ISA {
 template <typename Step>
 constexpr int at_least_one = Step::num_states == 0 ? 1 : Step::num_states;  // as there are no arrays of none
 
-// Of a launch.
+// Of a launch, and of the one that adds sums: with one pointer more they are within the limit.
 template <typename Step>
 struct Arguments {
-    static constexpr std::uint32_t capacity = capacity_beside<Step::num_states>(sizeof(Step) + sizeof(double*));
+    static constexpr std::uint32_t capacity = capacity_beside<Step::num_states>(sizeof(Step) + 2 * sizeof(double*));
 
     Pieces<Step::num_states, capacity> pieces;
     Step step;
@@ -89,7 +89,7 @@ struct LaneTile {
                 } else {
                     ZCORE_UNROLL
                     for (int each = 0; each < num_states; ++each) {
-                        states[each][vector][at] = 0.0f;  // not what a code of 0 stands for: it would count for the scale
+                        states[each][vector][at] = 0.0f;  // what a code of 0 stands for would count for the scale
                     }
                 }
             }

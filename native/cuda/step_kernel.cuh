@@ -1,8 +1,8 @@
-// The kernel of all steps, and its launches: thread blocks of 8 warps, one for each chunk of 16,384 elements, each warp a
-// tile at a time.
+// The kernel of all steps, and its launches: thread blocks of 8 warps, one for each chunk of 16,384 elements, each warp
+// a tile at a time.
 //
-// Sums go into one slot of scratch for each chunk, and a second kernel adds the slots of each piece: in one order, so that
-// they are equal from run to run.
+// Sums go into one slot of scratch for each chunk, and a second kernel adds the slots of each piece: in one order, so
+// that they are equal from run to run.
 #pragma once
 
 #include <algorithm>
@@ -120,12 +120,12 @@ __global__ void __launch_bounds__(block_threads)
     }
 }
 
-// Launches a step over `pieces`, as many at a time as the arguments of a launch hold. before(arguments, first) sets what
-// depends on the place of the first piece in the list; after(arguments, first) follows a launch.
+// Launches a step over `pieces`, as many at a time as the arguments of a launch hold. before(arguments, first) sets
+// what depends on the place of the first piece in the list; after(arguments, first) follows a launch.
 template <typename Step, typename Piece, typename Before, typename After>
 void launch_steps(const char* op, std::span<const Piece> pieces, const Step& step, Stream stream, const Before& before,
                   const After& after) {
-    static_assert(sizeof(Arguments<Step>) <= argument_bytes);
+    static_assert(sizeof(Arguments<Step>) + sizeof(void*) <= argument_bytes);
     for (std::size_t first = 0; first < pieces.size(); first += Arguments<Step>::capacity) {
         Arguments<Step> arguments{{}, step, nullptr};
         for (const Piece& piece : pieces.subspan(first).first(std::min<std::size_t>(

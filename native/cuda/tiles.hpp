@@ -1,7 +1,7 @@
 // How the elements of flat memory fall to the threads of a GPU, and how a thread's share goes between memory and fp32.
 //
-//     memory    |tile 0         |tile 1         |...        256 elements each, as a block of codes has; a warp takes one
-//     tile      |0 |1 |...|31 |0 |1 |...|31 |               two vectors of 4 elements for each lane
+//     memory    |tile 0         |tile 1         |...      256 elements each, as a block of codes has; a warp takes one
+//     tile      |0 |1 |...|31 |0 |1 |...|31 |             two vectors of 4 elements for each lane
 //
 // So neighbours read neighbours, and a thread has two vectors of each operand on their way at a time. A vector is moved
 // at once where it is whole and lies at a multiple of its size, else element by element. It stays as it lies in memory

@@ -1,6 +1,6 @@
-// The block-wise dynamic code of cpu/dynamic_code.hpp for one element, without its table of 65,536: its values and bounds
-// are computed, in the same double arithmetic, and a code is guessed and then found between its bounds. It has the
-// table's codes and values to the bit.
+// The block-wise dynamic code of cpu/dynamic_code.hpp for one element, without its table of 65,536: values and bounds are
+// computed, in the same double arithmetic, and a code is guessed and then found between its bounds. It has the table's
+// codes and values to the bit.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
-// What is said of one element once, for every instruction set of the CPU and for CUDA: each compiles it into a namespace
-// of its own name (ZCORE_ISA; `cuda` there), and on all of them it has the same bits.
+// What is done to one element, said once for every instruction set of the CPU and for CUDA: each compiles it into a
+// namespace of its name (ZCORE_ISA; `cuda` there), and all that multiply and add at once have the same bits.
 //
-// Loops, vectors and memory are the business of who includes it. Nothing here may be left to a compiler's taste: who
-// includes this is compiled without fusing products and sums (-ffp-contract=off, -fmad=false).
+// Loops, vectors and memory are the business of who includes it. Where it rounds is said, and not left to a compiler:
+// steps are compiled without fusing products and sums (-ffp-contract=off, -fmad=false).
 #pragma once
 
 #if defined(__CUDACC__)

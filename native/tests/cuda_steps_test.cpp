@@ -31,7 +31,8 @@ struct Operand {
     std::vector<std::vector<float>> scales;
     std::size_t shift;
 
-    Operand(const std::vector<std::size_t>& numels, Type type, std::size_t shift, std::mt19937& random, bool is_positive)
+    Operand(const std::vector<std::size_t>& numels, Type type, std::size_t shift, std::mt19937& random,
+            bool is_positive)
         : type(type), shift(shift) {
         std::normal_distribution<float> normal;
         for (const std::size_t numel : numels) {
@@ -47,7 +48,8 @@ struct Operand {
                     const auto half = static_cast<std::uint16_t>(bits >> 16);
                     std::memcpy(to, &half, 2);
                 } else if (type == Type::f16) {  // from 1/4 to 2
-                    const auto half = static_cast<std::uint16_t>((bits & 0x80000000u) >> 16 | (0x3400u + (bits & 0xbffu)));
+                    const std::uint32_t magnitude = 0x3400u + (bits & 0xbffu);
+                    const auto half = static_cast<std::uint16_t>((bits & 0x80000000u) >> 16 | magnitude);
                     std::memcpy(to, &half, 2);
                 } else {
                     *to = static_cast<std::uint8_t>(bits >> 8);
@@ -87,22 +89,25 @@ struct State {
     std::vector<std::size_t> numels;
     Operand param, grad, first, second, copy;
 
-    State(const std::vector<std::size_t>& numels, const Types& types, Type one_state, std::mt19937 random = std::mt19937(7))
-        : numels(numels), param(numels, types.param, types.shift, random, false),
+    State(const std::vector<std::size_t>& numels, const Types& types, Type one_state,
+          std::mt19937 random = std::mt19937(7))
+        : numels(numels),
+          param(numels, types.param, types.shift, random, false),
           grad(numels, types.grad, types.shift, random, false),
           first(numels, one_state, types.shift, random, one_state == Type::unsigned_code),
-          second(numels, types.second, types.shift, random, true), copy(numels, types.copy, types.shift, random, false) {}
+          second(numels, types.second, types.shift, random, true),
+          copy(numels, types.copy, types.shift, random, false) {}
     State(const std::vector<std::size_t>& numels, const Types& types) : State(numels, types, types.first) {}
 
     template <typename Piece>
     std::vector<Piece> pieces() {
         std::vector<Piece> made;
         for (std::size_t index = 0; index < numels.size(); ++index) {
+            const Flat p = param.flat(index), g = grad.flat(index), m = first.flat(index), low = copy.flat(index);
             if constexpr (requires(Piece piece) { piece.exp_avg_sq; }) {
-                made.push_back({param.flat(index), grad.flat(index), first.flat(index), second.flat(index),
-                                copy.flat(index), numels[index]});
+                made.push_back({p, g, m, second.flat(index), low, numels[index]});
             } else {
-                made.push_back({param.flat(index), grad.flat(index), first.flat(index), copy.flat(index), numels[index]});
+                made.push_back({p, g, m, low, numels[index]});
             }
         }
         return made;
@@ -129,7 +134,7 @@ std::vector<std::size_t> many_sizes() {
 
 class CudaSteps : public testing::Test {
 protected:
-    // What rounds a b + c twice has other bits than a GPU.
+    // What rounds a b + c twice has other bits than a GPU, and the kernels are compiled with FMA here, too.
     void SetUp() override {
         if (zcore::name_of(zcore::instruction_set()) == std::string("baseline")) {
             GTEST_SKIP() << "the instruction set has no FMA";
@@ -145,7 +150,7 @@ void compare(const OnCpu& on_cpu, const Emulated& emulated, Type code = Type::si
         State left(many_sizes(), types, one_state), right(many_sizes(), types, one_state);
         const auto of_cpu = left.pieces<Piece>(), of_cuda = right.pieces<Piece>();
         on_cpu(std::span<const Piece>(of_cpu));
-        emulated(std::span<const Piece>(of_cuda));
+        emulated(of_cuda.data(), of_cuda.size());
         left.expect_equal(right);
     }
 }
@@ -159,33 +164,33 @@ TEST_F(CudaSteps, AdamWHasTheBitsOfTheCpu) {
         zcore::AdamW hyper{1e-2, 0.9, 0.99, 1e-8, 0.1, 0.271, 0.172338, 0.7, is_decoupled};
         compare<zcore::AdamWPiece>(
             [&](auto pieces) { zcore::adamw_step(pieces, hyper, 2); },
-            [&](auto pieces) { zcore::emulated::adamw_step(pieces, hyper, nullptr); });
+            [&](auto... of) { zcore::emulated::adamw_step(of..., hyper, nullptr); });
         zcore::AdamW folded = hyper;
         folded.grad_factor = hyper.grad_factor * static_cast<double>(on_device);
         compare<zcore::AdamWPiece>(
             [&](auto pieces) { zcore::adamw_step(pieces, folded, 1); },
-            [&](auto pieces) { zcore::emulated::adamw_step(pieces, hyper, &on_device); });
+            [&](auto... of) { zcore::emulated::adamw_step(of..., hyper, &on_device); });
     }
 }
 
 TEST_F(CudaSteps, AdagradHasTheBitsOfTheCpu) {
     const zcore::Adagrad hyper{1e-2, 1e-10, 0.1, 0.7};
     compare<zcore::AdagradPiece>([&](auto pieces) { zcore::adagrad_step(pieces, hyper, 1); },
-                                 [&](auto pieces) { zcore::emulated::adagrad_step(pieces, hyper, nullptr); },
+                                 [&](auto... of) { zcore::emulated::adagrad_step(of..., hyper, nullptr); },
                                  Type::unsigned_code);
 }
 
 TEST_F(CudaSteps, LionHasTheBitsOfTheCpu) {
     const zcore::Lion hyper{1e-2, 0.9, 0.99, 0.1, 0.7};
     compare<zcore::LionPiece>([&](auto pieces) { zcore::lion_step(pieces, hyper, 1); },
-                              [&](auto pieces) { zcore::emulated::lion_step(pieces, hyper, nullptr); });
+                              [&](auto... of) { zcore::emulated::lion_step(of..., hyper, nullptr); });
 }
 
 TEST_F(CudaSteps, SgdHasTheBitsOfTheCpu) {
     for (const auto& [is_nesterov, is_first] : {std::tuple(false, false), {true, false}, {false, true}}) {
         const zcore::Sgd hyper{1e-2, 0.9, 0.1, 0.1, is_nesterov, is_first, 0.7};
         compare<zcore::SgdPiece>([&](auto pieces) { zcore::sgd_step(pieces, hyper, 1); },
-                                 [&](auto pieces) { zcore::emulated::sgd_step(pieces, hyper, nullptr); });
+                                 [&](auto... of) { zcore::emulated::sgd_step(of..., hyper, nullptr); });
     }
     const zcore::Sgd hyper{1e-2, 0.0, 0.0, 0.1, false, false, 0.7};
     const auto without = [](std::span<const zcore::SgdPiece> pieces) {
@@ -196,8 +201,9 @@ TEST_F(CudaSteps, SgdHasTheBitsOfTheCpu) {
         return bare;
     };
     compare<zcore::SgdPiece>([&](auto pieces) { zcore::sgd_step(without(pieces), hyper, 1); },
-                             [&](auto pieces) {
-                                 zcore::emulated::sgd_step_without_momentum(without(pieces), hyper, nullptr);
+                             [&](const zcore::SgdPiece* pieces, std::size_t count) {
+                                 const auto bare = without({pieces, count});
+                                 zcore::emulated::sgd_step_without_momentum(bare.data(), count, hyper, nullptr);
                              });
 }
 
@@ -205,9 +211,9 @@ TEST_F(CudaSteps, LambHasTheBitsOfTheCpu) {
     const zcore::Lamb hyper{1e-2, 0.9, 0.99, 1e-8, 0.1, 0.271, 0.172338, 0.7};
     std::vector<zcore::LambSquares> of_cpu, of_cuda;
     compare<zcore::LambPiece>([&](auto pieces) { of_cpu = zcore::lamb_average(pieces, hyper, 1); },
-                              [&](auto pieces) {
-                                  of_cuda.assign(pieces.size(), {});
-                                  zcore::emulated::lamb_average(pieces, hyper, nullptr, of_cuda.data());
+                              [&](const zcore::LambPiece* pieces, std::size_t count) {
+                                  of_cuda.assign(count, {});
+                                  zcore::emulated::lamb_average(pieces, count, hyper, nullptr, of_cuda.data());
                               });
     for (std::size_t index = 0; index < of_cpu.size(); ++index) {
         EXPECT_NEAR(of_cuda[index].param, of_cpu[index].param, 1e-12 * of_cpu[index].param);
@@ -218,10 +224,10 @@ TEST_F(CudaSteps, LambHasTheBitsOfTheCpu) {
         ratios.push_back(0.25 + static_cast<double>(index % 7));
     }
     compare<zcore::LambPiece>([&](auto pieces) { zcore::lamb_apply(pieces, ratios, hyper, 1); },
-                              [&](auto pieces) { zcore::emulated::lamb_apply(pieces, ratios.data(), hyper); });
+                              [&](auto... of) { zcore::emulated::lamb_apply(of..., ratios.data(), hyper); });
 }
 
-TEST(CudaNorm, IsTheSumOfSquaresAndFiniteOnlyWhereAllAre) {
+TEST_F(CudaSteps, NormIsTheSumOfSquaresAndFiniteOnlyWhereAllAre) {
     for (const Type type : {Type::f32, Type::bf16, Type::f16}) {
         for (const std::size_t shift : {0ul, 1ul}) {
             State state(all_sizes(), {type, type, type, type, type, shift});
@@ -247,17 +253,19 @@ TEST_F(CudaSteps, BlocksOfCodesWithZerosOrWhatIsNotFiniteAreThoseOfTheCpu) {
         grad[300] = special;
         std::vector<std::uint8_t> left(600, 9), right(600, 9);
         std::vector<float> left_scales(3, 1.0f), right_scales(3, 1.0f);
-        const zcore::LionPiece on_cpu[] = {{{param.data()}, {grad.data()}, {left.data(), Type::signed_code, left_scales.data()}, {}, 600}};
-        const zcore::LionPiece on_cuda[] = {{{param.data()}, {grad.data()}, {right.data(), Type::signed_code, right_scales.data()}, {}, 600}};
+        const auto piece = [&](std::vector<std::uint8_t>& codes, std::vector<float>& scales) -> zcore::LionPiece {
+            return {{param.data()}, {grad.data()}, {codes.data(), Type::signed_code, scales.data()}, {}, 600};
+        };
+        const zcore::LionPiece on_cpu[] = {piece(left, left_scales)}, on_cuda[] = {piece(right, right_scales)};
         zcore::lion_step(on_cpu, hyper, 1);
-        zcore::emulated::lion_step(on_cuda, hyper, nullptr);
+        zcore::emulated::lion_step(on_cuda, 1, hyper, nullptr);
         EXPECT_EQ(left, right);
         EXPECT_EQ(std::memcmp(left_scales.data(), right_scales.data(), 12), 0);
         EXPECT_EQ(std::isnan(right_scales[1]), !std::isfinite(special));
     }
 }
 
-TEST(CudaCodes, AreThoseOfTheTable) {
+TEST_F(CudaSteps, CodesAreThoseOfTheTable) {
     for (const bool is_signed : {true, false}) {
         const zcore::DynamicCode& table = is_signed ? zcore::signed_dynamic_code : zcore::unsigned_dynamic_code;
         const auto expected = [&](float relative) {

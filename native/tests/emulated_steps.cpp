@@ -1,5 +1,5 @@
-// Compiled with FMA where the CPU's faster instruction sets have it, as a GPU has; so it uses no template of the standard
-// library that another file may hold without (cpu/CMakeLists.txt says more).
+// Compiled with FMA, as a GPU has it; so it uses no template of the standard library, which another file may hold
+// without (cpu/CMakeLists.txt says more).
 #include "tests/emulated_steps.hpp"
 
 #include "cuda/lane.hpp"
@@ -60,40 +60,40 @@ static void run(const Piece* pieces, std::size_t count, const Step& step) {
     run(pieces, count, step, [](Arguments<Step>&, std::size_t) {}, [](std::size_t, const double*) {});
 }
 
-void adamw_step(std::span<const AdamWPiece> pieces, const AdamW& hyper, const float* grad_factor) {
-    run(pieces.data(), pieces.size(), PlainStep<AdamWElement, 2>{AdamWElement(hyper), {hyper.grad_factor, grad_factor}});
+void adamw_step(const AdamWPiece* pieces, std::size_t count, const AdamW& hyper, const float* grad_factor) {
+    run(pieces, count, PlainStep<AdamWElement, 2>{AdamWElement(hyper), {hyper.grad_factor, grad_factor}});
 }
 
-void adagrad_step(std::span<const AdagradPiece> pieces, const Adagrad& hyper, const float* grad_factor) {
-    run(pieces.data(), pieces.size(),
+void adagrad_step(const AdagradPiece* pieces, std::size_t count, const Adagrad& hyper, const float* grad_factor) {
+    run(pieces, count,
         PlainStep<AdagradElement, 1>{AdagradElement(hyper), {hyper.grad_factor, grad_factor}});
 }
 
-void lion_step(std::span<const LionPiece> pieces, const Lion& hyper, const float* grad_factor) {
-    run(pieces.data(), pieces.size(), PlainStep<LionElement, 1>{LionElement(hyper), {hyper.grad_factor, grad_factor}});
+void lion_step(const LionPiece* pieces, std::size_t count, const Lion& hyper, const float* grad_factor) {
+    run(pieces, count, PlainStep<LionElement, 1>{LionElement(hyper), {hyper.grad_factor, grad_factor}});
 }
 
-void sgd_step(std::span<const SgdPiece> pieces, const Sgd& hyper, const float* grad_factor) {
-    run(pieces.data(), pieces.size(), PlainStep<SgdElement, 1>{SgdElement(hyper), {hyper.grad_factor, grad_factor}});
+void sgd_step(const SgdPiece* pieces, std::size_t count, const Sgd& hyper, const float* grad_factor) {
+    run(pieces, count, PlainStep<SgdElement, 1>{SgdElement(hyper), {hyper.grad_factor, grad_factor}});
 }
 
-void sgd_step_without_momentum(std::span<const SgdPiece> pieces, const Sgd& hyper, const float* grad_factor) {
-    run(pieces.data(), pieces.size(), PlainStep<SgdElement, 0>{SgdElement(hyper), {hyper.grad_factor, grad_factor}});
+void sgd_step_without_momentum(const SgdPiece* pieces, std::size_t count, const Sgd& hyper, const float* grad_factor) {
+    run(pieces, count, PlainStep<SgdElement, 0>{SgdElement(hyper), {hyper.grad_factor, grad_factor}});
 }
 
-void lamb_average(std::span<const LambPiece> pieces, const Lamb& hyper, const float* grad_factor,
+void lamb_average(const LambPiece* pieces, std::size_t count, const Lamb& hyper, const float* grad_factor,
                   LambSquares* squares) {
     const LambAverageStep step{LambElement(hyper), {hyper.grad_factor, grad_factor}};
-    run(pieces.data(), pieces.size(), step, [](Arguments<LambAverageStep>&, std::size_t) {},
+    run(pieces, count, step, [](Arguments<LambAverageStep>&, std::size_t) {},
         [&](std::size_t piece, const double* sums) {
             squares[piece].param += sums[0];
             squares[piece].update += sums[1];
         });
 }
 
-void lamb_apply(std::span<const LambPiece> pieces, const double* ratios, const Lamb& hyper) {
+void lamb_apply(const LambPiece* pieces, std::size_t count, const double* ratios, const Lamb& hyper) {
     const LambApplyStep step{LambElement(hyper), hyper.lr, nullptr, 0.0f};
-    run(pieces.data(), pieces.size(), step,
+    run(pieces, count, step,
         [&](Arguments<LambApplyStep>& arguments, std::size_t first) { arguments.step.ratios = ratios + first; },
         [](std::size_t, const double*) {});
 }

@@ -1,9 +1,8 @@
-// The kernels of steps, run on the host: what cuda/step_kernel.cuh does, chunk by chunk, tile by tile, lane by lane, over
+// The kernels of steps, run on the host: what cuda/step_kernel.cuh does, chunk by chunk, tile by tile, lane by lane, by
 // the same functions. What it cannot show is the launch itself and how threads add sums.
 #pragma once
 
 #include <cstddef>
-#include <span>
 
 #include "zcore/adagrad_step.hpp"
 #include "zcore/adamw_step.hpp"
@@ -14,13 +13,14 @@
 
 namespace zcore::emulated {
 
-void adamw_step(std::span<const AdamWPiece> pieces, const AdamW& hyper, const float* grad_factor);
-void adagrad_step(std::span<const AdagradPiece> pieces, const Adagrad& hyper, const float* grad_factor);
-void lion_step(std::span<const LionPiece> pieces, const Lion& hyper, const float* grad_factor);
-void sgd_step(std::span<const SgdPiece> pieces, const Sgd& hyper, const float* grad_factor);
-void sgd_step_without_momentum(std::span<const SgdPiece> pieces, const Sgd& hyper, const float* grad_factor);
-void lamb_average(std::span<const LambPiece> pieces, const Lamb& hyper, const float* grad_factor, LambSquares* squares);
-void lamb_apply(std::span<const LambPiece> pieces, const double* ratios, const Lamb& hyper);
+void adamw_step(const AdamWPiece* pieces, std::size_t count, const AdamW& hyper, const float* grad_factor);
+void adagrad_step(const AdagradPiece* pieces, std::size_t count, const Adagrad& hyper, const float* grad_factor);
+void lion_step(const LionPiece* pieces, std::size_t count, const Lion& hyper, const float* grad_factor);
+void sgd_step(const SgdPiece* pieces, std::size_t count, const Sgd& hyper, const float* grad_factor);
+void sgd_step_without_momentum(const SgdPiece* pieces, std::size_t count, const Sgd& hyper, const float* grad_factor);
+void lamb_average(const LambPiece* pieces, std::size_t count, const Lamb& hyper, const float* grad_factor,
+                  LambSquares* squares);
+void lamb_apply(const LambPiece* pieces, std::size_t count, const double* ratios, const Lamb& hyper);
 double squared_norm(const NormPiece& piece);
 
 std::size_t adamw_capacity();  // pieces of a launch

@@ -1,5 +1,5 @@
-// zcore.kernels._cuda: the kernels of native/cuda for Python. Addresses are of memory of torch's current device, `stream`
-// is the number of a CUDA stream (torch.cuda.Stream.cuda_stream).
+// zcore.kernels._cuda: the kernels of native/cuda for Python. Addresses are of memory of torch's current device,
+// `stream` is the number of a CUDA stream (torch.cuda.Stream.cuda_stream).
 #include <nanobind/nanobind.h>
 
 #include "cuda_blocks.hpp"

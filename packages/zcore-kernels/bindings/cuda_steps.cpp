@@ -1,5 +1,5 @@
-// Optimizer steps and the norm of gradients on NVIDIA GPUs for Python, over tables of pieces, which `_cpu` reads. What a
-// step takes from the device it has by address: 0 is none.
+// Optimizer steps and the norm of gradients on NVIDIA GPUs for Python, over tables of pieces, which `_cpu` reads. What
+// a step takes from the device it has by address: 0 is none.
 #include "cuda_steps.hpp"
 
 #include <cmath>

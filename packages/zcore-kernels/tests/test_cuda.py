@@ -4,16 +4,19 @@
 """
 
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from step_cases import STEPS, operands_of
 
 from zcore.core import ops
-from zcore.core.errors import NotInstalledError
+from zcore.core.errors import ConfigError, LayoutError, NotInstalledError
 from zcore.kernels import _cpu
 from zcore.kernels.cuda import loading
-from zcore.kernels.ops import squared_norm
+from zcore.kernels.ops import registering, squared_norm
 
 built = pytest.mark.skipif(loading.architectures() is None, reason="the wheel was built without CUDA kernels")
 CUDA = torch.device("cuda")
@@ -67,9 +70,38 @@ def test_it_counts_a_sum_for_each_chunk_of_a_table_that_the_cpu_module_read() ->
     assert loading.extension().num_partial_sums(table) == 0 + 1 + 1 + 2
 
 
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps over tensors on the CPU go the way to the GPU, where CUDA refuses them for want of one."""
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(registering, "cuda_index", lambda tensors: 0)
+
+
 @built
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a launch would be made")
-def test_a_launch_that_is_refused_names_the_op_and_what_cuda_says() -> None:
+@pytest.mark.usefixtures("as_on_cuda")
+@pytest.mark.parametrize("name", STEPS)
+def test_a_launch_that_is_refused_names_the_op_and_what_cuda_says(name: str) -> None:
+    step = STEPS[name]
+    kinds = {"param": torch.float32, "grad": torch.bfloat16, "state": torch.uint8, "with_copies": True}
+    operands = operands_of(step, [5, 0, 300], **kinds)
+    said = rf"{step.name}: its CUDA kernel could not be launched: .+\. An error of an earlier"
+    factor = {} if name == "lamb_apply" else {"clip_factor": torch.tensor(0.5)}
+    for settings in (step.settings, {**step.settings, **factor}):
+        with pytest.raises(RuntimeError, match=said):
+            step.call(**operands, **settings)
+    if factor:
+        with pytest.raises(ConfigError, match=f"{step.name}: clip_factor is torch.int64; expected torch.float32"):
+            step.call(**operands, **step.settings, clip_factor=torch.tensor(1))
+    else:
+        with pytest.raises(LayoutError, match="lamb_apply: ratios has 2 elements; expected 3"):
+            step.call(**{**operands, "ratios": torch.ones(2, dtype=torch.float64)}, **step.settings)
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a launch would be made")
+def test_a_norm_that_is_refused_names_the_op_and_what_cuda_says() -> None:
     table = squared_norm.COLUMNS.table(([torch.ones(5)],))
     with pytest.raises(RuntimeError, match=r"squared_norm: its CUDA kernel could not be launched: .+\. An error"):
         loading.extension().squared_norm(table, 0, scratch=0, result=0)

@@ -1,5 +1,5 @@
-// The steps of optimizers on an NVIDIA GPU, over flat pieces in its memory; formulas, types and pieces are those of the
-// CPU's, beside which each is declared, and an element has the same bits. Any number of pieces, of any size and alignment.
+// The steps of optimizers on an NVIDIA GPU, over flat pieces in its memory, of any number, size and alignment.
+// Formulas, types and pieces are the CPU's, and an element has the same bits.
 //
 // grad_factor: an fp32 number on the device, by which gradients are multiplied besides the factor of the
 // hyper-parameters; none where it is null. So a clip factor need not come to the host.

@@ -16,15 +16,15 @@ using Stream = CUstream_st*;  // cudaStream_t
 class LaunchError : public std::runtime_error {
 public:
     LaunchError(const std::string& op, const std::string& reason)
-        : std::runtime_error(op + ": its CUDA kernel could not be launched: " + reason +
-                             ". An error of an earlier kernel may show here, too; CUDA_LAUNCH_BLOCKING=1 finds which.") {}
+        : std::runtime_error(op + ": its CUDA kernel could not be launched: " + reason + ". An error of an earlier "
+                             "kernel may show here, too; CUDA_LAUNCH_BLOCKING=1 finds which.") {}
 };
 
-// What the kernels of this library were compiled for, as "sm_80 sm_90 sm_100 compute_100"; compute: PTX, for later ones.
+// What the kernels of this library were compiled for: "sm_80 sm_90 sm_100 compute_100", the last as PTX for later ones.
 const char* architectures();
 
-// Why no kernel of this library can be launched on the current device, in CUDA's words; null if one can. Kernels are looked
-// for, so it makes the device's context if there is none: a driver may be too old, or the device not among those above.
+// Why no kernel of this library can be launched on the current device, in CUDA's words; null if one can. A driver may
+// be too old, or the device none of those above. It looks for a kernel, and so makes the device's context.
 const char* why_unusable();
 
 }  // namespace zcore::cuda

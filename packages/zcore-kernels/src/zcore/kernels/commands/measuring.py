@@ -132,7 +132,7 @@ def _peers(op: str, call: Call, reference: Callable[..., Any], peers: Sequence[s
         runs["torch" if made is not None else "torch (reference)"] = made or _on(reference, call.copied())
     if "compile" in peers and op not in TORCH_STEPS:  # its code for a list of tensors is that of the fused steps
         runs["torch.compile"] = _on(torch.compile(reference, dynamic=False), call.copied())
-    if "deepspeed" in peers and op == "adamw_step" and len(call.args[4]) == 0:
+    if "deepspeed" in peers and op == "adamw_step" and len(call.args[4]) == 0 and call.tensors[0].is_cpu:
         runs["deepspeed"] = _deepspeed_adam(call.copied())
     return runs
 

@@ -16,7 +16,7 @@ from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError, NotInstalledError
 from zcore.kernels import _cpu
 from zcore.kernels.cuda import loading
-from zcore.kernels.ops import registering, squared_norm
+from zcore.kernels.ops import compiled, registering, squared_norm
 
 built = pytest.mark.skipif(loading.architectures() is None, reason="the wheel was built without CUDA kernels")
 CUDA = torch.device("cuda")
@@ -151,3 +151,30 @@ def test_too_many_shards_are_refused_before_a_launch() -> None:
     for count in (0, most + 1):
         with pytest.raises(ValueError, match=f"got {count} shards; expected 1 to {most}"):
             loading.extension().dequantize_reduce_requantize([0, 0, 0] * count, [0, 0, 0], 0, **settings)
+
+
+@built
+@pytest.mark.parametrize(
+    "function",
+    [
+        "quantize_blockwise",
+        "dequantize_blockwise",
+        "dequantize_reduce_requantize",
+        "pack_signs",
+        "unpack_signs",
+        "round_stochastic",
+        "round_with_noise",
+    ],
+)
+def test_an_op_of_blocks_is_called_alike_on_both_devices(function: str) -> None:
+    on_cpu, on_cuda = (getattr(module, function).__doc__ for module in (_cpu, loading.extension()))
+    assert on_cuda == on_cpu.replace("threads: int", "stream: int")
+
+
+def test_an_op_of_blocks_runs_on_the_stream_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    recording = SimpleNamespace(pack_signs=lambda *operands, **settings: calls.append((operands, settings)))
+    monkeypatch.setattr(compiled, "extension", lambda: recording)
+    monkeypatch.setattr(compiled, "launching", lambda device: nullcontext(77 + device.index))
+    compiled.run("pack_signs", torch.device("cuda", 1), 5, 6, numel=3)
+    assert calls == [((5, 6, 78), {"numel": 3})]

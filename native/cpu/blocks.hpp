@@ -48,6 +48,37 @@ static inline void f16_of_floats(const float* ZCORE_RESTRICT in, std::uint16_t* 
     }
 }
 
+#if defined(__AVX512BW__)
+// bf16 of 16 elements in the upper halves of words; see bf16_of.
+static inline __m512i bf16_in_upper_halves(const float* in) {
+    const __m512 values = _mm512_loadu_ps(in);
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 are_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(rounded, are_nan, bits, _mm512_set1_epi32(0x400000));
+}
+#endif
+
+// By hand with AVX-512, as GCC puts a NaN in after it has narrowed both to 16 bits: 23 instructions where 14 do, and half
+// as much time again.
+static inline void bf16_of_floats(const float* ZCORE_RESTRICT in, std::uint16_t* ZCORE_RESTRICT out, std::size_t count) {
+    std::size_t at = 0;
+#if defined(__AVX512BW__)
+    alignas(64) static constexpr std::uint16_t upper_halves[32] = {
+        1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512i places = _mm512_load_si512(upper_halves);
+    for (; at + 32 <= count; at += 32) {
+        const __m512i low = bf16_in_upper_halves(in + at), high = bf16_in_upper_halves(in + at + 16);
+        _mm512_storeu_si512(out + at, _mm512_permutex2var_epi16(low, places, high));
+    }
+#endif
+    for (; at < count; ++at) {
+        out[at] = bf16_of(in[at]);
+    }
+}
+
 static inline const DynamicCode& code_of(Type type) {
     return type == Type::signed_code ? signed_dynamic_code : unsigned_dynamic_code;
 }
@@ -85,13 +116,7 @@ static inline void store_block(Flat to, std::size_t begin, std::size_t count, co
             }
             return;
         }
-        case Type::bf16: {
-            std::uint16_t* ZCORE_RESTRICT out = static_cast<std::uint16_t*>(to.data) + begin;
-            for (std::size_t at = 0; at < count; ++at) {
-                out[at] = bf16_of(values[at]);
-            }
-            return;
-        }
+        case Type::bf16: bf16_of_floats(values, static_cast<std::uint16_t*>(to.data) + begin, count); return;
         case Type::f16: f16_of_floats(values, static_cast<std::uint16_t*>(to.data) + begin, count); return;
         default:
             to.scales[begin / block_numel] = codes_of_floats(

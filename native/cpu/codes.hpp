@@ -1,84 +1,36 @@
-// One block in fp32 to codes and back, by the formulas of quantize_blockwise.hpp. For code that is compiled once for each
-// instruction set: everything is `static`, and in the namespace of that set.
-//
-// All sets give the same bits: each operation below rounds once (no product is fused with a sum, see CMakeLists.txt),
-// extremes are found among integers that are ordered as the floats are, and no sum depends on how it is cut.
+// Blocks in fp32 to codes and back, a chunk at a time, by what elements/codes.hpp says of one element. For code that is
+// compiled once for each instruction set: everything is `static`, and in the namespace of that set.
 #pragma once
 
 #include "cpu/groups.hpp"
 #include "cpu/noise.hpp"
+#include "elements/codes.hpp"
 #include "zcore/quantized.hpp"
 
 namespace zcore::ZCORE_ISA {
-
-constexpr float smallest_scale = 0x1p-126f;
-constexpr std::int32_t infinity_bits = 0x7f800000;
-constexpr float to_integer = 0x1.8p23f;  // added to |x| < 2^22 it leaves x, rounded to the nearest, in the lowest bits
-
-// What integers of a format hold. Symmetric blocks leave the lowest out.
-struct Integers {
-    float lowest, highest;
-};
-
-static inline Integers integers_of(Format format) {
-    return format == Format::int4 ? Integers{-8.0f, 7.0f} : Integers{-128.0f, 127.0f};
-}
-
-static inline float largest_of(Format format) {
-    switch (format) {
-        case Format::int8: return 127.0f;
-        case Format::int4: return 7.0f;
-        case Format::e4m3: return 448.0f;
-        default: return 57344.0f;
-    }
-}
 
 // Where codes of `format` for the element `at` lie, which is even where two share a byte.
 static inline std::uint8_t* codes_at(const Quantized& of, Format format, std::size_t at) {
     return static_cast<std::uint8_t*>(of.codes) + (format == Format::int4 ? at / 2 : at);
 }
 
-// The extremes of a block.
-struct Range {
-    float low, high;  // zero lies between
-    bool is_finite;
-};
-
 static inline Range magnitude_of(const float* values, std::size_t count) {
-    std::int32_t largest = 0;  // the bits of a NaN exceed those of an infinity, and these all others
+    std::int32_t largest = 0;
     for (std::size_t at = 0; at < count; ++at) {
-        const auto bits = static_cast<std::int32_t>(bits_of_float(values[at]) & 0x7fffffffu);
+        const std::int32_t bits = magnitude_bits(values[at]);
         largest = bits > largest ? bits : largest;
     }
-    return {0.0f, float_of_bits(static_cast<std::uint32_t>(largest)), largest < infinity_bits};
-}
-
-// Turns the bits of a float into an integer of the same order, and back.
-static inline std::int32_t ordered(std::int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
-
-static inline float float_of_ordered(std::int32_t value) {
-    return float_of_bits(static_cast<std::uint32_t>(ordered(value)));
+    return range_of_magnitude(largest);
 }
 
 static inline Range range_of(const float* values, std::size_t count) {
     std::int32_t low = 0, high = 0;
     for (std::size_t at = 0; at < count; ++at) {
-        const std::int32_t value = ordered(static_cast<std::int32_t>(bits_of_float(values[at])));
+        const std::int32_t value = ordered_bits(values[at]);
         low = value < low ? value : low;
         high = value > high ? value : high;
     }
-    const std::int32_t minus_infinity = ordered(static_cast<std::int32_t>(0xff800000u));
-    return {float_of_ordered(low), float_of_ordered(high), low > minus_infinity && high < infinity_bits};
-}
-
-// An integer near |value| < 2^14: the nearest, or one of its neighbours by 16 bits of noise, which are added to as many
-// bits after the point; what lies beyond these is less than fp32 shows of the largest number in a block.
-template <bool is_stochastic>
-static inline std::int32_t integer_near(float value, std::uint32_t noise) {
-    if constexpr (is_stochastic) {
-        return (static_cast<std::int32_t>(value * 0x1p16f) + static_cast<std::int32_t>(noise)) >> 16;
-    }
-    return static_cast<std::int32_t>(bits_of_float(value + to_integer) - bits_of_float(to_integer));
+    return range_of_ordered(low, high);
 }
 
 template <bool is_stochastic>
@@ -88,46 +40,16 @@ static inline void encode_integers(const float* ZCORE_RESTRICT values, const std
     const float lowest = range.lowest - static_cast<float>(zero_point);
     const float highest = range.highest - static_cast<float>(zero_point);
     for (std::size_t at = 0; at < count; ++at) {
-        float value = values[at] * inverse;
-        value = value < lowest ? lowest : value;
-        value = value > highest ? highest : value;
-        const std::int32_t code = integer_near<is_stochastic>(value, is_stochastic ? noise[at] : 0u) + zero_point;
-        codes[at] = static_cast<std::uint32_t>(code);
+        codes[at] = code_of_integer<is_stochastic>(values[at] * inverse, is_stochastic ? noise[at] : 0u, lowest,
+                                                   highest, zero_point);
     }
 }
-
-// fp8 with `mantissa` bits, whose exponent is 0 at `bias`. Above the smallest normal number, 2^(1 - bias), bits of fp32
-// are dropped; below, numbers are multiples of 2^(1 - bias - mantissa). From `special` on codes are no finite numbers.
-template <int mantissa, int bias, std::uint32_t special_code>
-struct Float8 {
-    static constexpr int dropped = 23 - mantissa;
-    static constexpr std::uint32_t rebias = static_cast<std::uint32_t>(127 - bias) << 23;
-    static constexpr std::uint32_t first_normal = 1u << mantissa;
-    static constexpr std::uint32_t special = special_code;
-    static constexpr float smallest_normal = 1.0f / static_cast<float>(1 << (bias - 1));
-    static constexpr float quantum = smallest_normal / static_cast<float>(1 << mantissa);
-};
-using E4m3 = Float8<3, 7, 0x7f>;
-using E5m2 = Float8<2, 15, 0x7c>;
 
 template <typename Float, bool is_stochastic>
 static inline void encode_floats(const float* ZCORE_RESTRICT values, const std::uint16_t* ZCORE_RESTRICT noise,
                                  std::size_t count, float inverse, float largest, std::uint32_t* ZCORE_RESTRICT codes) {
-    constexpr std::uint32_t half = 1u << (Float::dropped - 1);
-    constexpr float per_quantum = 1.0f / Float::quantum;
     for (std::size_t at = 0; at < count; ++at) {
-        const std::uint32_t all = bits_of_float(values[at] * inverse), sign = (all >> 24) & 0x80u;
-        float magnitude = float_of_bits(all & 0x7fffffffu);
-        magnitude = magnitude > largest ? largest : magnitude;
-        const std::uint32_t bits = bits_of_float(magnitude);
-        const std::uint32_t random = is_stochastic ? noise[at] : 0u;
-        const std::uint32_t added = is_stochastic ? (2u * random + 1u) << (Float::dropped - 17)
-                                                  : half - 1u + ((bits >> Float::dropped) & 1u);
-        const std::uint32_t normal = (bits + added - Float::rebias) >> Float::dropped;
-        const bool is_small = magnitude < Float::smallest_normal;
-        const float multiple = is_small ? magnitude * per_quantum : 0.0f;
-        const auto small = static_cast<std::uint32_t>(integer_near<is_stochastic>(multiple, random));
-        codes[at] = sign | (is_small ? small : normal);
+        codes[at] = code_of_float<Float, is_stochastic>(values[at] * inverse, is_stochastic ? noise[at] : 0u, largest);
     }
 }
 
@@ -174,17 +96,11 @@ static inline void narrow_halves(const std::uint32_t* codes, std::size_t count, 
 static inline void measure_block(const float* values, std::size_t count, std::size_t block, const Quantized& out,
                                  Format format) {
     const bool is_symmetric = out.zero_points == nullptr;
-    const Integers range = integers_of(format);
     const Range extent = is_symmetric ? magnitude_of(values, count) : range_of(values, count);
-    const float levels = range.highest - range.lowest;
-    float scale = is_symmetric ? extent.high / largest_of(format)
-                               : extent.high / levels - extent.low / levels;  // the difference itself may overflow
-    scale = scale < smallest_scale ? smallest_scale : scale;
-    out.scales[block] = extent.is_finite ? scale : float_of_bits(0x7fc00000u);
+    const BlockCode code = code_of_block(extent, is_symmetric, format);
+    out.scales[block] = code.scale;
     if (!is_symmetric) {
-        float place = range.lowest - extent.low * (1.0f / scale);
-        place = place > range.highest ? range.highest : place;
-        out.zero_points[block] = static_cast<std::int8_t>(extent.is_finite ? integer_near<false>(place, 0u) : 0);
+        out.zero_points[block] = static_cast<std::int8_t>(code.zero_point);
     }
 }
 
@@ -197,12 +113,14 @@ static inline void quantize_group(const float* values, Group group, std::size_t 
     });
     alignas(64) std::uint32_t codes[block_numel];
     alignas(64) std::uint16_t noise[block_numel];
-    for (std::size_t at = 0; at < group.count; at += block_numel) {
-        const std::size_t chunk = block_at(at, group.count);
+    const std::size_t step = chunk_numel(layout.block_size);
+    for (std::size_t at = 0; at < group.count; at += step) {
+        const std::size_t chunk = group.count - at < step ? group.count - at : step;
+        const std::size_t first = block + at / layout.block_size;
         if (rounding.is_stochastic) {
             fill_noise(rounding.seed, rounding.offset + group.begin + at, chunk, noise);
         }
-        for_each_block(block, chunk, layout.block_size, [&](std::size_t each, std::size_t start, std::size_t size) {
+        for_each_block(first, chunk, layout.block_size, [&](std::size_t each, std::size_t start, std::size_t size) {
             const auto encode_block = rounding.is_stochastic ? encode<true> : encode<false>;
             encode_block(values + at + start, noise + start, size, out.scales[each], is_symmetric,
                          is_symmetric ? 0 : out.zero_points[each], layout.format, codes + start);
@@ -219,7 +137,7 @@ static inline void quantize_group(const float* values, Group group, std::size_t 
 static inline void widen_bytes(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count,
                                float* ZCORE_RESTRICT values) {
     for (std::size_t at = 0; at < count; ++at) {
-        values[at] = static_cast<float>(static_cast<std::int8_t>(codes[at]));
+        values[at] = value_of_byte(codes[at]);
     }
 }
 
@@ -232,7 +150,7 @@ static inline void widen_halves(const std::uint8_t* ZCORE_RESTRICT codes, std::s
     }
     const auto* const halves = reinterpret_cast<const std::uint8_t*>(pairs);
     for (std::size_t at = 0; at < count; ++at) {
-        values[at] = static_cast<float>((halves[at] ^ 8) - 8);
+        values[at] = value_of_half(halves[at]);
     }
 }
 
@@ -265,12 +183,7 @@ template <typename Float>
 static inline void widen_floats(const std::uint8_t* ZCORE_RESTRICT codes, std::size_t count,
                                 float* ZCORE_RESTRICT values) {
     for (std::size_t at = 0; at < count; ++at) {
-        const std::uint32_t code = codes[at], magnitude = code & 0x7fu;
-        const float small = static_cast<float>(static_cast<std::int32_t>(magnitude)) * Float::quantum;
-        std::uint32_t bits = (magnitude << Float::dropped) + Float::rebias;
-        bits = magnitude < Float::first_normal ? bits_of_float(small) : bits;
-        bits |= magnitude >= Float::special ? 0x7f800000u : 0u;
-        values[at] = float_of_bits(bits | (code & 0x80u) << 24);
+        values[at] = value_of_float<Float>(codes[at]);
     }
 }
 

@@ -10,8 +10,9 @@ namespace zcore::ZCORE_ISA {
 void dequantize_part(const Quantized& from, const QuantizedLayout& layout, Flat out, std::size_t begin,
                      std::size_t end) {
     alignas(64) float buffer[block_numel];
-    for (std::size_t block = begin; block < end; block += blocks_together(layout.block_size)) {
-        const Group group = group_at(layout.numel, layout.block_size, block, end);
+    const std::size_t together = blocks_together(layout.block_size);
+    for (std::size_t block = begin; block < end; block += together) {
+        const Group group = group_at(layout.numel, layout.block_size, block, end, together);
         const std::size_t stop = group.begin + group.count;
         for (std::size_t at = group.begin; at < stop; at += block_numel) {
             const std::size_t count = block_at(at, stop);

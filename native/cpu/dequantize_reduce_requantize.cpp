@@ -16,13 +16,16 @@ static void multiply(float* values, std::size_t count, float factor) {
 void reduce_part(const Quantized* shards, std::size_t num_shards, float factor, const Quantized& out,
                  const QuantizedLayout& layout, const Rounding& rounding, std::size_t begin, std::size_t end) {
     alignas(64) float sums[largest_block_size];
-    for (std::size_t block = begin; block < end; block += blocks_together(layout.block_size)) {
-        const Group group = group_at(layout.numel, layout.block_size, block, end);
-        for (std::size_t at = 0; at < group.count; at += block_numel) {
-            const std::size_t chunk = block_at(at, group.count);
-            dequantize_chunk<false>(shards[0], layout, block, group.begin + at, chunk, sums + at);
+    const std::size_t step = chunk_numel(layout.block_size);
+    const std::size_t together = blocks_measured(layout.block_size);
+    for (std::size_t block = begin; block < end; block += together) {
+        const Group group = group_at(layout.numel, layout.block_size, block, end, together);
+        for (std::size_t at = 0; at < group.count; at += step) {
+            const std::size_t chunk = group.count - at < step ? group.count - at : step;
+            const std::size_t first = block + at / layout.block_size;
+            dequantize_chunk<false>(shards[0], layout, first, group.begin + at, chunk, sums + at);
             for (std::size_t shard = 1; shard < num_shards; ++shard) {
-                dequantize_chunk<true>(shards[shard], layout, block, group.begin + at, chunk, sums + at);
+                dequantize_chunk<true>(shards[shard], layout, first, group.begin + at, chunk, sums + at);
             }
             multiply(sums + at, chunk, factor);
         }

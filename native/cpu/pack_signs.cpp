@@ -3,6 +3,7 @@
 #if defined(ZCORE_ISA)  // compiled once for each instruction set
 
 #include "cpu/blocks.hpp"
+#include "elements/signs.hpp"
 #include "zcore/quantized.hpp"
 
 #if defined(__SSE2__)
@@ -27,9 +28,6 @@ static inline std::uint8_t signs_of(const float* values) {
 #endif
 }
 
-// The number of partial sums is the same in each instruction set, so that all of them add in one order.
-constexpr std::size_t lanes = 16;
-
 static void add_error(const float* ZCORE_RESTRICT values, const float* ZCORE_RESTRICT error, std::size_t count,
                       float* ZCORE_RESTRICT sums) {
     for (std::size_t at = 0; at < count; ++at) {
@@ -38,17 +36,17 @@ static void add_error(const float* ZCORE_RESTRICT values, const float* ZCORE_RES
 }
 
 static double sum_of_magnitudes(const float* values, std::size_t count) {
-    double sums[lanes] = {};
-    const std::size_t whole = count - count % lanes;
-    for (std::size_t row = 0; row < whole; row += lanes) {
-        for (std::size_t lane = 0; lane < lanes; ++lane) {
-            sums[lane] += static_cast<double>(float_of_bits(bits_of_float(values[row + lane]) & 0x7fffffffu));
+    double sums[sign_lanes] = {};
+    const std::size_t whole = count - count % sign_lanes;
+    for (std::size_t row = 0; row < whole; row += sign_lanes) {
+        for (std::size_t lane = 0; lane < sign_lanes; ++lane) {
+            sums[lane] += magnitude_of(values[row + lane]);
         }
     }
     for (std::size_t rest = whole; rest < count; ++rest) {
-        sums[rest - whole] += static_cast<double>(float_of_bits(bits_of_float(values[rest]) & 0x7fffffffu));
+        sums[rest - whole] += magnitude_of(values[rest]);
     }
-    for (std::size_t half = lanes / 2; half > 0; half /= 2) {
+    for (std::size_t half = sign_lanes / 2; half > 0; half /= 2) {
         for (std::size_t lane = 0; lane < half; ++lane) {
             sums[lane] += sums[lane + half];
         }
@@ -57,9 +55,8 @@ static double sum_of_magnitudes(const float* values, std::size_t count) {
 }
 
 static void keep_error(const float* ZCORE_RESTRICT sums, std::size_t count, float scale, float* ZCORE_RESTRICT error) {
-    const std::uint32_t magnitude = bits_of_float(scale);
     for (std::size_t at = 0; at < count; ++at) {
-        error[at] = sums[at] - float_of_bits((bits_of_float(sums[at]) & 0x80000000u) | magnitude);
+        error[at] = error_left(sums[at], scale);
     }
 }
 
@@ -71,11 +68,9 @@ void pack_part(Flat values, float* error, std::uint8_t* signs, float* scales, co
         const std::size_t first = block * layout.block_size, rest = layout.numel - first;
         const std::size_t count = rest < layout.block_size ? rest : layout.block_size;
         add_error(load_block(values, first, count, buffer), error + first, count, sums);
-        const double total = sum_of_magnitudes(sums, count);
-        const bool is_finite = total <= 0x1p200;  // of 2^14 numbers of fp32 it is, unless one is infinite or NaN
-        const float scale = is_finite ? static_cast<float>(total / static_cast<double>(count)) : float_of_bits(0x7fc00000u);
+        const float scale = mean_magnitude(sum_of_magnitudes(sums, count), count);
         scales[block] = scale;
-        if (is_finite) {
+        if (scale == scale) {
             keep_error(sums, count, scale, error + first);
         }
         std::size_t at = 0;

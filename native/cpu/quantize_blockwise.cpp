@@ -10,8 +10,9 @@ namespace zcore::ZCORE_ISA {
 void quantize_part(Flat values, const Quantized& out, const QuantizedLayout& layout, const Rounding& rounding,
                    std::size_t begin, std::size_t end) {
     alignas(64) float buffer[largest_block_size];
-    for (std::size_t block = begin; block < end; block += blocks_together(layout.block_size)) {
-        const Group group = group_at(layout.numel, layout.block_size, block, end);
+    const std::size_t together = blocks_measured(layout.block_size);
+    for (std::size_t block = begin; block < end; block += together) {
+        const Group group = group_at(layout.numel, layout.block_size, block, end, together);
         quantize_group(load_block(values, group.begin, group.count, buffer), group, block, out, layout, rounding);
     }
 }

@@ -9,10 +9,7 @@ namespace zcore::ZCORE_ISA {
 static void round_chunk(const float* ZCORE_RESTRICT values, const std::uint16_t* ZCORE_RESTRICT noise,
                         std::size_t count, std::uint16_t* ZCORE_RESTRICT out) {
     for (std::size_t at = 0; at < count; ++at) {
-        const std::uint32_t bits = bits_of_float(values[at]);
-        const std::uint32_t rounded = (bits + noise[at]) >> 16;
-        const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;  // noise could carry it into the sign
-        out[at] = static_cast<std::uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
+        out[at] = bf16_with_noise(values[at], noise[at]);
     }
 }
 

@@ -3,16 +3,14 @@
 #if defined(ZCORE_ISA)  // compiled once for each instruction set
 
 #include "cpu/blocks.hpp"
+#include "elements/noise.hpp"
 
 namespace zcore::ZCORE_ISA {
 
 void round_with_noise_part(const float* ZCORE_RESTRICT values, const std::int32_t* ZCORE_RESTRICT noise,
                            std::uint16_t* ZCORE_RESTRICT out, std::size_t begin, std::size_t end) {
     for (std::size_t at = begin; at < end; ++at) {
-        const std::uint32_t bits = bits_of_float(values[at]);
-        const std::uint32_t rounded = (bits + static_cast<std::uint32_t>(noise[at])) >> 16;
-        const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;  // noise could carry it into the sign
-        out[at] = static_cast<std::uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
+        out[at] = bf16_with_noise(values[at], static_cast<std::uint32_t>(noise[at]));
     }
 }
 

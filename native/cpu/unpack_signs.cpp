@@ -3,6 +3,7 @@
 #if defined(ZCORE_ISA)  // compiled once for each instruction set
 
 #include "cpu/groups.hpp"
+#include "elements/signs.hpp"
 
 namespace zcore::ZCORE_ISA {
 
@@ -17,9 +18,8 @@ static void spread_signs(const std::uint8_t* ZCORE_RESTRICT signs, std::size_t b
 
 static void scale_signs(const std::uint32_t* ZCORE_RESTRICT bits, std::size_t count, float scale,
                         float* ZCORE_RESTRICT values) {
-    const std::uint32_t magnitude = bits_of_float(scale);
     for (std::size_t at = 0; at < count; ++at) {
-        values[at] = float_of_bits(magnitude | bits[at]);
+        values[at] = with_sign(scale, bits[at]);
     }
 }
 
@@ -28,8 +28,9 @@ void unpack_part(const std::uint8_t* signs, const float* scales, const SignsLayo
                  std::size_t begin, std::size_t end) {
     alignas(64) float buffer[block_numel];
     alignas(64) std::uint32_t bits[block_numel];
-    for (std::size_t block = begin; block < end; block += blocks_together(layout.block_size)) {
-        const Group group = group_at(layout.numel, layout.block_size, block, end);
+    const std::size_t together = blocks_together(layout.block_size);
+    for (std::size_t block = begin; block < end; block += together) {
+        const Group group = group_at(layout.numel, layout.block_size, block, end, together);
         const std::size_t stop = group.begin + group.count;
         for (std::size_t at = group.begin; at < stop; at += block_numel) {
             const std::size_t count = block_at(at, stop);

@@ -18,7 +18,7 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # while the compiler is looked for
 endif()
 check_language(CUDA)
-string(CONCAT zcore_remedy "Put nvcc of CUDA 12.0 or newer, and a host compiler that it takes, on PATH (or name it in "
+string(CONCAT zcore_remedy "Put nvcc of CUDA 12.1 or newer, and a host compiler that it takes, on PATH (or name it in "
        "CUDACXX), or build without: -DZCORE_CUDA=OFF, with pip -Ccmake.define.ZCORE_CUDA=OFF.")
 if(NOT CMAKE_CUDA_COMPILER)
   if(NOT ZCORE_CUDA STREQUAL "AUTO")
@@ -30,7 +30,7 @@ endif()
 
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # so that what is built loads on a machine without a driver
 enable_language(CUDA)
-if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.1)
   if(NOT ZCORE_CUDA STREQUAL "AUTO")
     message(FATAL_ERROR "ZCORE_CUDA=${ZCORE_CUDA} demands kernels for NVIDIA GPUs, and the CUDA compiler here is "
                         "${CMAKE_CUDA_COMPILER_VERSION}. ${zcore_remedy}")

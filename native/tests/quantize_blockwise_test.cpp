@@ -22,7 +22,7 @@ using zcore::Rounding;
 using zcore::Type;
 
 constexpr std::size_t numels[] = {0, 1, 2, 7, 31, 32, 33, 255, 256, 257, 1001};
-constexpr std::size_t block_sizes[] = {2, 32, 64, 250, 256, 1024};
+constexpr std::size_t block_sizes[] = {2, 32, 64, 250, 256, 300, 1024};
 
 // Calls function(layout, is_symmetric) for everything that there is.
 template <typename Function>
@@ -223,4 +223,22 @@ TEST(QuantizeBlockwise, KeepsZerosAndTheSmallestAndLargestNumbersFinite) {
             }
         }
     });
+}
+
+TEST(QuantizeBlockwise, RoundsToBf16AlikeInEachInstructionSet) {
+    const zcore::QuantizedLayout layout{100003, 1, Format::int8};
+    Blocks blocks(layout, true);
+    std::mt19937 random(4);
+    for (std::size_t at = 0; at < layout.numel; ++at) {
+        const auto bits = static_cast<std::uint32_t>(at % 4 == 0 ? random() | 0x7f800000u : random());  // many NaN
+        std::memcpy(&blocks.scales[at], &bits, sizeof bits);
+        blocks.codes[at] = 1;
+    }
+    std::vector<std::uint16_t> here(layout.numel), there = here;
+    zcore::dequantize_blockwise(blocks.view(), layout, {here.data(), Type::bf16}, 1);
+    zcore::baseline::dequantize_part(blocks.view(), layout, {there.data(), Type::bf16}, 0, layout.num_blocks());
+    ASSERT_EQ(here, there);
+    for (std::size_t at = 0; at < layout.numel; ++at) {
+        ASSERT_EQ((here[at] & 0x7fffu) > 0x7f80u, std::isnan(blocks.scales[at]));
+    }
 }

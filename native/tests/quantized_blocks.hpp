@@ -39,7 +39,7 @@ struct Blocks {
 
     bool operator==(const Blocks& other) const {  // bit for bit: a NaN equals itself
         return codes == other.codes && zero_points == other.zero_points && scales.size() == other.scales.size() &&
-               std::memcmp(scales.data(), other.scales.data(), scales.size() * sizeof(float)) == 0;
+               (scales.empty() || std::memcmp(scales.data(), other.scales.data(), scales.size() * sizeof(float)) == 0);
     }
 
     int code(std::size_t at) const {

@@ -20,8 +20,22 @@ __all__ = ["try_kernels"]
 COMMAND = "from zcore.kernels.commands.command import app; app()"
 TESTS = "packages/zcore-kernels/tests"
 STEPS = "adamw_step,adagrad_step,lion_step,sgd_step,lamb_average,lamb_apply,squared_norm"
+BLOCKS = (
+    "quantize_blockwise,dequantize_blockwise,dequantize_reduce_requantize,pack_signs,unpack_signs,round_stochastic,"
+    "copy_stochastic,round_with_noise"
+)
+MEASURED = f"{STEPS},{BLOCKS}"
 # They slow a kernel by tens; these tests launch every one, over odd sizes and alignments.
-SANITIZED = (f"{TESTS}/test_steps.py", f"{TESTS}/test_grouped_matmul_cuda.py", "-k", "cuda or gpu")
+LAUNCHING = (
+    "test_steps",
+    "test_quantize_blockwise",
+    "test_dequantize_reduce_requantize",
+    "test_pack_signs",
+    "test_round_stochastic",
+    "test_round_with_noise",
+    "test_grouped_matmul_cuda",
+)
+SANITIZED = (*(f"{TESTS}/{name}.py" for name in LAUNCHING), "-k", "cuda or gpu")
 SANITIZERS = ("memcheck", "racecheck")
 LIMIT_S = 900
 
@@ -48,8 +62,8 @@ def try_kernels(root: Path, device_type: str, *, is_quick: bool) -> Figures:
         size = ("--numel", "4096", "--rounds", "2", "--turn", "0") if is_quick else ("--numel", "100000000")
         figures = {
             "tests": pytest_figures(root, tests, environment, limit_s=LIMIT_S),
-            "check": command("check", *([STEPS] if is_quick else [])),
-            "bench": command("bench", STEPS, "--against", "torch", *size, "--json", str(report)),
+            "check": command("check", *([MEASURED] if is_quick else [])),
+            "bench": command("bench", MEASURED, "--against", "torch", *size, "--json", str(report)),
         }
         if report.exists():
             figures["bench"] = {"rows": json.loads(report.read_text())["rows"]}

@@ -2,6 +2,7 @@
 // `stream` is the number of a CUDA stream (torch.cuda.Stream.cuda_stream).
 #include <nanobind/nanobind.h>
 
+#include "cuda_blocks.hpp"
 #include "cuda_steps.hpp"
 #include "grouped_matmul.hpp"
 #include "zcore/cuda/stream.hpp"
@@ -11,6 +12,7 @@ NB_MODULE(_cuda, module) {
     module.def("architectures", &zcore::cuda::architectures);
     module.def("why_unusable", &zcore::cuda::why_unusable, nanobind::sig("def why_unusable() -> str | None"));
     bind_cuda_steps(module);
+    bind_cuda_blocks(module);
 #if defined(ZCORE_HAS_CUTLASS)
     bind_grouped_matmul(module);
 #endif

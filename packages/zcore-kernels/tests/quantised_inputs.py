@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "FORMATS_AND_SYMMETRY",
     "equal_bits",
+    "moved",
     "on_threads",
     "some_values",
     "values_of",
@@ -63,6 +65,16 @@ def equal_bits(one: Tensor, other: Tensor) -> bool:
             and torch.equal(one.nan_to_num(), other.nan_to_num())
         )
     return torch.equal(one, other)
+
+
+def moved(value: Any, device: str) -> Any:
+    """`value` with all tensors in it on `device`, those of a slice as far into their storage as before."""
+
+    def move(tensor: Tensor) -> Tensor:
+        storage = tensor.new_empty(0).set_(tensor.untyped_storage()).to(device)
+        return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    return torch.utils._pytree.tree_map_only(Tensor, move, value)
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 import re
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError, NotInstalledError
 from zcore.kernels import _cpu
 from zcore.kernels.cuda import loading
-from zcore.kernels.ops import registering, squared_norm
+from zcore.kernels.ops import compiled, registering, squared_norm
 
 built = pytest.mark.skipif(loading.architectures() is None, reason="the wheel was built without CUDA kernels")
 CUDA = torch.device("cuda")
@@ -104,3 +105,76 @@ def test_a_norm_that_is_refused_names_the_op_and_what_cuda_says() -> None:
     table = squared_norm.COLUMNS.table(([torch.ones(5)],))
     with pytest.raises(RuntimeError, match=r"squared_norm: its CUDA kernel could not be launched: .+\. An error"):
         loading.extension().squared_norm(table, 0, scratch=0, result=0)
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches would be made")
+@pytest.mark.parametrize("op", ["quantize_blockwise", "dequantize_blockwise", "dequantize_reduce_requantize"])
+def test_a_launch_of_a_quantiser_that_is_refused_names_the_op(op: str) -> None:
+    settings = {"numel": 1, "block_size": 2, "format": 0}
+    rounding = {"is_stochastic": False, "seed": 0, "offset": 0}
+    operands: dict[str, tuple[Any, ...]] = {
+        "quantize_blockwise": (0, 0, [0, 0, 0]),
+        "dequantize_blockwise": ([0, 0, 0], 0, 0),
+        "dequantize_reduce_requantize": ([0, 0, 0], [0, 0, 0]),
+    }
+    settings |= {} if op == "dequantize_blockwise" else rounding
+    settings |= {"factor": 1.0} if op == "dequantize_reduce_requantize" else {}
+    with pytest.raises(RuntimeError, match=rf"^{op}: its CUDA kernel could not be launched"):
+        getattr(loading.extension(), op)(*operands[op], 0, **settings)
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches would be made")
+@pytest.mark.parametrize(
+    ("op", "operands", "settings"),
+    [
+        ("pack_signs", (0, 0, 0, 0, 0), {"block_size": 8}),
+        ("pack_signs", (0, 0, 0, 0, 0), {"block_size": 16384}),  # asks for more shared memory than is usual
+        ("unpack_signs", (0, 0, 0, 0), {"block_size": 8}),
+        ("round_stochastic", (0, 0), {"seed": 0, "offset": 0}),
+        ("round_with_noise", (0, 0, 0), {}),
+    ],
+)
+def test_a_launch_of_signs_or_roundings_that_is_refused_names_the_op(
+    op: str, operands: tuple[int, ...], settings: dict[str, int]
+) -> None:
+    with pytest.raises(RuntimeError, match=rf"^{op}: its CUDA kernel could not be launched"):
+        getattr(loading.extension(), op)(*operands, 0, numel=1, **settings)
+    getattr(loading.extension(), op)(*operands, 0, numel=0, **settings)  # nothing to launch
+
+
+@built
+def test_too_many_shards_are_refused_before_a_launch() -> None:
+    most = loading.extension().LARGEST_NUM_SHARDS
+    settings = {"numel": 1, "block_size": 2, "format": 0, "is_stochastic": False, "seed": 0, "offset": 0, "factor": 1.0}
+    for count in (0, most + 1):
+        with pytest.raises(ValueError, match=f"got {count} shards; expected 1 to {most}"):
+            loading.extension().dequantize_reduce_requantize([0, 0, 0] * count, [0, 0, 0], 0, **settings)
+
+
+@built
+@pytest.mark.parametrize(
+    "function",
+    [
+        "quantize_blockwise",
+        "dequantize_blockwise",
+        "dequantize_reduce_requantize",
+        "pack_signs",
+        "unpack_signs",
+        "round_stochastic",
+        "round_with_noise",
+    ],
+)
+def test_an_op_of_blocks_is_called_alike_on_both_devices(function: str) -> None:
+    on_cpu, on_cuda = (getattr(module, function).__doc__ for module in (_cpu, loading.extension()))
+    assert on_cuda == on_cpu.replace("threads: int", "stream: int")
+
+
+def test_an_op_of_blocks_runs_on_the_stream_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    recording = SimpleNamespace(pack_signs=lambda *operands, **settings: calls.append((operands, settings)))
+    monkeypatch.setattr(compiled, "extension", lambda: recording)
+    monkeypatch.setattr(compiled, "launching", lambda device: nullcontext(77 + device.index))
+    compiled.run("pack_signs", torch.device("cuda", 1), 5, 6, numel=3)
+    assert calls == [((5, 6, 78), {"numel": 3})]

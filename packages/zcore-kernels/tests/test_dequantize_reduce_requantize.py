@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from devices import DEVICES, needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantised_inputs import CHECKS_OF_FLOAT8, FORMATS_AND_SYMMETRY, equal_bits, on_threads, values_of
+from quantised_inputs import CHECKS_OF_FLOAT8, FORMATS_AND_SYMMETRY, equal_bits, moved, on_threads, values_of
 from torch import Tensor
 
 from zcore.core import ops
@@ -32,6 +33,7 @@ def shards_of(count: int, numel: int, *, format: str, is_symmetric: bool, num_sp
     return list(codes), list(scales), list(zero_points)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(deadline=None, max_examples=150)
 @given(
     count=st.integers(1, 5),
@@ -42,13 +44,20 @@ def shards_of(count: int, numel: int, *, format: str, is_symmetric: bool, num_sp
     num_special=st.integers(0, 1),
 )
 def test_it_is_what_the_reference_says(
-    *, count: int, numel: int, kind: tuple[str, bool], reduction: str, seed: int | None, num_special: int
+    *,
+    device: str,
+    count: int,
+    numel: int,
+    kind: tuple[str, bool],
+    reduction: str,
+    seed: int | None,
+    num_special: int,
 ) -> None:
     name, is_symmetric = kind
     shards = shards_of(count, numel, format=name, is_symmetric=is_symmetric, num_special=num_special)
     options = {"format": name, "block_size": 32, "numel": numel, "reduction": reduction, "seed": seed, "offset": 7}
-    made, expected = dequantize_reduce_requantize(*shards, **options), reference(*shards, **options)
-    assert all(equal_bits(each, other) for each, other in zip(made, expected, strict=True))
+    made = dequantize_reduce_requantize(*moved(shards, device), **options)
+    assert all(equal_bits(each.cpu(), other) for each, other in zip(made, reference(*shards, **options), strict=True))
 
 
 def test_the_mean_is_within_half_a_code_of_the_mean_in_double() -> None:
@@ -69,16 +78,34 @@ def test_the_number_of_threads_changes_nothing() -> None:
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
+@needs_cuda
+@pytest.mark.parametrize("count", [2, 16, 17, 130])
+def test_a_gpu_has_the_bits_of_the_cpu_for_few_shards_and_many(count: int) -> None:
+    shards = shards_of(count, 100_001, format="int4", is_symmetric=False)
+    options = {"format": "int4", "block_size": 32, "numel": 100_001, "seed": 3}
+    made, expected = (dequantize_reduce_requantize(*moved(shards, device), **options) for device in ("cuda", "cpu"))
+    assert all(equal_bits(each.cpu(), other) for each, other in zip(made, expected, strict=True))
+
+
+@needs_cuda
+def test_a_gpu_refuses_more_shards_than_a_launch_can_name() -> None:
+    shards = moved(shards_of(1, 64, format="int8", is_symmetric=True), "cuda")
+    with pytest.raises(ValueError, match="dequantize_reduce_requantize got 1025 shards; expected 1 to 1024"):
+        dequantize_reduce_requantize(*(each * 1025 for each in shards), format="int8", block_size=32, numel=64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("format", "is_symmetric"), [("int8", True), ("int4", False), ("float8_e5m2", True)])
-def test_torch_knows_the_op(format: str, is_symmetric: bool) -> None:
-    shards = shards_of(2, 77, format=format, is_symmetric=is_symmetric)
+def test_torch_knows_the_op(format: str, is_symmetric: bool, device: str) -> None:
+    shards = moved(shards_of(2, 77, format=format, is_symmetric=is_symmetric), device)
     options = {"format": format, "block_size": 32, "numel": 77}
     tests = CHECKS_OF_FLOAT8 if format.startswith("float8") else "ALL"
     torch.library.opcheck(torch.ops.zcore.dequantize_reduce_requantize.default, shards, options, test_utils=tests)
 
 
 def test_the_registry_serves_the_compiled_op() -> None:
-    assert [item.source for item in ops.implementations()["dequantize_reduce_requantize"]] == ["cpp", "reference"]
+    sources = [item.source for item in ops.implementations()["dequantize_reduce_requantize"]]
+    assert sources == ["cpp", "cuda", "triton", "reference"]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from devices import DEVICES, needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantised_inputs import FLOAT_DTYPES, equal_bits, on_threads, some_values, values_of
+from quantised_inputs import FLOAT_DTYPES, equal_bits, moved, on_threads, some_values, values_of
 from torch import Tensor
 
 from zcore.core import ops
@@ -15,6 +16,7 @@ from zcore.kernels.ops.pack_signs import pack_signs
 from zcore.kernels.ops.unpack_signs import unpack_signs
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(deadline=None, max_examples=200)
 @given(
     values=some_values(),
@@ -23,11 +25,12 @@ from zcore.kernels.ops.unpack_signs import unpack_signs
     dtype=st.sampled_from(FLOAT_DTYPES),
 )
 def test_signs_scales_and_errors_are_those_of_the_references(
-    values: Tensor, block_size: int, start: int, dtype: torch.dtype
+    device: str, values: Tensor, block_size: int, start: int, dtype: torch.dtype
 ) -> None:
     error = values_of(values.numel() + start, seed=9)[start:]
-    of_reference = error.clone()
-    signs, scales = pack_signs(values, error, block_size=block_size)
+    of_reference, there = error.clone(), moved(error, device)
+    made = pack_signs(moved(values, device), there, block_size=block_size)
+    signs, scales, error = (each.cpu() for each in (*made, there))
     expected_signs, expected_scales = packing.reference(values, of_reference, block_size=block_size)
     assert torch.equal(signs, expected_signs)
     # The reference adds up in another order: in double, so that only the last bit of a scale can differ.
@@ -36,7 +39,7 @@ def test_signs_scales_and_errors_are_those_of_the_references(
     is_near = (error - of_reference).abs() <= slack + 2e-7 * error.abs()
     assert bool((is_near | (error == of_reference) | (error.isnan() & of_reference.isnan())).all())
     sizes = {"block_size": block_size, "numel": values.numel(), "dtype": dtype}
-    assert equal_bits(unpack_signs(signs, scales, **sizes), unpacking.reference(signs, scales, **sizes))
+    assert equal_bits(unpack_signs(*made, **sizes).cpu(), unpacking.reference(signs, scales, **sizes))
 
 
 def test_what_a_call_loses_the_next_ones_add() -> None:
@@ -66,8 +69,22 @@ def test_the_number_of_threads_changes_nothing() -> None:
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
-def test_torch_knows_the_ops() -> None:
-    values, error = values_of(77, seed=1), torch.zeros(77)
+@needs_cuda
+@pytest.mark.parametrize("block_size", [8, 24, 256, 2048, 5000, 16384])
+def test_a_gpu_has_the_bits_of_the_cpu(block_size: int) -> None:
+    values, error = values_of(1_000_003, seed=2), values_of(1_000_003, seed=3)
+    values[500_000] = torch.inf
+    made, results = {}, []
+    for device in ("cuda", "cpu"):
+        made[device] = error.to(device, copy=True)
+        found = pack_signs(values.to(device), made[device], block_size=block_size)
+        results.append((*found, made[device], unpack_signs(*found, block_size=block_size, numel=1_000_003)))
+    assert all(equal_bits(there.cpu(), here) for there, here in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_knows_the_ops(device: str) -> None:
+    values, error = values_of(77, seed=1).to(device), torch.zeros(77, device=device)
     torch.library.opcheck(torch.ops.zcore.pack_signs.default, (values, error), {"block_size": 32})
     made = pack_signs(values, error, block_size=32)
     torch.library.opcheck(torch.ops.zcore.unpack_signs.default, made, {"block_size": 32, "numel": 77})
@@ -75,8 +92,8 @@ def test_torch_knows_the_ops() -> None:
 
 def test_the_registry_serves_the_compiled_ops() -> None:
     registered = ops.implementations()
-    assert [item.source for item in registered["pack_signs"]] == ["cpp", "reference"]
-    assert [item.source for item in registered["unpack_signs"]] == ["cpp", "reference"]
+    for op in ("pack_signs", "unpack_signs"):
+        assert [item.source for item in registered[op]] == ["cpp", "cuda", "triton", "reference"]
 
 
 ONES = torch.ones(64)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import DEVICES, needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantised_inputs import (
@@ -9,6 +10,7 @@ from quantised_inputs import (
     FLOAT_DTYPES,
     FORMATS_AND_SYMMETRY,
     equal_bits,
+    moved,
     on_threads,
     some_values,
     values_of,
@@ -26,6 +28,7 @@ BLOCK_SIZES = [2, 6, 32, 64, 250, 256, 4096]
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(deadline=None, max_examples=300)
 @given(
     values=some_values(),
@@ -36,15 +39,22 @@ CPU = torch.device("cpu")
     dtype=st.sampled_from(FLOAT_DTYPES),
 )
 def test_codes_and_values_are_those_of_the_references(
-    *, values: Tensor, kind: tuple[str, bool], block_size: int, seed: int | None, offset: int, dtype: torch.dtype
+    *,
+    device: str,
+    values: Tensor,
+    kind: tuple[str, bool],
+    block_size: int,
+    seed: int | None,
+    offset: int,
+    dtype: torch.dtype,
 ) -> None:
     name, is_symmetric = kind
     options = {"format": name, "block_size": block_size, "is_symmetric": is_symmetric, "seed": seed, "offset": offset}
-    made = quantize_blockwise(values, **options)
+    made = quantize_blockwise(moved(values, device), **options)
     expected = quantizing.reference(values, **options)
-    assert all(equal_bits(each, other) for each, other in zip(made, expected, strict=True))
+    assert all(equal_bits(each.cpu(), other) for each, other in zip(made, expected, strict=True))
     sizes = {"format": name, "block_size": block_size, "numel": values.numel(), "dtype": dtype}
-    assert equal_bits(dequantize_blockwise(*made, **sizes), dequantizing.reference(*made, **sizes))
+    assert equal_bits(dequantize_blockwise(*made, **sizes).cpu(), dequantizing.reference(*expected, **sizes))
 
 
 @pytest.mark.parametrize(("format", "is_symmetric"), FORMATS_AND_SYMMETRY)
@@ -98,9 +108,25 @@ def test_a_part_is_rounded_as_it_is_in_the_whole() -> None:
     assert torch.equal(codes[300:], part) and torch.equal(scales[3:], of_part)
 
 
+@needs_cuda
+@pytest.mark.parametrize("block_size", [1, 48, 100, 256, 1024, 5000, 16384])
+@pytest.mark.parametrize("kind", FORMATS_AND_SYMMETRY)
+def test_a_gpu_has_the_bits_of_the_cpu(kind: tuple[str, bool], block_size: int) -> None:
+    name, is_symmetric = kind
+    block_size += block_size % 2 if name == "int4" else 0
+    values = values_of(1_000_003, seed=2, num_special=5)
+    for seed in (None, 4):
+        options = {"format": name, "block_size": block_size, "is_symmetric": is_symmetric, "seed": seed}
+        made, expected = (quantize_blockwise(values.to(device), **options) for device in ("cuda", "cpu"))
+        assert all(equal_bits(each.cpu(), other) for each, other in zip(made, expected, strict=True))
+        sizes = {"format": name, "block_size": block_size, "numel": values.numel()}
+        assert equal_bits(dequantize_blockwise(*made, **sizes).cpu(), dequantize_blockwise(*expected, **sizes))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("format", "is_symmetric"), [("int8", True), ("int4", False), ("float8_e5m2", True)])
-def test_torch_knows_the_ops(format: str, is_symmetric: bool) -> None:
-    values = values_of(77, seed=1)
+def test_torch_knows_the_ops(format: str, is_symmetric: bool, device: str) -> None:
+    values = values_of(77, seed=1).to(device)
     options = {"format": format, "block_size": 32, "is_symmetric": is_symmetric, "seed": 3}
     tests = CHECKS_OF_FLOAT8 if format.startswith("float8") else "ALL"
     torch.library.opcheck(torch.ops.zcore.quantize_blockwise.default, (values,), options, test_utils=tests)
@@ -111,8 +137,8 @@ def test_torch_knows_the_ops(format: str, is_symmetric: bool) -> None:
 
 def test_the_registry_serves_the_compiled_ops() -> None:
     registered = ops.implementations()
-    assert [item.source for item in registered["quantize_blockwise"]] == ["cpp", "reference"]
-    assert [item.source for item in registered["dequantize_blockwise"]] == ["cpp", "reference"]
+    for op in ("quantize_blockwise", "dequantize_blockwise"):
+        assert [item.source for item in registered[op]] == ["cpp", "cuda", "triton", "reference"]
     serve = ops.get("quantize_blockwise", device=CPU, dtype=torch.bfloat16)
     read = ops.get("dequantize_blockwise", device=CPU, dtype=torch.float8_e4m3fn)
     made = serve(torch.ones(3, dtype=torch.bfloat16), format="float8_e4m3fn", block_size=2)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from devices import DEVICES, needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantised_inputs import equal_bits, on_threads, values_of
+from quantised_inputs import equal_bits, moved, on_threads, values_of
 from torch import Tensor
 
 from zcore.core import ops
@@ -17,6 +18,7 @@ from zcore.kernels.ops.round_stochastic import reference, round_stochastic
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(deadline=None, max_examples=200)
 @given(
     numel=st.integers(0, 700),
@@ -25,14 +27,16 @@ CPU = torch.device("cpu")
     offset=st.sampled_from([0, 3, 2**32 - 100, 2**40]),
     num_special=st.integers(0, 9),
 )
-def test_it_is_what_the_reference_says(numel: int, start: int, seed: int, offset: int, num_special: int) -> None:
+def test_it_is_what_the_reference_says(
+    *, device: str, numel: int, start: int, seed: int, offset: int, num_special: int
+) -> None:
     values = values_of(numel + start, seed=seed % 1000, num_special=num_special)[start:]
-    expected = reference(values, seed=seed, offset=offset)
-    assert equal_bits(round_stochastic(values, seed=seed, offset=offset), expected)
-    target, other = torch.zeros(2, numel + start, dtype=torch.bfloat16)[:, start:].unbind()
-    copy_stochastic(target, values, seed=seed, offset=offset)
-    copy_reference(other, values, seed=seed, offset=offset)
-    assert equal_bits(target, expected) and equal_bits(other, expected)
+    expected, there = reference(values, seed=seed, offset=offset), moved(values, device)
+    assert equal_bits(round_stochastic(there, seed=seed, offset=offset).cpu(), expected)
+    target, other = torch.zeros(2, numel + start, dtype=torch.bfloat16, device=device)[:, start:].unbind()
+    copy_stochastic(target, there, seed=seed, offset=offset)
+    copy_reference(other, there, seed=seed, offset=offset)
+    assert equal_bits(target.cpu(), expected) and equal_bits(other.cpu(), expected)
 
 
 def test_the_mean_of_many_roundings_is_the_number_in_double() -> None:
@@ -83,17 +87,25 @@ def test_it_keeps_the_shape() -> None:
     assert round_stochastic(torch.zeros(2, 3), seed=1).shape == (2, 3)
 
 
-def test_torch_knows_the_ops() -> None:
-    values = values_of(77, seed=1)
+@needs_cuda
+def test_a_gpu_has_the_bits_of_the_cpu() -> None:
+    values = values_of(1_000_003, seed=2, num_special=9)
+    there, here = (round_stochastic(values.to(device), seed=4, offset=2**33 - 500_000) for device in ("cuda", "cpu"))
+    assert equal_bits(there.cpu(), here)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_knows_the_ops(device: str) -> None:
+    values = values_of(77, seed=1).to(device)
     torch.library.opcheck(torch.ops.zcore.round_stochastic.default, (values,), {"seed": 3})
-    target = torch.zeros(77, dtype=torch.bfloat16)
+    target = torch.zeros(77, dtype=torch.bfloat16, device=device)
     torch.library.opcheck(torch.ops.zcore.copy_stochastic.default, (target, values), {"seed": 3, "offset": 5})
 
 
 def test_the_registry_serves_the_compiled_ops() -> None:
     registered = ops.implementations()
-    assert [item.source for item in registered["round_stochastic"]] == ["cpp", "reference"]
-    assert [item.source for item in registered["copy_stochastic"]] == ["cpp", "reference"]
+    for op in ("round_stochastic", "copy_stochastic"):
+        assert [item.source for item in registered[op]] == ["cpp", "cuda", "reference"]
 
 
 ONES, TARGET = torch.ones(64), torch.ones(64, dtype=torch.bfloat16)

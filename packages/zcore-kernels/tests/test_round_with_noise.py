@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from devices import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantised_inputs import equal_bits, on_threads, values_of
+from quantised_inputs import equal_bits, moved, on_threads, values_of
 from torch import Tensor
 
 from zcore.core import ops
@@ -20,12 +21,13 @@ def noise_of(numel: int, *, seed: int) -> Tensor:
     return torch.randint(0, 1 << 16, (numel,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(deadline=None, max_examples=100)
 @given(numel=st.integers(0, 700), start=st.integers(0, 5), seed=st.integers(0, 999), num_special=st.integers(0, 9))
-def test_it_is_what_the_reference_says(numel: int, start: int, seed: int, num_special: int) -> None:
+def test_it_is_what_the_reference_says(*, device: str, numel: int, start: int, seed: int, num_special: int) -> None:
     values = values_of(numel + start, seed=seed, num_special=num_special)[start:]
     noise = noise_of(numel + start, seed=seed)[start:]
-    assert equal_bits(round_with_noise(values, noise), reference(values, noise))
+    assert equal_bits(round_with_noise(*moved((values, noise), device)).cpu(), reference(values, noise))
 
 
 def test_with_the_noise_of_the_counter_it_is_round_stochastic() -> None:
@@ -45,7 +47,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
 def test_torch_and_the_registry_know_it() -> None:
     operands = (values_of(77, seed=1), noise_of(77, seed=1))
     torch.library.opcheck(torch.ops.zcore.round_with_noise.default, operands)
-    assert [item.source for item in ops.implementations()["round_with_noise"]] == ["cpp", "reference"]
+    assert [item.source for item in ops.implementations()["round_with_noise"]] == ["cpp", "cuda", "reference"]
 
 
 ONES, NOISE = torch.ones(64), torch.ones(64, dtype=torch.int32)

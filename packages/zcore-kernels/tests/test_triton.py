@@ -27,14 +27,23 @@ from zcore.core.errors import NotInstalledError
 from zcore.kernels.nn import ExpertMLPs, RMSNorm, SwiGLU, TopKRouter
 from zcore.kernels.triton import loading
 
-FILES = ("test_triton_expert_ops.py", "test_triton_layer_ops.py", "test_triton_newton_schulz.py")
+FILES = (
+    "test_triton_blocks.py",
+    "test_triton_expert_ops.py",
+    "test_triton_layer_ops.py",
+    "test_triton_newton_schulz.py",
+)
 LETTERS = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = sorted({op.name for op in (*OPS, *EXPERT_OPS)})
 
@@ -63,7 +72,7 @@ def compile_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[i
     compiled: list[Any] = []
 
     def run(capability: int, kernel: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         given = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
         constants = {
             name: value
@@ -87,9 +96,11 @@ def compile_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[i
     return choose
 
 
-def _type_of(value: object) -> str:
+def _type_of(value: object) -> Any:
     if isinstance(value, Tensor):
         return "*" + LETTERS[value.dtype]
+    if isinstance(value, tuple):
+        return tuple(map(_type_of, value))
     if isinstance(value, int):
         return "i32" if value < 2**31 else "i64"
     return "fp32"
@@ -217,6 +228,41 @@ def test_ops_of_experts_never_wait_for_the_device(op: Op) -> None:
         torch.autograd.grad(sums, arguments[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_triton
+@not_interpreted
+@every_capability
+@pytest.mark.parametrize(
+    ("name", "is_symmetric", "seed"),
+    [("int8", False, None), ("int4", True, 2**40), ("float8_e4m3fn", True, None), ("float8_e5m2", True, 3)],
+)
+def test_quantisers_compile_for_a_gpu(
+    name: str, is_symmetric: bool, seed: int | None, capability: int, compile_only: Callable[[int], list[Any]]
+) -> None:
+    compiled = compile_only(capability)
+    values = torch.ones(70, dtype=torch.bfloat16)
+    made = _by_triton("quantize_blockwise")(
+        values, format=name, block_size=32, is_symmetric=is_symmetric, seed=seed, offset=2**33
+    )
+    sizes = {"format": name, "block_size": 32, "numel": 70}
+    _by_triton("dequantize_blockwise")(*made, **sizes, dtype=torch.bfloat16)
+    _by_triton("dequantize_reduce_requantize")(*([each] * 2 for each in made), **sizes, seed=seed)
+    assert [each.name for each in compiled] == ["quantize_kernel", "dequantize_kernel", "reduce_kernel"]
+
+
+@needs_triton
+@not_interpreted
+@every_capability
+def test_packing_of_signs_compiles_for_a_gpu(capability: int, compile_only: Callable[[int], list[Any]]) -> None:
+    compiled = compile_only(capability)
+    made = _by_triton("pack_signs")(torch.ones(70, dtype=torch.float16), torch.zeros(70), block_size=32)
+    _by_triton("unpack_signs")(*made, block_size=32, numel=70)
+    assert [each.name for each in compiled] == ["pack_kernel", "unpack_kernel"]
+
+
+def _by_triton(op: str) -> Callable[..., Any]:
+    return loading.deferred(op, op)
 
 
 @not_interpreted

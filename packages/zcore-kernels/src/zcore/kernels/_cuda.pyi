@@ -3,11 +3,15 @@
 Addresses are those of tensors on the current device; whoever calls has checked them. A kernel is queued on `stream`,
 the number of a CUDA stream, and has not run when the call returns. A launch that is refused raises RuntimeError, which
 names the op and what CUDA says. Tables are read by `_cpu`. What a step takes from the device comes by address; 0: none.
+
+Of quantised blocks addresses are those of codes, scales and zero points, the last 0 where blocks are symmetric.
 """
 
 from collections.abc import Sequence
 
 from zcore.kernels._cpu import Table
+
+LARGEST_NUM_SHARDS: int
 
 def architectures() -> str:
     """What the kernels were compiled for: "sm_80 sm_90 sm_100 compute_100", the last as PTX, for later devices."""
@@ -97,6 +101,49 @@ def num_partial_sums(table: Table) -> int:
 
 def squared_norm(table: Table, stream: int, *, scratch: int, result: int) -> None:
     """Of one tensor. result: of fp32, one; scratch: of fp64, `num_partial_sums`."""
+
+def quantize_blockwise(
+    values: int,
+    type: int,
+    out: Sequence[int],
+    stream: int,
+    *,
+    numel: int,
+    block_size: int,
+    format: int,
+    is_stochastic: bool,
+    seed: int,
+    offset: int,
+) -> None: ...
+def dequantize_blockwise(
+    quantized: Sequence[int],
+    out: int,
+    type: int,
+    stream: int,
+    *,
+    numel: int,
+    block_size: int,
+    format: int,
+) -> None: ...
+def dequantize_reduce_requantize(
+    shards: Sequence[int],
+    out: Sequence[int],
+    stream: int,
+    *,
+    factor: float,
+    numel: int,
+    block_size: int,
+    format: int,
+    is_stochastic: bool,
+    seed: int,
+    offset: int,
+) -> None: ...
+def pack_signs(
+    values: int, type: int, error: int, signs: int, scales: int, stream: int, *, numel: int, block_size: int
+) -> None: ...
+def unpack_signs(signs: int, scales: int, out: int, type: int, stream: int, *, numel: int, block_size: int) -> None: ...
+def round_stochastic(values: int, out: int, stream: int, *, numel: int, seed: int, offset: int) -> None: ...
+def round_with_noise(values: int, noise: int, out: int, stream: int, *, numel: int) -> None: ...
 
 # From here on only where it was built with CUTLASS. lengths: total, num_groups, num_in, num_out; workspace: address
 # and bytes; see native/include/zcore/cuda/grouped_matmul.hpp.

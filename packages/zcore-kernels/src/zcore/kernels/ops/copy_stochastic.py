@@ -24,7 +24,7 @@ def reference(target: Tensor, values: Tensor, *, seed: int, offset: int = 0) -> 
 
 
 def copy_stochastic(target: Tensor, values: Tensor, *, seed: int, offset: int = 0) -> None:
-    """See `reference`; on the CPU, of contiguous memory. Raises LayoutError and ConfigError for other operands."""
+    """See `reference`; of contiguous memory, on the CPU or CUDA. Raises LayoutError and ConfigError for others."""
     write_rounded(OP, target, values, seed=seed, offset=offset)
 
 
@@ -33,6 +33,7 @@ register(
     "(Tensor(a!) target, Tensor values, *, int seed, SymInt offset=0) -> ()",
     reference=reference,
     cpu=copy_stochastic,
+    cuda=copy_stochastic,
     fake=lambda *args, **kwargs: None,
     dtypes=(torch.bfloat16,),
 )

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from zcore.kernels import _cpu
-from zcore.kernels.ops.operands import check
+from zcore.kernels.ops.compiled import run
+from zcore.kernels.ops.operands import check, device_of
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.quantized import FORMATS, QuantizedLayout, format_named
 from zcore.kernels.ops.registering import register
@@ -52,17 +52,19 @@ def dequantize_blockwise(
     numel: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """See `reference`; on the CPU, of contiguous memory. Raises LayoutError and ConfigError for other operands."""
+    """See `reference`; of contiguous memory, on the CPU or CUDA. Raises LayoutError and ConfigError for others."""
     layout = QuantizedLayout(numel, block_size, format_named(OP, format), zero_points.numel() == 0)
     layout.require(OP)
-    layout.require_operands(OP, codes, scales, zero_points)
-    values = torch.empty(numel, dtype=dtype)
-    check(OP, "the result", values, dtypes=FLOATS)
-    _cpu.dequantize_blockwise(
+    device = device_of(codes)
+    layout.require_operands(OP, codes, scales, zero_points, device=device)
+    values = torch.empty(numel, dtype=dtype, device=device)
+    check(OP, "the result", values, dtypes=FLOATS, device=device)
+    run(
+        OP,
+        device,
         layout.addresses((codes, scales, zero_points)),
         values.data_ptr(),
         TYPES[dtype],
-        torch.get_num_threads(),
         numel=numel,
         block_size=block_size,
         format=layout.format.number,
@@ -89,6 +91,8 @@ register(
     " ScalarType dtype=float) -> Tensor",
     reference=reference,
     cpu=dequantize_blockwise,
+    cuda=dequantize_blockwise,
+    triton="dequantize_blockwise",
     fake=_fake,
     dtypes=tuple(kind.dtype for kind in FORMATS.values()),
 )

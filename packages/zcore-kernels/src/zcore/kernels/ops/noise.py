@@ -6,7 +6,7 @@ Ranks, threads and devices round alike, whoever asks and in whatever order. Not 
 import torch
 from torch import Tensor
 
-__all__ = ["noise_at", "round_to_neighbour", "word_of"]
+__all__ = ["mixed_seed", "noise_at", "round_to_neighbour", "word_of"]
 
 MASK_32 = (1 << 32) - 1
 MASK_64 = (1 << 64) - 1
@@ -43,6 +43,12 @@ def round_to_neighbour(values: Tensor, noise: Tensor | None) -> Tensor:
 def word_of(seed: int) -> int:
     """`seed` in 64 bits without a sign."""
     return seed & MASK_64
+
+
+def mixed_seed(seed: int) -> int:
+    """`seed` mixed once, as keys of noise begin with it, as an int64: for kernels that cannot mix it once for all."""
+    word = _mix(word_of(seed))
+    return word - (word >> 63 << 64)
 
 
 def _mix(value: int) -> int:

@@ -11,10 +11,15 @@ from torch import Tensor
 from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 
-__all__ = ["CPU", "Operand", "check", "check_indices", "check_place", "operand", "rows_of"]
+__all__ = ["CPU", "Operand", "check", "check_indices", "check_place", "device_of", "operand", "rows_of"]
 
 CPU = torch.device("cpu")
 Operand = tuple[int, int]  # address and zcore::Type
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """Where an op of compiled code runs that has `tensor` for an operand: its CUDA device, else the CPU."""
+    return tensor.device if tensor.is_cuda else CPU
 
 
 def rows_of(op: str, name: str, tensor: Tensor, *, device: torch.device = CPU) -> tuple[int, int]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from zcore.kernels import _cpu
-from zcore.kernels.ops.operands import check
+from zcore.kernels.ops.compiled import run
+from zcore.kernels.ops.operands import check, device_of
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.registering import register
 from zcore.kernels.ops.signs import SignsLayout
@@ -44,19 +44,21 @@ def reference(values: Tensor, error: Tensor, *, block_size: int) -> tuple[Tensor
 
 
 def pack_signs(values: Tensor, error: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
-    """See `reference`; on the CPU, of contiguous memory. Raises LayoutError and ConfigError for other operands."""
+    """See `reference`; of contiguous memory, on the CPU or CUDA. Raises LayoutError and ConfigError for others."""
     layout = SignsLayout(values.numel(), block_size)
     layout.require(OP)
-    check(OP, "values", values, dtypes=FLOATS)
-    check(OP, "error", error, dtypes=(torch.float32,), numel=layout.numel)
+    device = device_of(values)
+    check(OP, "values", values, dtypes=FLOATS, device=device)
+    check(OP, "error", error, dtypes=(torch.float32,), numel=layout.numel, device=device)
     signs, scales = _fake(values, error, block_size=block_size)
-    _cpu.pack_signs(
+    run(
+        OP,
+        device,
         values.data_ptr(),
         TYPES[values.dtype],
         error.data_ptr(),
         signs.data_ptr(),
         scales.data_ptr(),
-        torch.get_num_threads(),
         numel=layout.numel,
         block_size=block_size,
     )
@@ -74,6 +76,8 @@ register(
     "(Tensor values, Tensor(a!) error, *, SymInt block_size) -> (Tensor, Tensor)",
     reference=reference,
     cpu=pack_signs,
+    cuda=pack_signs,
+    triton="pack_signs",
     fake=_fake,
     dtypes=FLOATS,
 )

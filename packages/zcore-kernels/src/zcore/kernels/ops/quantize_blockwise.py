@@ -6,9 +6,9 @@ Blocks with a scale each: arXiv 2110.02861, section 2. fp8: arXiv 2209.05433.
 import torch
 from torch import Tensor
 
-from zcore.kernels import _cpu
+from zcore.kernels.ops.compiled import run
 from zcore.kernels.ops.noise import noise_at, round_to_neighbour, word_of
-from zcore.kernels.ops.operands import check, check_place
+from zcore.kernels.ops.operands import check, check_place, device_of
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.quantized import Format, Quantized, QuantizedLayout, format_named
 from zcore.kernels.ops.registering import register
@@ -94,17 +94,19 @@ def quantize_blockwise(
     seed: int | None = None,
     offset: int = 0,
 ) -> Quantized:
-    """See `reference`; on the CPU, of contiguous memory. Raises LayoutError and ConfigError for other operands."""
+    """See `reference`; of contiguous memory, on the CPU or CUDA. Raises LayoutError and ConfigError for others."""
     layout = QuantizedLayout(values.numel(), block_size, format_named(OP, format), is_symmetric)
     layout.require(OP)
     check_place(OP, offset)
-    check(OP, "values", values, dtypes=FLOATS)
-    made = layout.empty(values.device)
-    _cpu.quantize_blockwise(
+    device = device_of(values)
+    check(OP, "values", values, dtypes=FLOATS, device=device)
+    made = layout.empty(device)
+    run(
+        OP,
+        device,
         values.data_ptr(),
         TYPES[values.dtype],
         layout.addresses(made),
-        torch.get_num_threads(),
         numel=layout.numel,
         block_size=block_size,
         format=layout.format.number,
@@ -133,6 +135,8 @@ register(
     " -> (Tensor, Tensor, Tensor)",
     reference=reference,
     cpu=quantize_blockwise,
+    cuda=quantize_blockwise,
+    triton="quantize_blockwise",
     fake=_fake,
     dtypes=FLOATS,
 )

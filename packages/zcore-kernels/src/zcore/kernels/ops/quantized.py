@@ -92,12 +92,14 @@ class QuantizedLayout:
         if not self.is_symmetric and not self.format.is_integer:
             raise ConfigError(f"{op}: {self.format.dtype} has no zero points; expected symmetric blocks.")
 
-    def require_operands(self, op: str, codes: Tensor, scales: Tensor, zero_points: Tensor, *, index: str = "") -> None:
-        """Raise unless the tensors are of this layout; `index` is what follows their names in messages."""
-        check(op, f"codes{index}", codes, dtypes=(self.format.dtype,), numel=self.num_codes)
-        check(op, f"scales{index}", scales, dtypes=(torch.float32,), numel=self.num_blocks)
+    def require_operands(
+        self, op: str, codes: Tensor, scales: Tensor, zero_points: Tensor, *, device: torch.device, index: str = ""
+    ) -> None:
+        """Raise unless the tensors are of this layout, on `device`; `index` follows their names in messages."""
+        check(op, f"codes{index}", codes, dtypes=(self.format.dtype,), numel=self.num_codes, device=device)
+        check(op, f"scales{index}", scales, dtypes=(torch.float32,), numel=self.num_blocks, device=device)
         num_points = 0 if self.is_symmetric else self.num_blocks
-        check(op, f"zero_points{index}", zero_points, dtypes=(torch.int8,), numel=num_points)
+        check(op, f"zero_points{index}", zero_points, dtypes=(torch.int8,), numel=num_points, device=device)
 
     def empty(self, device: torch.device) -> Quantized:
         """Memory for it: codes, scales, zero points."""
@@ -111,6 +113,11 @@ class QuantizedLayout:
         """What compiled functions take for codes, scales and zero points."""
         codes, scales, zero_points = tensors
         return [codes.data_ptr(), scales.data_ptr(), 0 if self.is_symmetric else zero_points.data_ptr()]
+
+    def raw(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What Triton's kernels take for them: bytes for codes, and None for zero points that there are not."""
+        codes, scales, zero_points = tensors
+        return codes.view(torch.uint8), scales, None if self.is_symmetric else zero_points
 
     def in_blocks(self, values: Tensor) -> Tensor:
         """`values`, flat, as [num_blocks, block_size] with zeros at the end: for references."""

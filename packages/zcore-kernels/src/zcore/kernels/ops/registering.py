@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from zcore.core import ops
-from zcore.kernels.cuda.loading import offer
+from zcore.kernels.cuda import loading as cuda_loading
 from zcore.kernels.cuda.stepping import Result, step, sum_squares
 from zcore.kernels.ops.pieces import FLOATS, Column, Columns, cuda_index
+from zcore.kernels.triton import loading as triton_loading
 
 __all__ = ["flat_op", "register"]
 
@@ -89,7 +90,7 @@ def flat_op(
         return cast(R, run(*operands, **kwargs))
 
     ops.implementation(op, source="cpp", priority=PRIORITY, devices=("cpu",), dtypes=FLOATS)(call)
-    offer(op, call)
+    cuda_loading.offer(op, call)
     return call
 
 
@@ -129,15 +130,18 @@ def register(
     fake: Callable[..., Any],
     dtypes: tuple[torch.dtype, ...],
     cuda: Callable[..., Any] | None = None,
+    triton: str | None = None,
 ) -> Callable[..., Any]:
     """Make `op` known, and return what calls it, in a graph or outside.
 
     fake: what it returns of tensors without data. dtypes: of the first operand, that `cpu` and `cuda` serve; the
-    latter where the wheel has CUDA kernels. `reference` is the op's where its user has not registered one; a user
+    latter where the wheel has CUDA kernels. triton: the file of zcore.kernels.triton with a function of the op's name,
+    which serves them on CUDA where it has not. `reference` is the op's where its user has not registered one; a user
     imported later replaces it.
     """
+    kernel = None if triton is None else triton_loading.deferred(triton, op)
     LIBRARY.define(op + schema)
-    LIBRARY.impl(op, cpu, "CPU")
+    LIBRARY.impl(op, cpu if kernel is None else triton_loading.interpretable(cpu, kernel), "CPU")
     LIBRARY.impl(op, fake, "Meta")
     if all(known.source != "reference" for known in ops.implementations().get(op, ())):
         ops.reference(op)(reference)
@@ -150,9 +154,30 @@ def register(
 
     ops.implementation(op, source="cpp", priority=PRIORITY, devices=("cpu",), dtypes=dtypes)(serve)
     if cuda is not None:
-        LIBRARY.impl(op, cuda, "CUDA")
-        offer(op, serve, dtypes=dtypes)
+        cuda_loading.offer(op, serve, dtypes=dtypes)
+    if kernel is not None:
+
+        def serve_by_triton(*args: Any, **kwargs: Any) -> Any:
+            return (in_graph if torch.compiler.is_compiling() else kernel)(*args, **kwargs)
+
+        triton_loading.offer(op, serve_by_triton, dtypes=dtypes)
+    if cuda is not None or kernel is not None:
+        LIBRARY.impl(op, _on_cuda(cuda, kernel), "CUDA")
     return serve
+
+
+def _on_cuda(cuda: Callable[..., Any] | None, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
+    """What torch calls on CUDA: compiled code, but Triton's kernel where there is none, or where "triton" is forced."""
+    if cuda is None or kernel is None:
+        only = cuda or kernel
+        assert only is not None
+        return only
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        is_triton = ops.forced() == "triton" or cuda_loading.why_unavailable() is not None
+        return (kernel if is_triton else cuda)(*args, **kwargs)
+
+    return call
 
 
 def _is_on_cuda(operand: Any) -> bool:

@@ -6,9 +6,9 @@ arXiv 1502.02551, section 3; for weights in bf16 arXiv 2010.06192.
 import torch
 from torch import Tensor
 
-from zcore.kernels import _cpu
+from zcore.kernels.ops.compiled import run
 from zcore.kernels.ops.noise import noise_at, word_of
-from zcore.kernels.ops.operands import check, check_place
+from zcore.kernels.ops.operands import check, check_place, device_of
 from zcore.kernels.ops.registering import register
 
 __all__ = ["reference", "round_stochastic", "write_rounded"]
@@ -33,21 +33,23 @@ def reference(values: Tensor, *, seed: int, offset: int = 0) -> Tensor:
 
 
 def round_stochastic(values: Tensor, *, seed: int, offset: int = 0) -> Tensor:
-    """See `reference`; on the CPU, of contiguous memory. Raises LayoutError and ConfigError for other operands."""
-    rounded = torch.empty(values.shape, dtype=torch.bfloat16)
+    """See `reference`; of contiguous memory, on the CPU or CUDA. Raises LayoutError and ConfigError for others."""
+    rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=device_of(values))
     write_rounded(OP, rounded, values, seed=seed, offset=offset)
     return rounded
 
 
 def write_rounded(op: str, target: Tensor, values: Tensor, *, seed: int, offset: int) -> None:
     """Check the operands of `op`, and write into `target` what `reference` makes of `values`."""
-    check(op, "values", values, dtypes=(torch.float32,))
-    check(op, "target", target, dtypes=(torch.bfloat16,), numel=values.numel())
+    device = device_of(target)
+    check(op, "values", values, dtypes=(torch.float32,), device=device)
+    check(op, "target", target, dtypes=(torch.bfloat16,), numel=values.numel(), device=device)
     check_place(op, offset)
-    _cpu.round_stochastic(
+    run(
+        OP,
+        device,
         values.data_ptr(),
         target.data_ptr(),
-        torch.get_num_threads(),
         numel=values.numel(),
         seed=word_of(seed),
         offset=offset,
@@ -63,6 +65,7 @@ register(
     "(Tensor values, *, int seed, SymInt offset=0) -> Tensor",
     reference=reference,
     cpu=round_stochastic,
+    cuda=round_stochastic,
     fake=_fake,
     dtypes=(torch.float32,),
 )

@@ -6,8 +6,8 @@ For runs that keep the bits they had with a generator of their own; else `round_
 import torch
 from torch import Tensor
 
-from zcore.kernels import _cpu
-from zcore.kernels.ops.operands import check
+from zcore.kernels.ops.compiled import run
+from zcore.kernels.ops.operands import check, device_of
 from zcore.kernels.ops.registering import register
 
 __all__ = ["reference", "round_with_noise"]
@@ -30,13 +30,12 @@ def reference(values: Tensor, noise: Tensor) -> Tensor:
 
 
 def round_with_noise(values: Tensor, noise: Tensor) -> Tensor:
-    """See `reference`; on the CPU, of contiguous memory. Raises LayoutError and ConfigError for other operands."""
-    check(OP, "values", values, dtypes=(torch.float32,))
-    check(OP, "noise", noise, dtypes=(torch.int32,), numel=values.numel())
-    rounded = torch.empty(values.shape, dtype=torch.bfloat16)
-    _cpu.round_with_noise(
-        values.data_ptr(), noise.data_ptr(), rounded.data_ptr(), torch.get_num_threads(), numel=values.numel()
-    )
+    """See `reference`; of contiguous memory, on the CPU or CUDA. Raises LayoutError and ConfigError for others."""
+    device = device_of(values)
+    check(OP, "values", values, dtypes=(torch.float32,), device=device)
+    check(OP, "noise", noise, dtypes=(torch.int32,), numel=values.numel(), device=device)
+    rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=device)
+    run(OP, device, values.data_ptr(), noise.data_ptr(), rounded.data_ptr(), numel=values.numel())
     return rounded
 
 
@@ -49,6 +48,7 @@ register(
     "(Tensor values, Tensor noise) -> Tensor",
     reference=reference,
     cpu=round_with_noise,
+    cuda=round_with_noise,
     fake=_fake,
     dtypes=(torch.float32,),
 )

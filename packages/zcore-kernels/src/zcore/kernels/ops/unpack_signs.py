@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from zcore.kernels import _cpu
-from zcore.kernels.ops.operands import check
+from zcore.kernels.ops.compiled import run
+from zcore.kernels.ops.operands import check, device_of
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.registering import register
 from zcore.kernels.ops.signs import SignsLayout
@@ -30,19 +30,21 @@ def reference(
 def unpack_signs(
     signs: Tensor, scales: Tensor, *, block_size: int, numel: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """See `reference`; on the CPU, of contiguous memory. Raises LayoutError and ConfigError for other operands."""
+    """See `reference`; of contiguous memory, on the CPU or CUDA. Raises LayoutError and ConfigError for others."""
     layout = SignsLayout(numel, block_size)
     layout.require(OP)
-    check(OP, "signs", signs, dtypes=(torch.uint8,), numel=layout.num_bytes)
-    check(OP, "scales", scales, dtypes=(torch.float32,), numel=layout.num_blocks)
-    values = torch.empty(numel, dtype=dtype)
-    check(OP, "the result", values, dtypes=FLOATS)
-    _cpu.unpack_signs(
+    device = device_of(signs)
+    check(OP, "signs", signs, dtypes=(torch.uint8,), numel=layout.num_bytes, device=device)
+    check(OP, "scales", scales, dtypes=(torch.float32,), numel=layout.num_blocks, device=device)
+    values = torch.empty(numel, dtype=dtype, device=device)
+    check(OP, "the result", values, dtypes=FLOATS, device=device)
+    run(
+        OP,
+        device,
         signs.data_ptr(),
         scales.data_ptr(),
         values.data_ptr(),
         TYPES[dtype],
-        torch.get_num_threads(),
         numel=numel,
         block_size=block_size,
     )
@@ -58,6 +60,8 @@ register(
     "(Tensor signs, Tensor scales, *, SymInt block_size, SymInt numel, ScalarType dtype=float) -> Tensor",
     reference=reference,
     cpu=unpack_signs,
+    cuda=unpack_signs,
+    triton="unpack_signs",
     fake=_fake,
     dtypes=(torch.uint8,),
 )

@@ -8,13 +8,14 @@ The variable has to be set before this is imported, as triton itself wants it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zcore.core import ops
 from zcore.core.errors import NotInstalledError
@@ -38,7 +39,7 @@ def why_unavailable() -> str | None:
 
 
 def deferred(file: str, function: str) -> Callable[..., Any]:
-    """What calls `function` of zcore.kernels.triton.`file`, which is loaded then, on the device of its first argument.
+    """What calls `function` of zcore.kernels.triton.`file`, which is loaded then, on the device of its first tensor.
 
     The call raises NotInstalledError where triton is not installed.
     """
@@ -52,21 +53,27 @@ def deferred(file: str, function: str) -> Callable[..., Any]:
         return loaded
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+        with torch.cuda.device_of(_first(args)):  # Triton launches on the current device
             return found()(*args, **kwargs)
 
     return call
 
 
-def offer(op: str, function: Callable[..., Any]) -> None:
-    """Register `function` as what serves `op` by Triton."""
+def _first(operands: Sequence[Any]) -> Tensor:
+    """The first tensor, which may be in a list; one on the CPU where there is none."""
+    first = operands[0] if len(operands) else torch.empty(0)
+    return first if isinstance(first, Tensor) else _first(first)
+
+
+def offer(op: str, function: Callable[..., Any], *, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """Register `function` as what serves `op` by Triton, for a first operand of `dtypes`."""
     is_slow = is_interpreted()
     ops.implementation(
         op,
         source="triton",
         priority=LAST if is_slow else PRIORITY,
         devices=("cpu", "cuda") if is_slow else ("cuda",),
-        dtypes=FLOATS,
+        dtypes=dtypes,
         why_unavailable=why_unavailable,
     )(_forcing(function) if is_slow else function)
 

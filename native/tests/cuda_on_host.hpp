@@ -1,9 +1,10 @@
-// CUDA's words for plain C++, so that the files of cuda/ can be compiled and run on the CPU: each thread of a thread block
-// is a fiber, and they take turns wherever they wait for each other. Included before everything else in such a file.
+// CUDA's words for plain C++, so that the files of cuda/ can be compiled and run on the CPU: each thread of a thread
+// block is a fiber, and they take turns wherever they wait for each other. Included before everything else in such a
+// file.
 //
-// It shows what a kernel computes, and where it reads and writes; not how fast it is, and of races only such as show when
-// threads go on upwards in one thread block and downwards in the next. What waits for threads that have ended, or that
-// wait in another place, ends the program.
+// It shows what a kernel computes, and where it reads and writes; not how fast it is, and of races only such as show
+// when threads go on upwards in one thread block and downwards in the next. What waits for threads that have ended, or
+// that wait in another place, ends the program.
 #pragma once
 
 #include <ucontext.h>
@@ -74,7 +75,8 @@ struct Multiprocessor {
     void (*body)(void*) = nullptr;
     void* context = nullptr;
 
-    void enter([[maybe_unused]] const void* stack, [[maybe_unused]] std::size_t bytes, ucontext_t* from, ucontext_t* to) {
+    void enter([[maybe_unused]] const void* stack, [[maybe_unused]] std::size_t bytes, ucontext_t* from,
+               ucontext_t* to) {
 #if defined(__SANITIZE_ADDRESS__)
         void* fake = nullptr;
         __sanitizer_start_switch_fiber(&fake, stack, bytes);

@@ -12,8 +12,8 @@ static inline std::size_t blocks_together(std::size_t block_size) {
     return block_size < block_numel ? block_numel / block_size : 1;
 }
 
-// How many blocks are measured before the first of them is encoded: the comparisons and divisions at the end of each take
-// long, and those of several go on side by side, which took a sixth of the time of blocks of 256 elements.
+// How many blocks are measured before the first of them is encoded: the comparisons and divisions at the end of each
+// take long, and those of several go on side by side, which took a sixth of the time of blocks of 256 elements.
 static inline std::size_t blocks_measured(std::size_t block_size) {
     return block_size > block_numel ? 1 : 4 * blocks_together(block_size);
 }

@@ -28,7 +28,7 @@ struct Tiling {
     std::size_t numel;
     std::uint32_t block_size, together;  // blocks of a tile
     std::uint64_t reciprocal;            // of block_size, times 2^32, rounded up
-    std::uint32_t lanes;                 // so many threads in a row, a power of two, have their vectors in one block; or 0
+    std::uint32_t lanes;                 // so many threads, a power of two, have their vectors in one block; or 0
     unsigned threads;
     std::size_t num_tiles;
 };
@@ -117,8 +117,9 @@ struct Float16 {
 
 // Four of those at `from`; only those below `count`, and zeros for the others.
 template <typename Float>
-__device__ __forceinline__ static void load_vector(const typename Float::Bits* from, bool is_vector, std::uint32_t first,
-                                                   std::uint32_t count, float (&values)[vector_numel]) {
+__device__ __forceinline__ static void load_vector(const typename Float::Bits* from, bool is_vector,
+                                                   std::uint32_t first, std::uint32_t count,
+                                                   float (&values)[vector_numel]) {
     if (is_vector && first + vector_numel <= count) {
         const auto bits = *reinterpret_cast<const typename Float::Vector*>(from + first);
         values[0] = Float::read(bits.x);

@@ -223,8 +223,8 @@ __device__ __forceinline__ static float decode(std::uint32_t code) {
 
 // The codes of a vector, the first in the lowest bits; only those below `count`.
 template <Format format>
-__device__ __forceinline__ static std::uint32_t load_codes(const std::uint8_t* from, bool is_vector, std::uint32_t first,
-                                                           std::uint32_t count) {
+__device__ __forceinline__ static std::uint32_t load_codes(const std::uint8_t* from, bool is_vector,
+                                                           std::uint32_t first, std::uint32_t count) {
     constexpr std::uint32_t per_byte = format == Format::int4 ? 2 : 1;
     if (is_vector && first + vector_numel <= count) {
         return per_byte == 2 ? *reinterpret_cast<const std::uint16_t*>(from + first / 2)

@@ -1,5 +1,5 @@
-// How the kernels of this folder are launched, by a function and not by CUDA's brackets: so that their files are C++, too,
-// and the tests can run them on the CPU (tests/cuda_on_host.hpp).
+// How kernels of blocks are launched, by a function and not by CUDA's brackets: so that their files are C++, too, and
+// the tests can run them on the CPU (tests/cuda_on_host.hpp).
 #pragma once
 
 #include <cstddef>

@@ -4,8 +4,8 @@
 
 namespace zcore::cuda {
 
-// Blocks lie this far apart in shared memory: an odd multiple of 16 words, so that the two which a warp sums, 16 threads
-// each, are in different banks.
+// Blocks lie this far apart in shared memory: an odd multiple of 16 words, so that the two which a warp sums, 16
+// threads each, are in different banks.
 static std::uint32_t stride_of(std::uint32_t block_size) { return (block_size + 15) / 32 * 32 + 16; }
 
 // Sums are taken from shared memory in the order that pack_signs.hpp has: 16 threads a block, each a partial sum.
@@ -72,7 +72,8 @@ static __global__ void __launch_bounds__(most_threads)
     }
 }
 
-void pack_signs(Flat values, float* error, std::uint8_t* signs, float* scales, const SignsLayout& layout, Stream stream) {
+void pack_signs(Flat values, float* error, std::uint8_t* signs, float* scales, const SignsLayout& layout,
+                Stream stream) {
     const Tiling plan = plan_tiles(layout.numel, layout.block_size);
     const std::uint32_t stride = stride_of(plan.block_size);
     launch("pack_signs", pack_kernel, plan.num_tiles, plan.threads, plan.together * stride * sizeof(float), stream,

@@ -25,7 +25,8 @@ static __global__ void __launch_bounds__(most_threads)
 void round_with_noise(const float* values, const std::int32_t* noise, std::uint16_t* out, std::size_t numel,
                       Stream stream) {
     const Tiling plan = plan_tiles(numel, tile_numel);
-    launch("round_with_noise", round_with_noise_kernel, plan.num_tiles, plan.threads, 0, stream, values, noise, out, plan);
+    launch("round_with_noise", round_with_noise_kernel, plan.num_tiles, plan.threads, 0, stream, values, noise, out,
+           plan);
 }
 
 }  // namespace zcore::cuda

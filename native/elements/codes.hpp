@@ -1,7 +1,7 @@
 // Codes of 8 and 4 bits: the scale of a block, and what one element becomes, by the formulas of quantize_blockwise.hpp.
 //
-// Each operation rounds once (no product is fused with a sum, see CMakeLists.txt), and extremes are found among integers
-// that are ordered as the floats are, so that they do not depend on who compares them in which order.
+// Each operation rounds once (no product is fused with a sum, see CMakeLists.txt), and extremes are found among
+// integers that are ordered as the floats are, so that they do not depend on who compares them in which order.
 #pragma once
 
 #include "elements/floats.hpp"
@@ -83,7 +83,8 @@ ZCORE_EACH BlockCode code_of_block(const Range& extent, bool is_symmetric, Forma
     scale = scale < smallest_scale ? smallest_scale : scale;
     float place = is_symmetric ? 0.0f : range.lowest - extent.low * (1.0f / scale);
     place = place > range.highest ? range.highest : place;
-    return {extent.is_finite ? scale : float_of_bits(0x7fc00000u), extent.is_finite ? integer_near<false>(place, 0u) : 0};
+    return {extent.is_finite ? scale : float_of_bits(0x7fc00000u),
+            extent.is_finite ? integer_near<false>(place, 0u) : 0};
 }
 
 // The code of an integer for a value over its scale; `lowest` and `highest` are counted from the zero point.

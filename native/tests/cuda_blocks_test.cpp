@@ -1,5 +1,5 @@
-// The kernels of cuda/ for quantised blocks, signs and roundings, run on the CPU (cuda_on_host.hpp) beside the CPU's ops:
-// the same bits.
+// The kernels of cuda/ for quantised blocks, signs and roundings, run on the CPU (cuda_on_host.hpp) beside the CPU's
+// ops: the same bits.
 #include "zcore/cuda/blocks.hpp"
 
 #include <gtest/gtest.h>
@@ -44,7 +44,8 @@ struct Draw {
     QuantizedLayout layout() {
         const Format format = of({Format::int8, Format::int4, Format::e4m3, Format::e5m2});
         const auto odd = of<std::size_t>({1, 3, 7, 255, 4095, 5001}), even = 2 * of<std::size_t>({1, 3, 125, 2501});
-        const auto usual = of<std::size_t>({4, 8, 12, 16, 32, 48, 64, 100, 128, 256, 384, 512, 1024, 4096, 8192, 16384});
+        const auto usual = of<std::size_t>(
+            {4, 8, 12, 16, 32, 48, 64, 100, 128, 256, 384, 512, 1024, 4096, 8192, 16384});
         return {numel(), random() % 3 != 0 ? usual : format == Format::int4 || coin() ? even : odd, format};
     }
     bool is_symmetric(Format format) { return !is_integer(format) || coin(); }
@@ -155,7 +156,8 @@ TEST(CudaBlocks, ReduceLikeTheCpu) {
             shards.emplace_back(layout, is_symmetric, each % 4);
             zcore::quantize_blockwise(values.view(), shards.back().view(), layout, {}, 1);
         }
-        std::transform(shards.begin(), shards.end(), std::back_inserter(views), [](Blocks& each) { return each.view(); });
+        std::transform(shards.begin(), shards.end(), std::back_inserter(views),
+                       [](Blocks& each) { return each.view(); });
         const float factor = draw.coin() ? 1.0f : 1.0f / static_cast<float>(count);
         Blocks here(layout, is_symmetric);
         zcore::dequantize_reduce_requantize(views, factor, here.view(), layout, rounding, 1);
@@ -193,7 +195,8 @@ TEST(CudaBlocks, PackSignsLikeTheCpu) {
         Floats error_there = error;
         std::vector<std::uint8_t> signs_there = signs;
         std::vector<float> scales_there = scales;
-        zcore::pack_signs(values.view(), reinterpret_cast<float*>(error.address(0)), signs.data(), scales.data(), layout, 1);
+        zcore::pack_signs(values.view(), reinterpret_cast<float*>(error.address(0)), signs.data(),
+                          scales.data(), layout, 1);
         zcore::cuda::pack_signs(values.view(), reinterpret_cast<float*>(error_there.address(0)), signs_there.data(),
                                 scales_there.data(), layout, nullptr);
         const std::string name = std::to_string(layout.numel) + " in blocks of " + std::to_string(layout.block_size);

@@ -1,8 +1,10 @@
-// CUDA's words for plain C++, so that the files of cuda/ can be compiled and run on the CPU: each thread of a thread block
-// is a fiber, and they take turns wherever they wait for each other. Included before everything else in such a file.
+// CUDA's words for plain C++, so that the files of cuda/ can be compiled and run on the CPU: each thread of a thread
+// block is a fiber, and they take turns wherever they wait for each other. Included before everything else in such a
+// file.
 //
-// It shows what a kernel computes, and where it reads and writes; not how fast it is, nor races between two waits, since
-// fibers run in one order. What waits for threads that have ended, or that wait in another place, ends the program.
+// It shows what a kernel computes, and where it reads and writes; not how fast it is, and of races only such as show
+// when threads go on upwards in one thread block and downwards in the next. What waits for threads that have ended, or
+// that wait in another place, ends the program.
 #pragma once
 
 #include <ucontext.h>
@@ -68,12 +70,13 @@ struct Multiprocessor {
     ucontext_t home;
     const void* home_stack = nullptr;
     std::size_t home_bytes = 0;
-    unsigned threads = 0, current = 0, num_done = 0;
+    unsigned threads = 0, current = 0, num_done = 0, num_blocks = 0;
     unsigned idle = 0;  // turns since something went on
     void (*body)(void*) = nullptr;
     void* context = nullptr;
 
-    void enter([[maybe_unused]] const void* stack, [[maybe_unused]] std::size_t bytes, ucontext_t* from, ucontext_t* to) {
+    void enter([[maybe_unused]] const void* stack, [[maybe_unused]] std::size_t bytes, ucontext_t* from,
+               ucontext_t* to) {
 #if defined(__SANITIZE_ADDRESS__)
         void* fake = nullptr;
         __sanitizer_start_switch_fiber(&fake, stack, bytes);
@@ -84,6 +87,9 @@ struct Multiprocessor {
 #endif
     }
 
+    bool is_upward() const { return num_blocks % 2 == 0; }
+    unsigned first() const { return is_upward() ? 0 : threads - 1; }
+
     // Lets the next thread go on that has not ended; returns when it is this one's turn again.
     void yield() {
         if (++idle > 4 * threads) {
@@ -92,7 +98,7 @@ struct Multiprocessor {
         }
         const unsigned self = current;
         do {
-            current = (current + 1) % threads;
+            current = (current + (is_upward() ? 1 : threads - 1)) % threads;
         } while (fibers[current].is_done);
         if (current != self) {
             thread_index.x = current;
@@ -115,7 +121,7 @@ struct Multiprocessor {
     static void start() {
         Multiprocessor& self = here();
 #if defined(__SANITIZE_ADDRESS__)
-        const bool is_first = self.current == 0;  // the others come from a fiber
+        const bool is_first = self.current == self.first();  // the others come from a fiber
         __sanitizer_finish_switch_fiber(nullptr, is_first ? &self.home_stack : nullptr,
                                         is_first ? &self.home_bytes : nullptr);
 #endif
@@ -150,8 +156,9 @@ struct Multiprocessor {
             fiber.context.uc_stack.ss_size = stack_bytes;
             makecontext(&fiber.context, &Multiprocessor::start, 0);
         }
-        current = thread_index.x = 0;
-        enter(fibers[0].stack.get(), stack_bytes, &home, &fibers[0].context);
+        ++num_blocks;
+        current = thread_index.x = first();
+        enter(fibers[current].stack.get(), stack_bytes, &home, &fibers[current].context);
     }
 
     // The word of another lane; every lane of the warp comes here.

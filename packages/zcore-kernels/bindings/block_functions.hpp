@@ -1,5 +1,5 @@
-// Quantisers, signs and roundings for Python, of the CPU and of CUDA: the same functions, on so many threads or on a stream.
-// Addresses come in as integers, checked by the Python side. The interpreter lock is released while they run.
+// Quantisers, signs and roundings for Python, of the CPU and of CUDA: the same functions, on so many threads or on a
+// stream. Addresses come in as integers, checked by the Python side. The interpreter lock is released while they run.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -74,7 +74,8 @@ struct Functions {
 
     static void round_stochastic(std::uintptr_t values, std::uintptr_t out, Lane lane, std::size_t numel,
                                  std::uint64_t seed, std::uint64_t offset) {
-        Ops::round_stochastic(pointer<float>(values), pointer<std::uint16_t>(out), numel, seed, offset, Ops::lane(lane));
+        Ops::round_stochastic(pointer<float>(values), pointer<std::uint16_t>(out), numel, seed, offset,
+                              Ops::lane(lane));
     }
 
     static void round_with_noise(std::uintptr_t values, std::uintptr_t noise, std::uintptr_t out, Lane lane,

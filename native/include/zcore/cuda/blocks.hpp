@@ -1,5 +1,5 @@
-// Quantisers, signs and roundings on a GPU: the ops of the same names beside this folder, whose headers have the formulas,
-// with the same bits. Only which NaN comes out may differ, and the sign bit of an element that became NaN.
+// Quantisers, signs and roundings on a GPU: the ops of the same names beside this folder, whose headers have the
+// formulas, with the same bits. Only which NaN comes out may differ, and the sign bit of an element that became NaN.
 //
 // All are bound by memory: one pass, what a block needs twice stays in registers. All addresses are on the device.
 #pragma once
@@ -27,7 +27,8 @@ void dequantize_blockwise(const Quantized& from, const QuantizedLayout& layout, 
 void dequantize_reduce_requantize(std::span<const Quantized> shards, float factor, const Quantized& out,
                                   const QuantizedLayout& layout, const Rounding& rounding, Stream stream);
 
-void pack_signs(Flat values, float* error, std::uint8_t* signs, float* scales, const SignsLayout& layout, Stream stream);
+void pack_signs(Flat values, float* error, std::uint8_t* signs, float* scales, const SignsLayout& layout,
+                Stream stream);
 
 void unpack_signs(const std::uint8_t* signs, const float* scales, const SignsLayout& layout, Flat out, Stream stream);
 

@@ -303,11 +303,19 @@ def test_the_reference_of_an_op_whose_user_has_one_stays() -> None:
         return tensor + 1
 
     ops.reference("one_more")(of_user)
-    register(
-        "one_more", "(Tensor tensor) -> Tensor", reference=torch.neg, cpu=of_user, fake=torch.neg, dtypes=(torch.int64,)
-    )
-    with ops.force("reference"):
-        assert ops.get("one_more", device=torch.device("cpu"), dtype=torch.int64) is of_user
+    try:
+        register(
+            "one_more",
+            "(Tensor tensor) -> Tensor",
+            reference=torch.neg,
+            cpu=of_user,
+            fake=torch.neg,
+            dtypes=(torch.int64,),
+        )
+        with ops.force("reference"):
+            assert ops.get("one_more", device=torch.device("cpu"), dtype=torch.int64) is of_user
+    finally:
+        ops._registry.pop("one_more")
 
 
 def test_the_registry_finds_the_ops() -> None:

@@ -32,10 +32,28 @@ std::shared_ptr<File> open_file(const nb::bytes& path, int access, int caching) 
     return File::open(name, static_cast<zcore::Access>(access), static_cast<zcore::Caching>(caching));
 }
 
-std::shared_ptr<Request> submit(FileQueue& queue, std::shared_ptr<File> file, bool writes, std::uint64_t offset,
+// A queue that ends without the interpreter's lock: it waits for its threads, and one of these takes the lock where it is
+// the last to let go of a file that Python has made.
+class Queue {
+public:
+    explicit Queue(const zcore::FileQueueOptions& options) : queue_(std::make_unique<FileQueue>(options)) {}
+    ~Queue() {
+        const nb::gil_scoped_release unlocked;
+        queue_.reset();
+    }
+    Queue(const Queue&) = delete;
+    Queue& operator=(const Queue&) = delete;
+
+    FileQueue* operator->() const { return queue_.get(); }
+
+private:
+    std::unique_ptr<FileQueue> queue_;
+};
+
+std::shared_ptr<Request> submit(Queue& queue, std::shared_ptr<File> file, bool writes, std::uint64_t offset,
                                 std::uintptr_t address, std::size_t bytes) {
     const auto direction = writes ? zcore::Direction::write : zcore::Direction::read;
-    return queue.submit({std::move(file), direction, offset, reinterpret_cast<std::byte*>(address), bytes});
+    return queue->submit({std::move(file), direction, offset, reinterpret_cast<std::byte*>(address), bytes});
 }
 
 std::uint32_t crc32c(std::uintptr_t address, std::size_t bytes, std::uint32_t before) {
@@ -78,18 +96,18 @@ NB_MODULE(_aio, module) {
         .def_prop_ro("direct_nbytes", [](const Request& self) { return self.outcome().direct_bytes; })
         .def_prop_ro("crc32c", [](const Request& self) { return self.outcome().crc32c; });
 
-    nb::class_<FileQueue>(module, "FileQueue")
+    nb::class_<Queue>(module, "FileQueue")
         .def("__init__",
-             [](FileQueue* self, int queue_depth, std::size_t block_bytes, int threads, int backend, bool checksum) {
-                 new (self) FileQueue({queue_depth, block_bytes, threads, static_cast<zcore::Backend>(backend), checksum});
+             [](Queue* self, int queue_depth, std::size_t block_bytes, int threads, int backend, bool checksum) {
+                 new (self) Queue({queue_depth, block_bytes, threads, static_cast<zcore::Backend>(backend), checksum});
              },
              "queue_depth"_a, "block_bytes"_a, "threads"_a, "backend"_a, "checksum"_a)
         .def("submit", &submit, unlocked, "file"_a, "writes"_a, "offset"_a, "address"_a, "nbytes"_a)
         .def("wait_all_for",
-             [](const FileQueue& self, double patience_s) { return self.wait_all_for(seconds(patience_s)); }, unlocked,
+             [](const Queue& self, double patience_s) { return self->wait_all_for(seconds(patience_s)); }, unlocked,
              "patience_s"_a)
-        .def_prop_ro("threads", [](const FileQueue& self) { return self.options().threads; })
+        .def_prop_ro("threads", [](const Queue& self) { return self->options().threads; })
         .def_prop_ro("is_io_uring",
-                     [](const FileQueue& self) { return self.options().backend == zcore::Backend::io_uring; })
-        .def_prop_ro("why_threads", [](const FileQueue& self) { return self.why_threads(); });
+                     [](const Queue& self) { return self->options().backend == zcore::Backend::io_uring; })
+        .def_prop_ro("why_threads", [](const Queue& self) { return self->why_threads(); });
 }

@@ -93,9 +93,9 @@ def test_many_forwards_that_wait_settle_nothing_before_the_first_of_them() -> No
 
 def test_a_forward_behind_two_that_are_forgotten_settles_at_its_own_nodes() -> None:
     uses = FirstUses()
-    for begin in (0, 10):
-        forward(uses, begin, 0, 1)  # nobody holds its graph
+    gone = [forward(uses, begin, 0, 1) for begin in (0, 10)]
     waiting = forward(uses, 20, 2, 3)
+    gone.clear()
     forward(uses, 30, 0, 1)
     uses.begin_backward(31)
     assert uses._gaps == [(0, 20)]

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from zcore import zero
 from zcore.core import compat
+from zcore.core.errors import StateError
 from zcore.core.mesh import build_mesh
+from zcore.zero.sharding import sharding_of
 
 Ranks = Callable[..., Any]
 WIDTH, STEPS = 12, 3
@@ -161,14 +163,35 @@ def a_layer_frozen_after_its_forward(model: Net, step: int) -> None:
 def a_derivative_in_the_forward_that_raises(model: Net, step: int) -> None:
     def arm(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         point = args[0].detach().requires_grad_()
-        made = torch.tanh(point @ model.layers[0].up.weight.t())
-        made.register_hook(raises)
+        inner = torch.tanh(point * 1)
+        inner.register_hook(raises)
+        made = torch.tanh(inner @ model.layers[0].up.weight.t())
         with suppress(ArithmeticError):
             torch.autograd.grad(made.sum(), point)
 
     model(inputs(2 * step)).backward()
     with model.layers[0].register_forward_pre_hook(arm):
         model(inputs(2 * step + 1)).backward()
+
+
+def a_derivative_of_a_submodule_by_itself_that_raises(model: Net, step: int) -> None:
+    def arm(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        point = args[0].detach().requires_grad_()
+        inner = torch.tanh(point * 1)
+        inner.register_hook(raises)
+        with suppress(ArithmeticError):
+            torch.autograd.grad((inner @ module.weight.t()).sum(), point)
+
+    model(inputs(2 * step)).backward()
+    with model.layers[0].up.register_forward_pre_hook(arm), torch.no_grad(), torch.enable_grad():
+        model.layers[0](inputs(0))
+    model(inputs(2 * step + 1)).backward()
+
+
+def a_penalty_that_waits_through_another_backward(model: Net, step: int) -> None:
+    made = penalty(model)
+    model(inputs(2 * step)).backward()
+    (model(inputs(2 * step + 1)) + made).backward()
 
 
 PROGRAMS: dict[str, Callable[[Net, int], None]] = {
@@ -189,6 +212,8 @@ PROGRAMS: dict[str, Callable[[Net, int], None]] = {
         a_penalty_with_autograd_switched_on_late,
         a_layer_frozen_after_its_forward,
         a_derivative_in_the_forward_that_raises,
+        a_derivative_of_a_submodule_by_itself_that_raises,
+        a_penalty_that_waits_through_another_backward,
     )
 }
 
@@ -222,6 +247,85 @@ def test_it_trains_as_plain_torch(ranks: Ranks, name: str) -> None:
         for row, found in zip(ROWS, of_rank, strict=True):
             for key, value in expected.items():
                 assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-6), (row, key)
+
+
+def differentiate_twice() -> str:
+    model = sharded((3, 0))
+    with zero.GatheredParameters(model.head.weight) as (weight,):
+        x = torch.ones(2, WIDTH, requires_grad=True)
+        loss = torch.tanh(x @ weight).sum()
+    try:
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        slope.square().sum().backward()
+    except StateError as error:
+        return str(error)
+    return "it ran"
+
+
+def test_a_second_derivative_of_what_was_gathered_is_refused(ranks: Ranks) -> None:
+    assert all("create_graph=True" in told for told in ranks(2, differentiate_twice))
+
+
+def count_reductions_in_flight() -> int:
+    """At most, in a backward after norms of all weights were looked at with autograd."""
+    model, most = sharded((3, 0)), 0
+    reducer = sharding_of(model).reducer
+
+    def look(*_: object) -> None:
+        nonlocal most
+        most = max(most, len(reducer._inflight))
+
+    for layer in model.layers:
+        layer.register_full_backward_hook(look)
+    for step in range(3):
+        with zero.GatheredParameters(model.parameters()) as weights:
+            sum(weight.norm() for weight in weights).item()
+        x = inputs(step).requires_grad_()
+        model(x).backward()
+        model.zero_grad()
+    return most
+
+
+def test_weights_that_are_only_looked_at_hold_no_reduction_back(ranks: Ranks) -> None:
+    assert max(ranks(2, count_reductions_in_flight)) <= 1
+
+
+class Late(nn.Module):
+    """Switches autograd on for one of its layers, and keeps what that saved for later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            self.kept = torch.tanh(self.first(x))
+        return self.second(x)
+
+
+def slopes_of_what_was_kept(row: tuple[int, int] | None) -> list[Tensor]:
+    torch.manual_seed(0)
+    model, found = nn.Sequential(Late(), Late()), []
+    if row is not None:
+        options = zero.ShardingOptions(small_numel=row[1])
+        zero.shard(model, build_mesh(dp=-1), stage=row[0], options=options)
+    for seed in range(2):
+        x = inputs(seed).requires_grad_()
+        with torch.no_grad():
+            model(x)
+        found += torch.autograd.grad(model[0].kept.sum(), x)
+    return found
+
+
+def slopes_in_all_rows() -> list[list[Tensor]]:
+    return [slopes_of_what_was_kept(row) for row in ROWS]
+
+
+def test_what_a_layer_saves_with_autograd_switched_on_in_its_block_is_there_later(ranks: Ranks) -> None:
+    expected = slopes_of_what_was_kept(None)
+    for of_rank in ranks(2, slopes_in_all_rows):
+        for row, found in zip(ROWS, of_rank, strict=True):
+            assert all(torch.allclose(one, other) for one, other in zip(found, expected, strict=True)), row
 
 
 def count_hooks() -> list[int]:

@@ -71,6 +71,10 @@ class BucketHost(Protocol):
         """Keep the bucket AVAILABLE until the forward ends if a tensor of `result` lies in its memory."""
         ...
 
+    def graph(self) -> object:
+        """What stands for the graph of the forward under way, held by what its nodes hold."""
+        ...
+
     def read_in_backward(self, bucket: "Bucket") -> None:
         """Make the bucket AVAILABLE for an operation of the backward that runs."""
         ...
@@ -366,6 +370,11 @@ class Bucket:
         if self.memory.release():
             self._gathered = None
         self.show_fragments()
+
+    def graph(self) -> object | None:
+        """What a node holds that has saved of the gathered memory; None where the model is gone."""
+        host = self.host() if self.host is not None else None
+        return host.graph() if host is not None else None
 
     def read_in_backward(self) -> None:
         """Autograd is about to read the gathered memory."""

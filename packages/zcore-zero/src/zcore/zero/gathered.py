@@ -87,8 +87,8 @@ class GatheredParameters:
             if self._modifier_rank is not None and kind is None:
                 with torch.no_grad():
                     self._keep(bucket, self._modifier_rank)
-            else:
-                self._drop(bucket)
+            elif not bucket.is_transient or conductor.gatherer.is_pinned_once(bucket):
+                self._drop(bucket)  # what comes and goes, with the outermost block
             conductor.gatherer.unpin(bucket)
 
     def _whole(self, param: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from zcore.zero.gathering import Gatherer
 from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer
 from zcore.zero.results import nodes_of, own_results, tensors_in
-from zcore.zero.saved import SavedTensors, bucket_of, others_decide
+from zcore.zero.saved import SavedTensors, bucket_of, is_claimed, others_decide
 from zcore.zero.timeline import Kind, Recorder
 from zcore.zero.trace import Pass
 
@@ -145,7 +145,8 @@ class Conductor:
                 if not site.frees or not (others_decide() or module._forward_hooks):  # those may keep what it reads
                     if self._phase is Phase.FORWARD and self._finds_in_place(buckets):
                         return
-                    if all(bucket.is_shown and self.gatherer.is_open(bucket) for bucket in buckets):
+                    is_kept = not site.frees or self._saved.is_open or not torch.is_grad_enabled()
+                    if is_kept and all(bucket.is_shown and self.gatherer.is_open(bucket) for bucket in buckets):
                         return  # its block has found work, and done it
                 has_exit = True
                 with compat.hooks_numbered_alike():
@@ -254,6 +255,8 @@ class Conductor:
             if is_in_place:
                 began = ~began
             else:
+                if self._phase is Phase.BACKWARD and not compat.in_backward():
+                    self.recover()  # the module has caught what a derivative of its own raised
                 self.end_saving(module)
                 for bucket, _ in site.buckets:
                     self.gatherer.leave(bucket, self._pass)
@@ -340,6 +343,10 @@ class Conductor:
             if returned is not None and returned in buckets:
                 self.gatherer.keep(returned)
 
+    def graph(self) -> Graph:
+        """See BucketHost."""
+        return self.gatherer.first_uses.graph()
+
     def read_in_backward(self, bucket: Bucket) -> None:
         """See BucketHost."""
         if self._saver is None and self.gatherer.backward_uses.goes_on_reading(bucket.index):
@@ -349,6 +356,8 @@ class Conductor:
                 f"A tensor that autograd saved of {bucket.plan.name!r} is read outside of a backward, when the bucket "
                 "is not there. To look at the values of parameters use `zero.GatheredParameters`."
             )
+        if not is_claimed():  # else a second backward would find claims, too
+            self._refuse_second_backward()
         self._begin_backward()
         self.gatherer.use(bucket, Pass.BACKWARD, module="the backward pass")
 
@@ -440,10 +449,11 @@ class Conductor:
         """Clear away what an exception in a backward, which the caller caught, has left behind."""
         if self._phase is not Phase.BACKWARD:
             return
-        if self._interrupted is Phase.FORWARD and not self.has_gradients:  # a derivative that the forward took itself
+        is_inside = self._interrupted is Phase.FORWARD or self.gatherer.open_buckets
+        if is_inside and not self.has_gradients:  # a derivative that the forward took itself
             self._end_recomputing()
             self.gatherer.go_on_forward()
-            self._enter(Phase.FORWARD)
+            self._enter(self._interrupted)
             return
         self.abandon()
         logger.warning(

@@ -21,15 +21,15 @@ from zcore.core.errors import StateError
 from zcore.zero.bucket import Bucket
 from zcore.zero.sharded_parameter import ShardedParameter
 
-__all__ = ["SavedTensors", "bucket_of", "claims", "others_decide"]
+__all__ = ["SavedTensors", "bucket_of", "claims", "is_claimed", "others_decide"]
 
 # Of all models, since one may run inside another's forward: by the memory of what they gather. A WeakValueDictionary
 # takes three times as long to find none.
 BUCKETS: dict[int, ref[Bucket]] = {}
 
-# What stands for a saved tensor: it, its version, the bucket in whose memory it lies, and the values that this had. A
-# class of its own would take 0.3 us to make.
-_Saved = tuple[Tensor, int, Bucket | None, tuple[int, int] | None]
+# What stands for a saved tensor: it, its version, the bucket in whose memory it lies, the values that this had, and
+# what stands for the graph. A class of its own would take 0.3 us to make.
+_Saved = tuple[Tensor, int, Bucket | None, tuple[int, int] | None, object | None]
 
 
 class SavedTensors:
@@ -72,6 +72,11 @@ def claims() -> saved_tensors_hooks:
     return saved_tensors_hooks(_pack, _unpack)
 
 
+def is_claimed() -> bool:
+    """Whether what autograd saves now is kept as claims."""
+    return compat.packs_saved_tensors() is _pack
+
+
 def others_decide() -> bool:
     """Whether what autograd saves now is kept in another way than as claims."""
     return compat.packs_saved_tensors() not in (None, _pack)
@@ -99,11 +104,13 @@ def _pack(tensor: Tensor) -> _Saved:
         )
     bucket = bucket_of(tensor)
     held = tensor if tensor.grad_fn is None else tensor.detach()  # an output would hold the node that holds it
-    return held, tensor._version, bucket, None if bucket is None else bucket.values
+    if bucket is None:
+        return held, tensor._version, None, None, None
+    return held, tensor._version, bucket, bucket.values, bucket.graph()
 
 
 def _unpack(saved: _Saved) -> Tensor:
-    tensor, version, bucket, values = saved
+    tensor, version, bucket, values, _ = saved
     if tensor._version != version:
         raise StateError(
             f"A tensor of shape {tuple(tensor.shape)} and {tensor.dtype} that the forward saved for its backward "

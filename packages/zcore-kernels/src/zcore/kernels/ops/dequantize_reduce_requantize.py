@@ -37,6 +37,7 @@ def reference(
 
     In fp32, added in the order of the list. seed, offset: as in `quantize_blockwise`, for the result.
 
+    >>> import torch
     >>> ones, no_points = torch.tensor([127, 0], dtype=torch.int8), torch.empty(0, dtype=torch.int8)
     >>> scales = [torch.tensor([1.0]), torch.tensor([3.0])]
     >>> reference([ones] * 2, scales, [no_points] * 2, format="int8", block_size=2, numel=2)

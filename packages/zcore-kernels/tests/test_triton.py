@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import without_waits
 from expert_cases import OPS as EXPERT_OPS
 from expert_cases import SMALL, Draw, Sizes
 from layer_cases import OPS, drawing
@@ -222,12 +223,9 @@ def test_products_of_fp32_are_exact_unless_torch_allows_tf32(
 def test_ops_of_experts_never_wait_for_the_device(op: Op) -> None:
     arguments = moved(op.make(Draw(torch.float32), SMALL), CUDA)
     everything(op, arguments)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waits():
         sums = [each.sum() for each in op(*arguments) if is_float(each)]
         torch.autograd.grad(sums, arguments[0])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_triton

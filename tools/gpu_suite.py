@@ -198,9 +198,9 @@ def tell_how_to_carry(missing: Sequence[str]) -> str:
 
 def find_missing_headers(device_type: str) -> list[str]:
     """What the wheel's CUDA kernels are built with, and is not here, as names to download."""
-    from gpu.tree import has_nvcc
+    from gpu.tree import find_nvcc
 
-    is_wanted = device_type == "cuda" and has_nvcc() and importlib.util.find_spec(CUTLASS) is None
+    is_wanted = device_type == "cuda" and find_nvcc() is not None and importlib.util.find_spec(CUTLASS) is None
     return [CUTLASS_VERSION] if is_wanted else []
 
 

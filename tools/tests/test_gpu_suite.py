@@ -104,6 +104,9 @@ def test_headers_of_cutlass_are_asked_for_where_nvcc_is_to_build_with_them(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(tree, "USUAL_NVCC", tmp_path / "nvcc")
     assert suite.find_missing_headers("cuda") == []
+    assert tree.find_nvcc() is None
+    (tmp_path / "nvcc").touch()
+    assert tree.find_nvcc() == str(tmp_path / "nvcc")
 
 
 @pytest.fixture
@@ -185,6 +188,9 @@ def test_a_test_file_that_fails_or_does_not_end_is_told(tmp_path: Path) -> None:
     figures = pytest_figures(tmp_path, ["test_one.py"], {}, limit_s=120)
     assert (figures["status"], figures["tests"], figures["failures"]) == ("failed", 2, 1)
     assert figures["failed"] == ["test_one::test_wrong"]
+    (tmp_path / "test_other.py").write_text("import pytest\npytest.skip('no GPU', allow_module_level=True)\n")
+    figures = pytest_figures(tmp_path, ["test_other.py"], {}, limit_s=120)
+    assert "status" not in figures and figures["skipped"] == 1
     # A sanitizer's code counts where all tests pass.
     under = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:]); sys.exit(9)"]
     figures = pytest_figures(tmp_path, ["test_one.py", "-k", "right"], {}, limit_s=120, under=under)

@@ -58,12 +58,18 @@ Figures = dict[str, object]
 
 def try_tests(root: Path, kept: Path, device_type: str, *, is_quick: bool) -> Figures:
     """The tests, a process for each file."""
-    files = QUICK_TESTS if is_quick else sorted(file.stem for file in (root / TESTS).glob("test_*.py"))
+    files = QUICK_TESTS if is_quick else list_test_files(root)
 
     def one(name: str, environment: dict[str, str], limit_s: float) -> Figures:
         return pytest_figures(root, [f"{TESTS}/{name}.py"], environment, limit_s=limit_s)
 
     return _over(files, one, root, kept, device_type)
+
+
+def list_test_files(root: Path) -> list[str]:
+    """Those of Triton first: they compile for minutes, while others take turns beside them."""
+    found = (file.stem for file in (root / TESTS).glob("test_*.py"))
+    return sorted(found, key=lambda name: (not name.startswith("test_triton"), name))
 
 
 def check(root: Path, kept: Path, device_type: str, *, is_quick: bool) -> Figures:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gpu.tree import end_all, keep_kernels, pytest_figures, run
 
-__all__ = ["LIMIT_S", "bench", "check", "each_apart", "sanitize", "surroundings", "try_tests"]
+__all__ = ["LIMIT_S", "bench", "check", "each_apart", "sanitize", "surroundings", "tell_missing", "try_tests"]
 
 COMMAND = "from zcore.kernels.commands.command import app; app()"
 TESTS = "packages/zcore-kernels/tests"
@@ -188,8 +188,13 @@ def _over(
         limit_s=ends_s - time.monotonic(),
         at_once=at_once,
     )
+    return tell_missing(figures, there) if device_type == "cuda" else figures
+
+
+def tell_missing(figures: Figures, there: dict[str, str | None]) -> Figures:
+    """What the wheel lacks makes a section failed, whatever else it showed; `there` says why, or None of what is."""
     missing = {name: reason for name, reason in there.items() if reason is not None}
-    if device_type != "cuda" or not missing:
+    if not missing:
         return figures
     lacks = "missing: " + "; ".join(f"{name} ({reason})" for name, reason in missing.items())
     reason = f"{figures['reason']}; {lacks}" if "reason" in figures else lacks

@@ -181,6 +181,18 @@ def test_a_part_that_fails_hides_no_other_and_what_has_no_time_is_told() -> None
 
 
 @pytest.mark.usefixtures("folders")
+def test_a_wheel_that_lacks_kernels_is_told_beside_what_else_there_was() -> None:
+    from gpu.kernels import tell_missing
+
+    figures = {"parts": {}, "status": "failed", "reason": "failed: broken"}
+    assert tell_missing(figures, {"_cuda": None}) == figures
+    found = tell_missing(figures, {"_cuda": None, "its grouped products": "built without CUTLASS"})
+    assert found["missing"] == {"its grouped products": "built without CUTLASS"}
+    assert found["reason"] == "failed: broken; missing: its grouped products (built without CUTLASS)"
+    assert tell_missing({"parts": {}}, {"_cuda": "not built"})["status"] == "failed"
+
+
+@pytest.mark.usefixtures("folders")
 def test_a_test_file_that_fails_or_does_not_end_is_told(tmp_path: Path) -> None:
     from gpu.tree import pytest_figures
 

@@ -18,8 +18,22 @@ __device__ __forceinline__ Element* shared_memory() {
     return reinterpret_cast<Element*>(memory);
 }
 
-// The most that a launch may ask for without saying so before.
-constexpr std::size_t usual_shared_bytes = 48 << 10;
+// The most that a thread block has without saying so before: of what its launch asks for, and of what the kernel
+// declares itself, which no kernel here does beyond the second number.
+constexpr std::size_t usual_shared_bytes = 48 << 10, most_declared_bytes = 16 << 10;
+
+// Lets a kernel have all that the device has for a thread block. It is always all, so that a thread which launches a
+// small one at the same time takes nothing away. What fails is found by `check_launch`.
+inline void allow_all_shared_memory(const void* kernel) {
+    int device = 0, all = 0;
+    cudaFuncAttributes attributes{};
+    if (cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+        cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) {
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             all - static_cast<int>(attributes.sharedSizeBytes));
+    }
+}
 
 // Nothing where there are no thread blocks. Throws LaunchError where CUDA refuses.
 template <typename... Parameters, typename... Arguments>
@@ -28,8 +42,8 @@ void launch(const char* op, void (*kernel)(Parameters...), std::size_t blocks, u
     if (blocks == 0) {
         return;
     }
-    if (shared_bytes > usual_shared_bytes) {
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (shared_bytes + most_declared_bytes > usual_shared_bytes) {
+        allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
     }
     kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
     check_launch(op);

@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(warp) describe(const Products all, const Write
         }
         end += before;
         if (index < all.num_groups) {
-            write(index, group_at(all, index, bounded(end - count, all.total), bounded(end, all.total)));
+            const Rows rows = rows_of(end - count, count, all.total);
+            write(index, group_at(all, index, rows.begin, rows.end));
         }
         before = __shfl_sync(0xffffffffu, end, warp - 1);
     }

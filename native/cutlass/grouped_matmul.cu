@@ -44,10 +44,23 @@ auto named(const char* op, Function function) {
 
 constexpr int zeroing_threads = 256, zeroing_blocks = 32;  // blocks of a group
 
-// Zeroes the matrices, of so many words each, that belong to groups without rows.
+// Zeroes the matrices, of so many words each, that belong to groups without rows: of none, or of which `total` leaves
+// none. No product is written there.
 __global__ void __launch_bounds__(zeroing_threads)
-    zero_unused(const std::int64_t* counts, uint4* matrices, std::int64_t words) {
-    if (counts[blockIdx.x] > 0) {
+    zero_unused(const std::int64_t* counts, std::int64_t total, uint4* matrices, std::int64_t words) {
+    __shared__ unsigned long long before;
+    if (threadIdx.x == 0) {
+        before = 0;
+    }
+    __syncthreads();
+    std::int64_t sum = 0;
+    for (std::int64_t group = threadIdx.x; group < blockIdx.x; group += zeroing_threads) {
+        sum += grouped::bounded(counts[group], total);
+    }
+    atomicAdd(&before, static_cast<unsigned long long>(sum));
+    __syncthreads();
+    const grouped::Rows rows = grouped::rows_of(static_cast<std::int64_t>(before), counts[blockIdx.x], total);
+    if (rows.begin != rows.end) {
         return;
     }
     uint4* const matrix = matrices + static_cast<std::int64_t>(blockIdx.x) * words;
@@ -111,7 +124,7 @@ void grouped_matmul_backward(const GroupedMatmulBackward& op, std::span<std::byt
     }
     named(name, [&] {
         zero_unused<<<dim3(static_cast<unsigned>(op.num_groups), zeroing_blocks), zeroing_threads, 0, stream>>>(
-            op.counts, static_cast<uint4*>(op.dweights), op.num_in * op.num_out / 8);
+            op.counts, op.total, static_cast<uint4*>(op.dweights), op.num_in * op.num_out / 8);
         grouped::check(cudaGetLastError());
         if (op.total == 0) {
             return;

@@ -60,6 +60,14 @@ constexpr std::int64_t bounded(std::int64_t count, std::int64_t total) {
     return count < 0 ? 0 : count < total ? count : total;
 }
 
+// The rows of a group of `count`, behind so many of the groups before it, whose counts are cut: of `total` at most.
+struct Rows {
+    std::int64_t begin, end;
+};
+constexpr Rows rows_of(std::int64_t before, std::int64_t count, std::int64_t total) {
+    return {bounded(before, total), bounded(before + bounded(count, total), total)};
+}
+
 constexpr std::size_t alignment = 256;  // of each array of a workspace, in bytes
 
 constexpr std::size_t rounded(std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }

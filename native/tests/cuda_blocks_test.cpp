@@ -183,7 +183,8 @@ TEST(CudaBlocks, RefuseNoShardsAndTooMany) {
 TEST(CudaBlocks, PackSignsLikeTheCpu) {
     Draw draw(3);
     for (int turn = 0; turn < 80; ++turn) {
-        const SignsLayout layout{draw.numel(), draw.of<std::size_t>({8, 16, 24, 32, 64, 256, 264, 2048, 4104, 16384})};
+        const SignsLayout layout{
+            draw.numel(), draw.of<std::size_t>({8, 16, 24, 32, 64, 256, 264, 2048, 4104, 12032, 12272, 16384})};
         const Type type = draw.of({Type::f32, Type::bf16, Type::f16});
         const auto shift = draw.of<std::size_t>({0, 0, 1, 3});
         Floats values(layout.numel, type, shift, draw.seed()), error(layout.numel, Type::f32, shift, draw.seed());

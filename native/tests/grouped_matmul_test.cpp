@@ -3,6 +3,7 @@
 
 #include <array>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "cutlass/groups.hpp"
@@ -113,6 +114,26 @@ TEST(GroupedMatmul, CountsThatReachOutsideMemoryAreCut) {
     EXPECT_EQ(zcore::grouped::bounded(-3, 7), 0);
     EXPECT_EQ(zcore::grouped::bounded(5, 7), 5);
     EXPECT_EQ(zcore::grouped::bounded(std::int64_t{1} << 62, 7), 7);
+}
+
+TEST(GroupedMatmul, RowsOfAGroupAreThoseThatTheGroupsBeforeItLeave) {
+    using zcore::grouped::rows_of;
+    const auto found = [](std::int64_t before, std::int64_t count, std::int64_t total) {
+        const zcore::grouped::Rows rows = rows_of(before, count, total);
+        return std::pair{rows.begin, rows.end};
+    };
+    EXPECT_EQ(found(0, 5, 8), std::pair(std::int64_t{0}, std::int64_t{5}));
+    EXPECT_EQ(found(5, 3, 8), std::pair(std::int64_t{5}, std::int64_t{8}));
+    EXPECT_EQ(found(5, 3, 7), std::pair(std::int64_t{5}, std::int64_t{7}));
+    EXPECT_EQ(found(5, std::int64_t{1} << 62, 7), std::pair(std::int64_t{5}, std::int64_t{7}));
+    // None are left, or there were none: its gradient is written by nobody else, and zeroed.
+    for (const auto& [before, count, total] : {std::array<std::int64_t, 3>{5, 3, 5}, {9, 3, 5}, {2, 0, 5}, {2, -1, 5},
+                                               {0, 3, 0}}) {
+        const auto [begin, end] = found(before, count, total);
+        EXPECT_EQ(begin, end) << before << ' ' << count << ' ' << total;
+        const Products all{Layout::transposed_by_rows, nullptr, nullptr, nullptr, nullptr, 2, total, in, out, 0};
+        EXPECT_EQ(group_at(all, 1, begin, end).m, 0);
+    }
 }
 
 TEST(GroupedMatmul, AWorkspaceHoldsWhatItsSizeWasAskedFor) {

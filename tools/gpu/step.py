@@ -6,6 +6,7 @@ All trainers of a model live in one process and take turns, so that what changes
 import gc
 import statistics
 import warnings
+from collections.abc import Iterable
 
 import torch
 from gpt import GPTConfig
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from zcore.zero.placement import row_for, state_bytes
 
-__all__ = ["time_steps"]
+__all__ = ["count_waits", "time_steps"]
 
 
 def time_steps(device_type: str, *, is_quick: bool) -> Figures:
@@ -96,14 +97,19 @@ def _count_synchronizations(trainer: Trainer, batch: Batch) -> dict[str, int]:
     wait_for(torch.device("cuda"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
         try:
+            torch.cuda.set_sync_debug_mode("warn")
             trainer.step([batch])
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    return count_waits(caught)
+
+
+def count_waits(caught: Iterable[warnings.WarningMessage]) -> dict[str, int]:
+    """Of what torch warns in this mode: its waits by line, and not that the mode is a prototype, told once."""
     counts = {"total": 0}
     for warning in caught:
-        if "synchroniz" in str(warning.message):
+        if "called a synchronizing" in str(warning.message):
             place = f"{'/'.join(warning.filename.split('/')[-3:])}:{warning.lineno}"
             counts["total"] += 1
             counts[place] = counts.get(place, 0) + 1

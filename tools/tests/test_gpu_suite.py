@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import os
+import signal
 import sys
+import time
+import warnings
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -62,8 +65,8 @@ def test_on_cpu_it_measures_at_test_size_and_calls_it_no_benchmark(suite: Module
 
 
 def test_a_section_without_its_imports_is_refused_with_the_line_that_fetches_them(suite: ModuleType) -> None:
-    section = suite.Section(("json", "zcore_absent"), lambda device_type, is_quick: {})
-    figures = suite.run_section(section, "cpu", True)
+    section = suite.Section(("json", "zcore_absent"), lambda device_type, is_quick, kept: {})
+    figures = suite.run_section(section, "cpu", True, Path())
     assert figures["status"] == "refused"
     assert figures["reason"].startswith(
         "Not installed here: zcore-absent. On a machine with network run `python -m pip "
@@ -72,15 +75,189 @@ def test_a_section_without_its_imports_is_refused_with_the_line_that_fetches_the
 
 
 def test_a_failing_section_is_recorded_with_where_it_failed(suite: ModuleType) -> None:
-    section = suite.Section((), lambda device_type, is_quick: {"value": 1 // 0})
-    figures = suite.run_section(section, "cpu", True)
+    section = suite.Section((), lambda device_type, is_quick, kept: {"value": 1 // 0})
+    figures = suite.run_section(section, "cpu", True, Path())
     assert (figures["status"], figures["reason"]) == ("failed", "ZeroDivisionError: integer division or modulo by zero")
     assert "value" in figures["traceback"][-1]
 
 
 def test_a_section_may_call_itself_failed(suite: ModuleType) -> None:
-    section = suite.Section((), lambda device_type, is_quick: {"status": "failed", "reason": "too far off"})
-    assert suite.run_section(section, "cpu", True)["status"] == "failed"
+    section = suite.Section((), lambda device_type, is_quick, kept: {"status": "failed", "reason": "too far off"})
+    assert suite.run_section(section, "cpu", True, Path())["status"] == "failed"
+
+
+def test_headers_of_cutlass_are_asked_for_where_nvcc_is_to_build_with_them(
+    suite: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu import tree
+
+    monkeypatch.setattr(suite, "CUTLASS", "zcore_absent")
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
+    section = suite.Section(("zcore_missing",), lambda device_type, is_quick, kept: {}, builds=True)
+    reason = suite.run_section(section, "cuda", True, tmp_path)["reason"]
+    assert "Not installed here: zcore-missing, nvidia-cutlass==4.2.0.0." in reason
+    assert "--no-deps nvidia-cutlass==4.2.0.0`" in reason
+    assert "nvidia" not in suite.run_section(section, "cpu", True, tmp_path)["reason"]
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(tree, "USUAL_NVCC", tmp_path / "nvcc")
+    assert suite.find_missing_headers("cuda") == []
+    assert tree.find_nvcc() is None
+    (tmp_path / "nvcc").touch()
+    assert tree.find_nvcc() == str(tmp_path / "nvcc")
+
+
+@pytest.fixture
+def folders(suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what the script starts is imported from, too."""
+    suite.open_paths(*suite.SOURCES)
+
+
+@pytest.mark.usefixtures("folders")
+def test_a_command_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    from gpu.tree import run
+
+    program = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()"
+    )
+    with pytest.raises(RuntimeError, match="had not ended after 3 s") as caught:
+        run([sys.executable, "-c", program], cwd=tmp_path, limit_s=3)
+    child = int(str(caught.value).split()[-1])
+    ends_s = time.monotonic() + 10
+    while is_running(child):
+        assert time.monotonic() < ends_s
+        os.sched_yield()
+
+
+def is_running(process: int) -> bool:
+    """Of what may have no parent that waits for it: a zombie does not run."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.usefixtures("folders")
+def test_what_a_command_leaves_behind_does_not_hold_it_up(tmp_path: Path) -> None:
+    from gpu.tree import run
+
+    program = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid)"
+    )
+    said = run([sys.executable, "-c", program], cwd=tmp_path, limit_s=60)
+    os.kill(int(said), signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("folders")
+def test_a_part_that_fails_hides_no_other_and_what_has_no_time_is_told() -> None:
+    from gpu.kernels import each_apart
+
+    ends_s = time.monotonic() + 0.2
+
+    def one(name: str, left_s: float) -> dict[str, object]:
+        assert 0 < left_s <= 0.2
+        if name == "broken":
+            raise RuntimeError("an illegal access")
+        if name == "wrong":
+            return {"status": "failed", "reason": "too far off"}
+        while name == "long" and time.monotonic() < ends_s:
+            pass
+        return {"value": 1}
+
+    figures = each_apart(["broken", "wrong", "fine", "long", "late"], one, limit_s=0.2, at_once=1)
+    parts = figures["parts"]
+    assert [each["status"] for each in parts.values()] == ["failed", "failed", "ok", "ok", "not run"]
+    assert parts["broken"]["reason"] == "RuntimeError: an illegal access"
+    assert parts["fine"]["value"] == 1
+    assert (figures["status"], figures["reason"]) == ("failed", "failed: broken, wrong; not run: late")
+    assert "status" not in each_apart(["fine"], one, limit_s=0.2, at_once=1)
+
+
+@pytest.mark.usefixtures("folders")
+def test_a_wheel_that_lacks_kernels_is_told_beside_what_else_there_was() -> None:
+    from gpu.kernels import tell_missing
+
+    figures = {"parts": {}, "status": "failed", "reason": "failed: broken"}
+    assert tell_missing(figures, {"_cuda": None}) == figures
+    found = tell_missing(figures, {"_cuda": None, "its grouped products": "built without CUTLASS"})
+    assert found["missing"] == {"its grouped products": "built without CUTLASS"}
+    assert found["reason"] == "failed: broken; missing: its grouped products (built without CUTLASS)"
+    assert tell_missing({"parts": {}}, {"_cuda": "not built"})["status"] == "failed"
+
+
+@pytest.mark.usefixtures("folders")
+def test_a_test_file_that_fails_or_does_not_end_is_told(tmp_path: Path) -> None:
+    from gpu.tree import pytest_figures
+
+    (tmp_path / "test_one.py").write_text("def test_right(): pass\ndef test_wrong(): assert False\n")
+    figures = pytest_figures(tmp_path, ["test_one.py"], {}, limit_s=120)
+    assert (figures["status"], figures["tests"], figures["failures"]) == ("failed", 2, 1)
+    assert figures["failed"] == ["test_one::test_wrong"]
+    (tmp_path / "test_other.py").write_text("import pytest\npytest.skip('no GPU', allow_module_level=True)\n")
+    figures = pytest_figures(tmp_path, ["test_other.py"], {}, limit_s=120)
+    assert "status" not in figures and figures["skipped"] == 1
+    # A sanitizer's code counts where all tests pass.
+    under = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:]); sys.exit(9)"]
+    figures = pytest_figures(tmp_path, ["test_one.py", "-k", "right"], {}, limit_s=120, under=under)
+    assert (figures["status"], figures["failed"]) == ("failed", [])
+
+
+@pytest.mark.usefixtures("folders")
+def test_the_wheel_comes_before_whatever_was_named_and_that_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from gpu.kernels import surroundings
+
+    monkeypatch.setenv("PYTHONPATH", "/carried")
+    paths = surroundings(tmp_path, Path("/tree"))["PYTHONPATH"].split(os.pathsep)
+    assert paths == [str(tmp_path), "/tree/packages/zcore-core/src", "/carried"]
+
+
+@pytest.mark.usefixtures("folders")
+def test_a_wheel_is_built_once_for_the_same_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from gpu import tree
+
+    program = (
+        "import pathlib, sys, zipfile\n"
+        "archive = zipfile.ZipFile(pathlib.Path(sys.argv[1]) / 'some.whl', 'w')\n"
+        "archive.writestr('settings', sys.argv[2])\n"
+        "archive.close()"
+    )
+    monkeypatch.setattr(tree, "BUILD", program)
+    monkeypatch.setenv("CUDACXX", "nvcc")
+    root, kept = tmp_path / "tree", tmp_path / "kept"
+    for file in (*tree.PROJECT, "native/op.cpp"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text("1")
+    built = tree.keep_kernels(root, kept, "cuda")
+    assert (built.unpacked / "settings").read_text() == '{"cmake.define.ZCORE_CUDA": "ON"}'
+    monkeypatch.setattr(tree, "BUILD", "raise SystemExit(3)")
+    assert tree.keep_kernels(root, kept, "cuda") == built
+    (root / "native/op.cpp").write_text("2")
+    for _ in range(2):  # one that failed is no wheel
+        with pytest.raises(RuntimeError, match="ended with 3"):
+            tree.keep_kernels(root, kept, "cuda")
+    (root / "native/op.cpp").write_text("1")
+    assert tree.keep_kernels(root, kept, "cuda") == built
+
+
+@pytest.mark.usefixtures("folders")
+def test_waits_are_counted_by_line_without_the_note_on_the_prototype() -> None:
+    from gpu.step import count_waits
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.warn("Synchronization debug mode is a prototype feature; synchronizing ...", stacklevel=1)
+        for line in (7, 7, 9):
+            warnings.warn_explicit("called a synchronizing CUDA operation", UserWarning, "/a/b/c/step.py", line)
+    assert count_waits(caught) == {"total": 3, "b/c/step.py:7": 2, "b/c/step.py:9": 1}
 
 
 def test_carried_wheels_are_installed_from_their_folder(suite: ModuleType, tmp_path: Path) -> None:

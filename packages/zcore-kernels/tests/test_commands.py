@@ -15,6 +15,7 @@ from zcore.kernels.commands.cases import CASES, Call, Operands, tensors_in
 from zcore.kernels.commands.checking import check_op
 from zcore.kernels.commands.command import app
 from zcore.kernels.commands.liger import LIGER, run_of_liger
+from zcore.kernels.commands.measuring import measure_op
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +50,7 @@ def test_operands_are_the_same_in_every_draw() -> None:
 
 @pytest.fixture
 def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An op with a reference, one that is right and one that is wrong in place."""
+    """An op with a reference, one that raises, one that is right and one that is wrong in place."""
 
     def double(values: Tensor) -> Tensor:
         return values * 2
@@ -57,9 +58,13 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     def edit(values: Tensor) -> Tensor:
         return values.mul_(2).clone()
 
+    def raises(values: Tensor) -> Tensor:
+        raise RuntimeError(f"an illegal access\nby {ops.forced()}")
+
     ops.reference("doubled")(double)
     ops.implementation("doubled", source="good", priority=2)(lambda values: values + values)
     ops.implementation("doubled", source="edits", priority=1)(edit)
+    ops.implementation("doubled", source="raises", priority=3)(raises)
     monkeypatch.setitem(CASES, "doubled", lambda draw: Call((draw.flat(),)))
     yield
     ops._registry.pop("doubled")
@@ -69,7 +74,44 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_wrong_is_said_and_ends_with_1() -> None:
     code, text = run("check", "doubled", "--dtypes", "float32", "--numel", "100")
     assert code == 1
-    assert [line.split()[-1] for line in text.splitlines() if "float32" in line] == ["right", "WRONG"]
+    rows = [line.split() for line in text.splitlines() if "float32" in line]
+    assert [row[-1] for row in rows[:3]] == ["FAILED", "right", "WRONG"]
+    assert "doubled, raises, float32 raised RuntimeError: an illegal access by raises" in text
+
+
+@pytest.mark.usefixtures("doubled")
+def test_what_raises_hides_no_other_op(tmp_path: Path) -> None:
+    options = ("--numel", "64", "--rounds", "1", "--turn", "0", "--against", "", "--dtypes", "float32")
+    code, text = run("bench", "doubled,squared_norm", *options, "--json", str(tmp_path / "bench.json"))
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert code == 1
+    assert report["raised"] == {"doubled, float32": "RuntimeError: an illegal access by raises"}
+    assert {row["op"] for row in report["rows"]} == {"squared_norm"}
+    assert "doubled, float32 raised RuntimeError: an illegal access by raises" in text
+    code, text = run("check", "doubled,squared_norm", "--dtypes", "float32", "--numel", "100")
+    assert code == 1
+    assert any(line.split()[:2] == ["squared_norm", "cpp"] for line in text.splitlines())
+
+
+def test_each_source_is_tried_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def shared(values: Tensor) -> Tensor:
+        asked.append(ops.forced())
+        return values * 2
+
+    for at, source in enumerate(("reference", "one", "other")):
+        ops.implementation("shared", source=source, priority=at)(shared)
+    monkeypatch.setitem(CASES, "shared", lambda draw: Call((draw.flat(),)))
+    try:
+        check_op("shared", numel=8, dtype=torch.float32, device=CPU)
+        assert asked == ["reference", "other", "one"]
+        asked.clear()
+        rows = measure_op("shared", numel=8, dtype=torch.float32, device=CPU, peers=["torch"], rounds=1, slice_s=0.0)
+    finally:
+        ops._registry.pop("shared")
+    assert [row.contender for row in rows] == ["zcore other", "zcore one", "torch (reference)", "memory"]
+    assert set(asked) == {"reference", "other", "one"}
 
 
 def test_the_list_says_who_serves_and_why_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

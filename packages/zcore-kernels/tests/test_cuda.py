@@ -4,8 +4,9 @@
 """
 
 import re
+import sys
 from contextlib import nullcontext
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from zcore.core.errors import ConfigError, LayoutError, NotInstalledError
 from zcore.kernels import _cpu
 from zcore.kernels.cuda import loading
 from zcore.kernels.ops import compiled, registering, squared_norm
+from zcore.kernels.ops.operands import first_tensor
+from zcore.kernels.triton import loading as triton_loading
 
 built = pytest.mark.skipif(loading.architectures() is None, reason="the wheel was built without CUDA kernels")
 CUDA = torch.device("cuda")
@@ -47,6 +50,28 @@ def test_an_extension_that_was_not_built_is_refused_by_name(monkeypatch: pytest.
     with pytest.raises(NotInstalledError, match=r"built without CUDA kernels; .*ZCORE_CUDA=ON.*ZCORE_OPS=reference"):
         loading.extension.__wrapped__()
     assert loading.architectures() is None
+
+
+def test_the_first_tensor_is_found_wherever_it_stands() -> None:
+    one, other = torch.ones(1), torch.ones(2)
+    for operands in ((one, other), ("int8", one), ([], [None, one], other), ([[], (one, other)],), {"x": one}.values()):
+        assert first_tensor(operands) is one
+    assert first_tensor(("int8", [], 3, None)) is None
+
+
+def test_operands_may_be_given_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, noise = torch.ones(3), torch.zeros(3, dtype=torch.int32)
+    serve = ops.get("round_with_noise", device=values.device, dtype=values.dtype)
+    assert torch.equal(serve(noise=noise, values=values), serve(values, noise))
+    file = ModuleType("zcore.kernels.triton.doubled")
+    file.doubled = lambda *, scale, values: values * scale  # type: ignore[attr-defined] - a file made here
+    monkeypatch.setitem(sys.modules, file.__name__, file)
+    monkeypatch.setattr(triton_loading, "why_unavailable", lambda: None)
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: asked.append(tensor) or nullcontext())
+    found = triton_loading.deferred("doubled", "doubled")(scale=2, values=values)
+    assert torch.equal(found, values * 2)
+    assert len(asked) == 1 and asked[0] is values
 
 
 @built

@@ -20,7 +20,7 @@ from zcore.kernels.ops.unpack_signs import unpack_signs
 @settings(deadline=None, max_examples=200)
 @given(
     values=some_values(),
-    block_size=st.sampled_from([8, 24, 64, 256, 4096]),
+    block_size=st.sampled_from([8, 24, 64, 256, 4096, 12024, 12272]),
     start=st.integers(0, 5),
     dtype=st.sampled_from(FLOAT_DTYPES),
 )

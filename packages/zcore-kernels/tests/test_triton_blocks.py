@@ -1,7 +1,4 @@
-"""Triton's kernels of quantised blocks and signs, run by its interpreter on CPU tensors: the bits of the compiled ops.
-
-See test_triton_layer_ops.py for how this file is run.
-"""
+"""Triton's kernels of quantised blocks and signs: the bits of the ops compiled for the CPU; see triton_device.py."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantised_inputs import FLOAT_DTYPES, FORMATS_AND_SYMMETRY, equal_bits, some_values, values_of
+from quantised_inputs import FLOAT_DTYPES, FORMATS_AND_SYMMETRY, equal_bits, moved, some_values, values_of
 from torch import Tensor
+from triton_device import DEVICE, WHY_SKIPPED
 
 from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError
-from zcore.kernels.triton.loading import is_interpreted, why_unavailable
+from zcore.kernels.triton.loading import is_interpreted
 
-if why_unavailable() or not is_interpreted():
-    pytest.skip(why_unavailable() or "runs with TRITON_INTERPRET=1, by test_triton.py", allow_module_level=True)
+if WHY_SKIPPED:
+    pytest.skip(WHY_SKIPPED, allow_module_level=True)
 
 from zcore.kernels.ops import dequantize_blockwise as dequantizing
 from zcore.kernels.ops import dequantize_reduce_requantize as reducing
@@ -43,7 +41,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    return all(equal_bits(one, other) for one, other in zip(found, expected, strict=True))
+    return all(equal_bits(one.cpu(), other) for one, other in zip(found, expected, strict=True))
+
+
+def there(value: Any) -> Any:
+    """All tensors where the kernels run, as far into their storage as they are on the CPU."""
+    return moved(value, DEVICE.type)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -62,10 +65,10 @@ def test_codes_and_values_are_those_of_the_compiled_ops(
     options: dict[str, Any] = {"format": name, "block_size": block_size, "is_symmetric": is_symmetric}
     options |= {"seed": seed, "offset": offset}
     expected = quantizing.quantize_blockwise(values, **options)
-    assert same(quantize_blockwise(values, **options), expected)
+    assert same(quantize_blockwise(there(values), **options), expected)
     sizes: dict[str, Any] = {"format": name, "block_size": block_size, "numel": values.numel(), "dtype": dtype}
     read = dequantizing.dequantize_blockwise(*expected, **sizes)
-    assert equal_bits(dequantize_blockwise(*expected, **sizes), read)
+    assert same((dequantize_blockwise(*there(expected), **sizes),), (read,))
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "float8_e4m3fn", "float8_e5m2"])
@@ -76,7 +79,7 @@ def test_every_code_is_read(name: str) -> None:
     operands = codes, torch.tensor([0.3]), torch.empty(0, dtype=torch.int8)
     sizes: dict[str, Any] = {"format": name, "block_size": numel, "numel": numel}
     expected = dequantizing.dequantize_blockwise(*operands, **sizes)
-    assert equal_bits(dequantize_blockwise(*operands, **sizes), expected)
+    assert same((dequantize_blockwise(*there(operands), **sizes),), (expected,))
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)
@@ -101,7 +104,7 @@ def test_reduced_shards_are_those_of_the_compiled_op(
     shards = [list(column) for column in zip(*made, strict=True)]
     options: dict[str, Any] = {"format": name, "block_size": 32, "numel": numel, "reduction": reduction, "seed": seed}
     expected = reducing.dequantize_reduce_requantize(*shards, **options, offset=7)
-    assert same(dequantize_reduce_requantize(*shards, **options, offset=7), expected)
+    assert same(dequantize_reduce_requantize(*there(shards), **options, offset=7), expected)
 
 
 @settings(deadline=None, max_examples=15, derandomize=True)
@@ -117,21 +120,22 @@ def test_signs_scales_and_errors_are_those_of_the_compiled_ops(
     error = values_of(values.numel() + start, seed=9)[start:]
     of_compiled = error.clone()
     expected = packing.pack_signs(values, of_compiled, block_size=block_size)
-    assert same(pack_signs(values, error, block_size=block_size), expected)
-    assert equal_bits(error, of_compiled)
+    error = there(error)
+    assert same(pack_signs(there(values), error, block_size=block_size), expected)
+    assert same((error,), (of_compiled,))
     sizes: dict[str, Any] = {"block_size": block_size, "numel": values.numel(), "dtype": dtype}
-    assert equal_bits(unpack_signs(*expected, **sizes), unpacking.unpack_signs(*expected, **sizes))
+    assert same((unpack_signs(*there(expected), **sizes),), (unpacking.unpack_signs(*expected, **sizes),))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_registry_has_it_for_both_devices_and_takes_it_on_the_cpu_only_when_forced(name: str) -> None:
     (triton,) = (each for each in ops.implementations()[name] if each.source == "triton")
-    assert triton.devices == {"cpu", "cuda"}
-    assert ops.implementations()[name][-1] is triton
+    assert triton.devices == ({"cpu", "cuda"} if is_interpreted() else {"cuda"})
+    assert (ops.implementations()[name][-1] is triton) == is_interpreted()
 
 
 def test_torch_comes_to_the_kernel_where_triton_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = values_of(70, seed=1)
+    values = there(values_of(70, seed=1))
     launched: list[object] = []
     from zcore.kernels.triton import quantize_blockwise as file
 
@@ -139,12 +143,13 @@ def test_torch_comes_to_the_kernel_where_triton_is_forced(monkeypatch: pytest.Mo
     monkeypatch.setattr(file, "quantize_kernel", {(1,): lambda *args, **kwargs: launched.append(kernel)})
     with ops.force("triton"):
         torch.ops.zcore.quantize_blockwise(values, format="int8", block_size=32)
-    torch.ops.zcore.quantize_blockwise(values, format="int8", block_size=32)
+    if is_interpreted():  # on a GPU it may serve without being asked for
+        torch.ops.zcore.quantize_blockwise(values, format="int8", block_size=32)
     assert len(launched) == 1
 
 
-ONES = torch.ones(64)
-CODES, SCALES, NO_POINTS = quantizing.quantize_blockwise(ONES, format="int8", block_size=32)
+ONES = torch.ones(64, device=DEVICE)
+CODES, SCALES, NO_POINTS = there(quantizing.quantize_blockwise(ONES.cpu(), format="int8", block_size=32))
 
 
 @pytest.mark.parametrize(

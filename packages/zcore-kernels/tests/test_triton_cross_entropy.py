@@ -1,26 +1,23 @@
-"""The Triton kernel of cross-entropy beside the one in torch, in Triton's interpreter and on CPU tensors.
+"""The Triton kernel of cross-entropy beside the one in torch; see triton_device.py.
 
-Triton asks for the interpreter when its own modules are loaded, so it has to be set before, and it would stay for every
-other test. So this file starts one pytest on itself, with TRITON_INTERPRET=1, and only there are its other tests run.
+This file starts one pytest on itself, in the interpreter. Without a GPU its other tests are run only there.
 """
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_device import DEVICE, WHY_NOT_INTERPRETED, WHY_SKIPPED, run_interpreted
 
 from zcore.core import ops
 from zcore.kernels.ops.cross_entropy_rows import RowSettings, cross_entropy_rows
 from zcore.kernels.ops.linear_cross_entropy import linear_cross_entropy
+from zcore.kernels.triton.loading import is_interpreted
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in the pytest that the first test starts")
+launching = pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 SETTINGS = [
     RowSettings(-100, 0.0, 0.0, None),
@@ -30,14 +27,10 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.skipif(IS_INTERPRETED, reason="is the one that was started")
+@pytest.mark.skipif(is_interpreted(), reason="is the one that was started")
+@pytest.mark.skipif(WHY_NOT_INTERPRETED is not None, reason=str(WHY_NOT_INTERPRETED))
 def test_the_tests_of_this_file_pass_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    assert " passed" in run_interpreted("test_triton_cross_entropy.py")
 
 
 def in_triton(*operands: Any, columns: int = 16, **given: Any) -> Tensor:
@@ -52,9 +45,10 @@ def in_triton(*operands: Any, columns: int = 16, **given: Any) -> Tensor:
 def draw(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Logits in memory that is wider than they are, targets and factors."""
     generator = torch.Generator().manual_seed(rows + vocabulary)
-    logits = (torch.randn(rows, vocabulary + 3, generator=generator) * 3).to(dtype)[:, :vocabulary]
+    logits = (torch.randn(rows, vocabulary + 3, generator=generator) * 3).to(dtype)
     targets = torch.randint(vocabulary, (rows,), generator=generator)
-    return logits, targets, torch.randn(rows, generator=generator)
+    factors = torch.randn(rows, generator=generator)
+    return logits.to(DEVICE)[:, :vocabulary], targets.to(DEVICE), factors.to(DEVICE)
 
 
 def compare(logits: Tensor, targets: Tensor, factors: Tensor | None, settings: RowSettings) -> None:
@@ -70,7 +64,7 @@ def compare(logits: Tensor, targets: Tensor, factors: Tensor | None, settings: R
     torch.testing.assert_close(found.double(), expected, atol=allowed, rtol=allowed, equal_nan=True)
 
 
-@interpreted
+@launching
 @pytest.mark.parametrize(
     ("dtype", "settings"),
     [*((torch.float32, each) for each in SETTINGS), (torch.bfloat16, SETTINGS[-1]), (torch.float16, SETTINGS[-1])],
@@ -86,7 +80,7 @@ def test_rows_are_those_of_torch_in_float64(
     compare(logits, targets, None, settings)
 
 
-@interpreted
+@launching
 @pytest.mark.filterwarnings("ignore:(invalid value|All-NaN):RuntimeWarning")  # of NumPy, which interprets
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [0, 20, slice(0, 16)], ids=str)
@@ -98,21 +92,22 @@ def test_what_is_not_finite_comes_out_as_in_torch(special: float, at: int | slic
         compare(logits, targets, factors, settings)
 
 
-@interpreted
+@launching
 def test_a_target_beyond_the_vocabulary_has_the_loss_nan() -> None:
     logits, _, _ = draw(3, 20, torch.float32)
-    losses = in_triton(logits, torch.tensor([19, 20, -1]), None, SETTINGS[0], writes_gradient=True)
+    losses = in_triton(logits, torch.tensor([19, 20, -1], device=DEVICE), None, SETTINGS[0], writes_gradient=True)
     assert losses.isnan().tolist() == [False, True, True]
 
 
-@interpreted
+@launching
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_whole_op_is_the_same_with_either(reduction: str) -> None:
     found = []
     for source in ("torch", "triton"):
         generator = torch.Generator().manual_seed(5)
-        floats = [torch.randn(*shape, generator=generator).requires_grad_() for shape in ((7, 4), (30, 4), (30,))]
-        targets = torch.arange(7) * 4
+        drawn = [torch.randn(*shape, generator=generator) for shape in ((7, 4), (30, 4), (30,))]
+        floats = [each.to(DEVICE).requires_grad_() for each in drawn]
+        targets = torch.arange(7, device=DEVICE) * 4
         loss = linear_cross_entropy(
             *floats[:2], targets, floats[2], chunk_rows=3, z_loss=0.1, reduction=reduction, source=source
         )

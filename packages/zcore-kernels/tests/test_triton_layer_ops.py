@@ -31,12 +31,14 @@ if WHY_SKIPPED:
     pytest.skip(WHY_SKIPPED, allow_module_level=True)
 
 from zcore.kernels.triton.bias_dropout_residual import bias_dropout_residual
-from zcore.kernels.triton.tiles import LONGEST_ROW
+from zcore.kernels.triton.tiles import LONGEST_ROW, num_programs, plan_pieces, plan_whole_rows
 
 every_op = pytest.mark.parametrize("op", OPS, ids=str)
 # Of a matrix with many rows; rotary has a program for each token, and nothing to put together.
 every_tiled_op = pytest.mark.parametrize("op", [op for op in OPS if op.name != "rotary"], ids=str)
 NAMES = sorted({op.name for op in OPS})
+# Of 40 elements: more tiles than programs, and the last tile is not full.
+MANY_ROWS = max(plan_pieces(40).rows, plan_whole_rows("", 40).rows) * num_programs(DEVICE) + 6
 CPU = torch.device("cpu")
 # NumPy, which the interpreter computes with, warns of what is not finite.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -77,7 +79,7 @@ def test_op_and_its_gradients_are_those_of_the_reference_in_float64(
 
 @every_tiled_op
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "hidden"), [(1, 2050), (70, 40)])  # two pieces of a row; more tiles than programs
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 2050), (MANY_ROWS, 40)], ids=["two pieces of a row", "many tiles"])
 def test_several_tiles_are_put_together(op: Op, dtype: torch.dtype, rows: int, hidden: int) -> None:
     check_parity(op, on_device(op, dtype, rows, hidden))
 
@@ -103,7 +105,7 @@ def test_what_is_not_finite_comes_out_as_in_torch(op: Op, special: float) -> Non
 
 @every_tiled_op
 def test_results_are_equal_from_run_to_run(op: Op) -> None:
-    arguments = on_device(op, torch.float32, 70, 40)
+    arguments = on_device(op, torch.float32, MANY_ROWS, 40)
     assert all(map(torch.equal, everything(op, arguments), everything(op, arguments)))
 
 

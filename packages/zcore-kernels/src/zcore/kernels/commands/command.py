@@ -6,6 +6,7 @@ torch is imported when a command runs, and not when `zcore` looks which there ar
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,7 +45,7 @@ def list_all(dtype: Dtypes = "float32", device: Device = "cpu") -> None:
 def check(
     ops: Ops = "", *, dtypes: Dtypes = "float32,bfloat16", device: Device = "cpu", numel: Numel = 100_003
 ) -> None:
-    """Compare every implementation that serves with its reference; 1 is returned where one is wrong."""
+    """Compare every implementation that serves with its reference; 1 is returned where one is wrong or raises."""
     from rich.console import Console
 
     from zcore.core.tables import draw_tables
@@ -73,28 +74,29 @@ def bench(
     turn_s: Annotated[float, typer.Option("--turn", min=0.0, help="Seconds of a turn; at least one call.")] = 0.05,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
 ) -> None:
-    """Time every op beside torch, and beside what moving its bytes takes, all in turns."""
+    """Time every op beside torch, and beside what moving its bytes takes, all in turns; 1 where one raises."""
     import torch
     from rich.console import Console
 
     from zcore.core.machine import find_machine, find_versions, load, load_notes
     from zcore.core.tables import Table, draw_tables
-    from zcore.kernels.commands.checking import named_ops
+    from zcore.kernels.commands.checking import named_ops, told
     from zcore.kernels.commands.measuring import check_peers, measure_op, table_of
 
     if threads:
         torch.set_num_threads(threads)
     on = _device(device)
     peers, before, began = check_peers(against, device=on), load(), datetime.now(UTC)
-    rows = [
-        row
-        for op in named_ops(ops)
-        for dtype in _dtypes(dtypes)
-        for row in measure_op(op, numel=numel, dtype=dtype, device=on, peers=peers, rounds=rounds, slice_s=turn_s)
-    ]
+    rows, raised = [], {}
+    for op, dtype in product(named_ops(ops), _dtypes(dtypes)):
+        try:
+            rows += measure_op(op, numel=numel, dtype=dtype, device=on, peers=peers, rounds=rounds, slice_s=turn_s)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told and the other ops are timed
+            raised[f"{op}, {str(dtype).removeprefix('torch.')}"] = told(error)
     machine = find_machine(on)
     title = f"{machine['accelerator'] or machine['processor']}, {torch.get_num_threads()} threads, {numel} elements"
-    Console().print(draw_tables([Table(title, notes=load_notes(before)), table_of(rows)]))
+    notes = *load_notes(before), *(f"{what} raised {error}" for what, error in raised.items())
+    Console().print(draw_tables([Table(title, notes=notes), table_of(rows)]))
     if json_file is not None:
         report = {
             "schema": 1,
@@ -106,8 +108,10 @@ def bench(
             "load": [before, load()],
             "plan": {"numel": numel, "rounds": rounds, "slice_s": turn_s, "against": peers},
             "rows": [asdict(row) for row in rows],
+            "raised": raised,
         }
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    raise typer.Exit(1 if raised else 0)
 
 
 def _dtypes(names: str) -> "list[torch.dtype]":

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,11 +73,11 @@ def measure_op(
     compiled = [each for each in served if each.source != "reference"]
     if not compiled:
         return []
-    runs: dict[str, Run] = {f"zcore {each.source}": _on(each.function, call.copied()) for each in compiled}
+    runs: dict[str, Run] = {f"zcore {each.source}": _by(each, call.copied()) for each in compiled}
     own = f"zcore {compiled[0].source}"
     reference = next(each for each in served if each.source == "reference")
-    runs |= _peers(op, call, reference.function, peers)
-    read, written = _traffic(compiled[0].function, call)
+    runs |= _peers(op, call, reference, peers)
+    read, written = _traffic(compiled[0], call)
     moved = sum(each.numel() * each.element_size() for each in (*read, *written))
     runs[LIMIT] = _stream(read, written) if device.type == "cpu" else _copy(moved, device)
     times_s = time_in_turns(runs, group=None, device=device, rounds=rounds, slice_s=slice_s)
@@ -123,18 +122,25 @@ def table_of(rows: Sequence[Row]) -> Table:
     return Table("", columns, tuple(cells), words=("op", "dtype", "who"), notes=notes)
 
 
-def _on(function: Callable[..., Any], call: Call) -> Run:
-    return lambda: function(*call.args, **call.kwargs)
+def _by(implementation: ops.Implementation, call: Call) -> Run:
+    """With its source forced: several may share torch's way to the op, which takes the best by itself."""
+
+    def run() -> object:
+        with ops.force(implementation.source):
+            return implementation.function(*call.args, **call.kwargs)
+
+    return run
 
 
-def _peers(op: str, call: Call, reference: Callable[..., Any], peers: Sequence[str]) -> dict[str, Run]:
+def _peers(op: str, call: Call, reference: ops.Implementation, peers: Sequence[str]) -> dict[str, Run]:
     runs: dict[str, Run] = {}
     torchs = TORCH.get(op)
     if "torch" in peers:
         made = None if torchs is None else torchs(call.copied())
-        runs["torch" if made is not None else "torch (reference)"] = made or _on(reference, call.copied())
+        runs["torch" if made is not None else "torch (reference)"] = made or _by(reference, call.copied())
     if "compile" in peers and op not in TORCH_STEPS:  # its code for a list of tensors is that of the fused steps
-        runs["torch.compile"] = _on(torch.compile(reference, dynamic=False), call.copied())
+        compiled, given = torch.compile(reference.function, dynamic=False), call.copied()
+        runs["torch.compile"] = lambda: compiled(*given.args, **given.kwargs)
     if "deepspeed" in peers and op == "adamw_step" and len(call.args[4]) == 0 and call.tensors[0].is_cpu:
         runs["deepspeed"] = _deepspeed_adam(call.copied())
     by_liger = run_of_liger(op, call.copied()) if "liger" in peers else None
@@ -143,10 +149,10 @@ def _peers(op: str, call: Call, reference: Callable[..., Any], peers: Sequence[s
     return runs
 
 
-def _traffic(function: Callable[..., Any], call: Call) -> tuple[list[Tensor], list[Tensor]]:
+def _traffic(implementation: ops.Implementation, call: Call) -> tuple[list[Tensor], list[Tensor]]:
     """Copies of what a call reads, and what it writes: operands that it changes, and its results."""
     tried = call.copied()
-    results = list(tensors_in(function(*tried.args, **tried.kwargs)))
+    results = list(tensors_in(_by(implementation, tried)()))
     changed = [now for now, before in zip(tried.tensors, call.tensors, strict=True) if not torch.equal(now, before)]
     return tried.tensors, [*changed, *results]
 

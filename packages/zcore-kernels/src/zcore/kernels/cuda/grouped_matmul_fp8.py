@@ -12,18 +12,18 @@ __all__ = ["multiply", "why_not", "why_unavailable"]
 HOPPER = (9, 0)
 
 
-def why_unavailable() -> str | None:
-    """Why no grouped product of fp8 can run here, or None if one can."""
+def why_unavailable(device: torch.device | None = None) -> str | None:
+    """Why no grouped product of fp8 can run on `device`, by default the current one, or None if one can."""
     reason = why_no_products()
-    if reason is None and torch.cuda.get_device_capability() != HOPPER:
-        major, minor = torch.cuda.get_device_capability()
-        return f"it is written for sm_90, and this device is sm_{major}{minor}"
-    return reason
+    if reason is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if (major, minor) == HOPPER else f"it is written for sm_90, and this device is sm_{major}{minor}"
 
 
 def why_not(rows: Tensor, weights: Tensor) -> str | None:
     """Why these are not served, or None if they are."""
-    reason = why_unavailable()
+    reason = why_unavailable(rows.device)
     if reason is not None:
         return f"no kernel of CUTLASS can run: {reason}."
     num_out, num_in = weights.shape[1:]

@@ -3,7 +3,7 @@
 Addresses are read from the tensors, so whoever holds one holds its tensor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,19 @@ from torch import Tensor
 from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 
-__all__ = ["CPU", "Operand", "check", "check_indices", "check_place", "device_of", "operand", "rows_of"]
+__all__ = ["CPU", "Operand", "check", "check_indices", "check_place", "device_of", "first_tensor", "operand", "rows_of"]
 
 CPU = torch.device("cpu")
 Operand = tuple[int, int]  # address and zcore::Type
+
+
+def first_tensor(operands: Iterable[object]) -> Tensor | None:
+    """The first tensor among operands, in their lists and tuples, too; None where there is none."""
+    for each in operands:
+        found = first_tensor(each) if isinstance(each, list | tuple) else each
+        if isinstance(found, Tensor):
+            return found
+    return None
 
 
 def device_of(tensor: Tensor) -> torch.device:

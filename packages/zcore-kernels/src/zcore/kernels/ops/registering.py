@@ -20,6 +20,7 @@ from torch import Tensor
 from zcore.core import ops
 from zcore.kernels.cuda import loading as cuda_loading
 from zcore.kernels.cuda.stepping import Result, step, sum_squares
+from zcore.kernels.ops.operands import first_tensor
 from zcore.kernels.ops.pieces import FLOATS, Column, Columns, cuda_index
 from zcore.kernels.triton import loading as triton_loading
 
@@ -150,7 +151,7 @@ def register(
     def serve(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return in_graph(*args, **kwargs)
-        return (cpu if cuda is None or not _is_on_cuda(args[0]) else cuda)(*args, **kwargs)
+        return (cpu if cuda is None or not _is_on_cuda((*args, *kwargs.values())) else cuda)(*args, **kwargs)
 
     ops.implementation(op, source="cpp", priority=PRIORITY, devices=("cpu",), dtypes=dtypes)(serve)
     if cuda is not None:
@@ -180,10 +181,6 @@ def _on_cuda(cuda: Callable[..., Any] | None, kernel: Callable[..., Any] | None)
     return call
 
 
-def _is_on_cuda(operand: Any) -> bool:
-    """Of a tensor, or of the first one in lists and tuples of them."""
-    while not isinstance(operand, Tensor):
-        if not operand:
-            return False
-        operand = operand[0]
-    return operand.is_cuda
+def _is_on_cuda(operands: tuple[Any, ...]) -> bool:
+    first = first_tensor(operands)
+    return first is not None and first.is_cuda

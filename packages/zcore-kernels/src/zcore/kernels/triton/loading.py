@@ -8,17 +8,18 @@ The variable has to be set before this is imported, as triton itself wants it.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zcore.core import ops
 from zcore.core.errors import NotInstalledError
+from zcore.kernels.ops.operands import first_tensor
 from zcore.kernels.ops.pieces import FLOATS
 
 __all__ = ["deferred", "interpretable", "is_interpreted", "offer", "why_unavailable"]
@@ -53,16 +54,11 @@ def deferred(file: str, function: str) -> Callable[..., Any]:
         return loaded
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device_of(_first(args)):  # Triton launches on the current device
+        first = first_tensor((*args, *kwargs.values()))
+        with nullcontext() if first is None else torch.cuda.device_of(first):  # Triton launches on the current device
             return found()(*args, **kwargs)
 
     return call
-
-
-def _first(operands: Sequence[Any]) -> Tensor:
-    """The first tensor, which may be in a list; one on the CPU where there is none."""
-    first = operands[0] if len(operands) else torch.empty(0)
-    return first if isinstance(first, Tensor) else _first(first)
 
 
 def offer(op: str, function: Callable[..., Any], *, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:

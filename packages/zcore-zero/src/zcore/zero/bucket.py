@@ -373,12 +373,12 @@ class Bucket:
 
     def graph(self) -> object | None:
         """What a node holds that has saved of the gathered memory; None where the model is gone."""
-        host = self.host() if self.host is not None else None
+        host = self._live_host
         return host.graph() if host is not None else None
 
     def read_in_backward(self) -> None:
         """Autograd is about to read the gathered memory."""
-        host = self.host() if self.host is not None else None
+        host = self._live_host
         if host is None:
             raise StateError(f"The model of {self.plan.name!r} is gone; keep it, or its engine, until the backward.")
         host.read_in_backward(self)
@@ -420,6 +420,10 @@ class Bucket:
             host.keep_for(self, result)
 
     @property
+    def _live_host(self) -> BucketHost | None:
+        return self.host() if self.host is not None else None
+
+    @property
     def _running_host(self) -> BucketHost | None:
-        host = self.host() if self.host is not None else None
+        host = self._live_host
         return host if host is not None and host.is_running else None

@@ -196,6 +196,8 @@ def test_a_wheel_that_lacks_kernels_is_told_beside_what_else_there_was() -> None
 def test_a_test_file_that_fails_or_does_not_end_is_told(tmp_path: Path) -> None:
     from gpu.tree import pytest_figures
 
+    # A root of its own: pytest names tests from the root it finds, and the folder may lie within a project.
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_one.py").write_text("def test_right(): pass\ndef test_wrong(): assert False\n")
     figures = pytest_figures(tmp_path, ["test_one.py"], {}, limit_s=120)
     assert (figures["status"], figures["tests"], figures["failures"]) == ("failed", 2, 1)

@@ -13,7 +13,7 @@ hooks, its scheduling and the start of its collectives cost. Both have a model o
 
 Writes docs/benchmarks/step-overhead.json: schema, is_benchmark, command, started, machine, versions, load [before,
 after], simulated_ranks, rounds, rows, left_out (rows whose step is expected to take that many seconds, which is too
-long), targets. Each row:
+long), targets (name, unit, wanted, is_limit, found, low, high, is_met). Each row:
 
     sweep (modules, layers or buckets), size, stage, modules, buckets, torch_s and zcore_s of a step
     overhead_s     zcore_s - torch_s of the same round
@@ -30,25 +30,23 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "docs" / "examples"), str(ROOT / "tools")]  # what gpu.worlds imports, and itself
 
-from command_line import told_command  # noqa: E402
 from gpu.worlds import SIMULATED_RANKS  # noqa: E402
+from head import head_of  # noqa: E402
 from overheads.measure import SWEEPS, measure_row, profile_step  # noqa: E402
+from target import Target  # noqa: E402
 
-from zcore.core.machine import find_machine, find_versions, load  # noqa: E402
+from zcore.core.machine import load  # noqa: E402
 from zcore.core.testing import run_ranks  # noqa: E402
 
 SIZES = (100, 1_000, 10_000)
 LIMIT_S = 20.0  # of a step, of which a row takes some ten for each side
-MOST_PER_MODULE_S, MOST_GROWTH = 20e-6, 1.25
+MOST_PER_MODULE_US, MOST_GROWTH = 20.0, 1.25
 DEADLINE_S = 3000.0
 
 Row = dict[str, Any]
@@ -64,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"a step of zcore {stage} with {size} {options.profile}:")
                 print(_in_a_rank(profile_step, options.profile, size, stage))
         return
-    began_load, started = load(), datetime.now(UTC).isoformat(timespec="seconds")
+    began_load = load()
+    head = head_of("tools/bench/overhead.py", arguments, is_benchmark=not options.quick, schema=2)
     rows: list[Row] = []
     left_out: dict[str, float] = {}
     for sweep in SWEEPS:
@@ -82,22 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 before = row
                 print(_line(row), flush=True)
     targets = _judge(rows)
-    for target in targets:
-        verdict = "met   " if target["is_met"] else "MISSED"
-        print(f"{verdict} {target['name']}: wanted at most {target['wanted']:.3g}, found {target['found']:.3g}")
+    print(*targets, sep="\n")
     report = {
-        "schema": 1,
-        "is_benchmark": not options.quick,
-        "command": told_command("tools/bench/overhead.py", sys.argv[1:] if arguments is None else arguments),
-        "started": started,
-        "machine": find_machine(torch.device("cpu")),
-        "versions": find_versions(),
+        **head,
         "load": [began_load, load()],
         "simulated_ranks": SIMULATED_RANKS,
         "rounds": options.rounds,
         "rows": rows,
         "left_out": left_out,
-        "targets": targets,
+        "targets": [target.to_dict() for target in targets],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -151,23 +143,16 @@ def _line(row: Row) -> str:
     )
 
 
-def _judge(rows: Sequence[Row]) -> list[dict[str, object]]:
-    targets: list[dict[str, object]] = []
-
-    def add(name: str, unit: str, wanted: float, found: float) -> None:
-        targets.append({"name": name, "unit": unit, "wanted": wanted, "found": found, "is_met": found <= wanted})
-
+def _judge(rows: Sequence[Row]) -> list[Target]:
+    targets = []
     for row in rows:
-        what = f"zcore {row['stage']} at {row['modules']} modules in {row['buckets']} buckets"
+        kind = row["sweep"].removesuffix("s")
+        where = f"zcore {row['stage']} at {row['modules']} modules in {row['buckets']} buckets"
         if row["sweep"] != "buckets":
-            add(
-                f"overhead a {row['sweep'].removesuffix('s')}, {what}",
-                "s",
-                MOST_PER_MODULE_S,
-                row["per_module_s"]["median"],
-            )
+            found_us = (row["per_module_s"][each] * 1e6 for each in ("median", "low", "high"))
+            targets.append(Target(f"overhead a {kind}, {where}", "us", MOST_PER_MODULE_US, True, *found_us))
         if row["growth"] is not None:
-            add(f"growth a {row['sweep'].removesuffix('s')}, {what}", "x", MOST_GROWTH, row["growth"])
+            targets.append(Target(f"growth a {kind}, {where}", "x", MOST_GROWTH, True, row["growth"]))
     return targets
 
 

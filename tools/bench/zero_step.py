@@ -33,29 +33,26 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "examples"))  # the model; ranks get this path
 
-from command_line import told_command  # noqa: E402
 from gpt import GPTConfig  # noqa: E402
+from head import head_of  # noqa: E402
 from steps.contenders import load as load_contender  # noqa: E402
 from steps.lineups import plan_lineups  # noqa: E402
 from steps.measure import measure_steps  # noqa: E402
 from steps.names import DDP, FSDP2, NO_COMMUNICATION, STAGE_OF  # noqa: E402
 from steps.plot import draw  # noqa: E402
-from steps.targets import Target, judge  # noqa: E402
+from steps.targets import judge  # noqa: E402
 from steps.weigh import weigh  # noqa: E402
+from target import Target  # noqa: E402
 
 from zcore.comm.memory.pages import available_bytes  # noqa: E402
-from zcore.core.machine import find_machine, find_versions, load  # noqa: E402
+from zcore.core.machine import load  # noqa: E402
 from zcore.core.testing import RankFailed, run_ranks  # noqa: E402
 
 WORLD_SIZE = 2
@@ -82,15 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing = _find_missing(options.contenders)
     for name, reason in missing.items():
         print(f"left out: {name}, as {reason}", flush=True)
-    began_load, started = load(), datetime.now(UTC).isoformat(timespec="seconds")
+    began_load = load()
     models: dict[str, Figures] = {}
     report: Figures = {
-        "schema": 2,
-        "is_benchmark": not options.quick,
-        "command": told_command("tools/bench/zero_step.py", sys.argv[1:] if arguments is None else arguments),
-        "started": started,
-        "machine": find_machine(torch.device("cpu")),
-        "versions": {**find_versions(), **({"deepspeed": version("deepspeed")} if find_spec("deepspeed") else {})},
+        **head_of("tools/bench/zero_step.py", arguments, is_benchmark=not options.quick, schema=2),
         "world_size": WORLD_SIZE,
         "missing": missing,
         "models": models,

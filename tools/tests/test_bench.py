@@ -101,6 +101,58 @@ def test_the_overhead_of_a_step_is_measured_over_modules_layers_and_buckets(load
     ]
 
 
+def test_ops_are_measured_judged_and_drawn(load, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("zcore.kernels")
+    file = tmp_path / "kernels.json"
+    command = ["--quick", "--pieces", "3", "--threads", "1", "--ops", "sgd_step", "--rounds", "2", "--out", str(file)]
+    load("kernels_cpu").main(command)
+    report = json.loads(file.read_text())
+    (step,) = report["steps"]
+    assert {name: each["bytes_an_element"] for name, each in step["states"].items() if name != "DeepSpeedCPUAdam"} == {
+        "zcore": 28.0,
+        "zcore, bf16 states": 20.0,
+        "zcore, 8-bit states": 16.0625,
+        "torch fused": 28.0,
+    }
+    assert {each["bytes_an_element"] for each in step["update"].values()} == {28.0}
+    assert step["states"]["zcore"]["times_first"] == step["states"]["zcore"]["of_allowed_gain"]  # 1 by definition
+    timed = [(row["dtype"], row["contender"]) for row in report["ops"]]
+    assert timed == [
+        *(("float32", name) for name in ("zcore cpp", "torch", "memory")),
+        *(("bfloat16", name) for name in ("zcore cpp", "torch (reference)", "memory")),
+    ]
+    wanted = [(target["name"].split(",")[0], target["wanted"]) for target in report["targets"]]
+    assert wanted == [
+        ("AdamW", 0.97),
+        ("gain of zcore", 0.85),
+        ("gain of zcore", 0.85),
+        ("update in one pass", 1.5),
+    ]
+    assert file.with_suffix(".png").stat().st_size > 0
+
+
+def test_the_fastest_peer_and_every_implementation_are_judged(load) -> None:
+    def of(median: float) -> dict[str, object]:
+        return dict.fromkeys(("of_memory", "times_first", "of_allowed_gain"), spread(median))
+
+    step = {"numel": 10**7, "pieces": 1, "threads": 2, "states": {"zcore": of(0.98), "torch fused": of(1.2)}}
+    update = {"zcore, one pass": of(1.0), "torch in calls": of(1.9), "DeepSpeedCPUAdam in calls": of(1.4)}
+    op = {"op": "rms_norm", "dtype": "bfloat16"}
+    ops = [
+        {**op, "contender": "zcore cpp", "of_limit": spread(0.7), "speedup": spread(1.0)},
+        {**op, "contender": "torch.compile", "of_limit": spread(0.7), "speedup": spread(1.1)},
+        {**op, "contender": "memory", "of_limit": spread(1.0), "speedup": None},
+    ]
+    judged = load("kernels.targets").judge([{**step, "update": update}], ops)
+    assert [(target.name, target.found, target.is_met) for target in judged] == [
+        ("AdamW, 10 M in 1, threads 2", 0.98, True),
+        ("update in one pass, 10 M in 1, threads 2", 1.4, False),
+        ("rms_norm, bfloat16", 0.7, False),
+        ("rms_norm, bfloat16, beside torch.compile", 1.1, True),
+    ]
+
+
 def test_a_contender_that_does_not_exist_is_refused(load, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         load("zero_step").main(["--contenders", "zcore 4"])

@@ -1,46 +1,16 @@
 """What ZeRO on 2 ranks of one host is to reach, and whether it does. Pure."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from operator import ge, le
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from steps.names import peers_of, zcore_at
+from target import Target
 
-__all__ = ["Target", "judge"]
+__all__ = ["judge"]
 
 PLAIN_GLOO = "zcore 3 plain gloo"
 STAGES = range(4)
 FALL_SHARE = 0.9  # of the formula's: a peak also holds activations and buffers, which stages have more or less of
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One promise about one model. `found` is a median where `low` and `high` are its quartiles."""
-
-    name: str
-    unit: str
-    wanted: float
-    is_limit: bool  # `wanted` is the most, else the least
-    found: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def is_met(self) -> bool:
-        """Whether the promise is kept."""
-        keeps: Callable[[float, float], bool] = le if self.is_limit else ge
-        return keeps(self.found, self.wanted)
-
-    def to_dict(self) -> dict[str, object]:
-        """For the report."""
-        return {**asdict(self), "is_met": self.is_met}
-
-    def __str__(self) -> str:
-        spread = "" if self.low is None else f" ({self.low:.3f} - {self.high:.3f})"
-        bound = "at most" if self.is_limit else "at least"
-        verdict = "met   " if self.is_met else "MISSED"
-        return f"{verdict} {self.name}: wanted {bound} {self.wanted:.2f}, found {self.found:.3f}{spread} {self.unit}"
 
 
 def judge(contenders: Mapping[str, Mapping[str, Any]]) -> list[Target]:

@@ -9,7 +9,8 @@ threads asked for. All that is compared takes turns, with a stream of the same b
 limit (native/include/zcore/stream.hpp). DeepSpeed has its turns where it is installed; it compiles its step at first.
 250 million elements need 12 GiB. Wait for a quiet machine: `load` in the file tells.
 
-Writes docs/benchmarks/kernels-cpu.json after each row of steps and after all ops, and at the end the plot beside it (needs matplotlib):
+Writes docs/benchmarks/kernels-cpu.json after each row of steps and after all ops, and at the end the plot beside it
+(needs matplotlib):
 
     schema, is_benchmark, command, started, machine, versions, load [before, after], rounds
     steps          a row for each number of elements, pieces and threads; in `states` and `update`, for each contender

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from zcore.kernels.ops.compiled import run
 from zcore.kernels.ops.operands import check, device_of
-from zcore.kernels.ops.pieces import FLOATS, TYPES
+from zcore.kernels.ops.pieces import TYPES
 from zcore.kernels.ops.quantized import FORMATS, QuantizedLayout, format_named
 from zcore.kernels.ops.registering import register
 
-__all__ = ["dequantize_blockwise", "reference"]
+__all__ = ["dequantize_blockwise", "prepare", "reference"]
 
 OP = "dequantize_blockwise"
 
@@ -53,15 +53,10 @@ def dequantize_blockwise(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See `reference`; of contiguous memory, on the CPU or CUDA. Raises LayoutError and ConfigError for others."""
-    layout = QuantizedLayout(numel, block_size, format_named(OP, format), zero_points.numel() == 0)
-    layout.require(OP)
-    device = device_of(codes)
-    layout.require_operands(OP, codes, scales, zero_points, device=device)
-    values = torch.empty(numel, dtype=dtype, device=device)
-    check(OP, "the result", values, dtypes=FLOATS, device=device)
+    layout, values = prepare(codes, scales, zero_points, format=format, block_size=block_size, numel=numel, dtype=dtype)
     run(
         OP,
-        device,
+        codes.device,
         layout.addresses((codes, scales, zero_points)),
         values.data_ptr(),
         TYPES[dtype],
@@ -70,6 +65,26 @@ def dequantize_blockwise(
         format=layout.format.number,
     )
     return values
+
+
+def prepare(
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    *,
+    format: str,
+    block_size: int,
+    numel: int,
+    dtype: torch.dtype,
+) -> tuple[QuantizedLayout, Tensor]:
+    """How the codes lie, and memory for their values; raises LayoutError and ConfigError for what is not served."""
+    layout = QuantizedLayout(numel, block_size, format_named(OP, format), zero_points.numel() == 0)
+    layout.require(OP)
+    device = device_of(codes)
+    layout.require_operands(OP, codes, scales, zero_points, device=device)
+    values = torch.empty(numel, dtype=dtype, device=device)
+    check(OP, "the result", values, device=device)
+    return layout, values
 
 
 def _fake(

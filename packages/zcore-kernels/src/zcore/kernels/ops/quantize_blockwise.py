@@ -13,7 +13,7 @@ from zcore.kernels.ops.pieces import FLOATS, TYPES
 from zcore.kernels.ops.quantized import Format, Quantized, QuantizedLayout, format_named
 from zcore.kernels.ops.registering import register
 
-__all__ = ["quantize_blockwise", "reference"]
+__all__ = ["prepare", "quantize_blockwise", "reference"]
 
 OP = "quantize_blockwise"
 SMALLEST_SCALE = 2.0**-126  # its inverse is finite
@@ -95,15 +95,10 @@ def quantize_blockwise(
     offset: int = 0,
 ) -> Quantized:
     """See `reference`; of contiguous memory, on the CPU or CUDA. Raises LayoutError and ConfigError for others."""
-    layout = QuantizedLayout(values.numel(), block_size, format_named(OP, format), is_symmetric)
-    layout.require(OP)
-    check_place(OP, offset)
-    device = device_of(values)
-    check(OP, "values", values, dtypes=FLOATS, device=device)
-    made = layout.empty(device)
+    layout, made = prepare(values, format=format, block_size=block_size, is_symmetric=is_symmetric, offset=offset)
     run(
         OP,
-        device,
+        values.device,
         values.data_ptr(),
         TYPES[values.dtype],
         layout.addresses(made),
@@ -115,6 +110,18 @@ def quantize_blockwise(
         offset=offset,
     )
     return made
+
+
+def prepare(
+    values: Tensor, *, format: str, block_size: int, is_symmetric: bool, offset: int
+) -> tuple[QuantizedLayout, Quantized]:
+    """How they will lie, and memory for it; raises LayoutError and ConfigError for what is not served."""
+    layout = QuantizedLayout(values.numel(), block_size, format_named(OP, format), is_symmetric)
+    layout.require(OP)
+    check_place(OP, offset)
+    device = device_of(values)
+    check(OP, "values", values, device=device)
+    return layout, layout.empty(device)
 
 
 def _fake(

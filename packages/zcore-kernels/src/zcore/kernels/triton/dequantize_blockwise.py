@@ -8,13 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zcore.kernels.ops.operands import check, device_of
-from zcore.kernels.ops.quantized import QuantizedLayout, format_named
+from zcore.kernels.ops.dequantize_blockwise import prepare
 from zcore.kernels.triton.block_codes import decoded, places, plan_blocks, raw_values, store_values
 
 __all__ = ["dequantize_blockwise"]
-
-OP = "dequantize_blockwise"
 
 
 @triton.jit
@@ -46,12 +43,7 @@ def dequantize_blockwise(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The [numel] values, in `dtype`; raises LayoutError and ConfigError for operands that are not served."""
-    layout = QuantizedLayout(numel, block_size, format_named(OP, format), zero_points.numel() == 0)
-    layout.require(OP)
-    device = device_of(codes)
-    layout.require_operands(OP, codes, scales, zero_points, device=device)
-    values = torch.empty(numel, dtype=dtype, device=device)
-    check(OP, "the result", values, device=device)
+    layout, values = prepare(codes, scales, zero_points, format=format, block_size=block_size, numel=numel, dtype=dtype)
     if numel:
         tile = plan_blocks(block_size)
         dequantize_kernel[(triton.cdiv(layout.num_blocks, tile.rows),)](

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zcore.kernels.ops.noise import mixed_seed
-from zcore.kernels.ops.operands import check, check_place, device_of
-from zcore.kernels.ops.quantized import Quantized, QuantizedLayout, format_named
+from zcore.kernels.ops.quantize_blockwise import prepare
+from zcore.kernels.ops.quantized import Quantized
 from zcore.kernels.triton.block_codes import (
     encoded,
     load_values,
@@ -23,8 +23,6 @@ from zcore.kernels.triton.block_codes import (
 )
 
 __all__ = ["quantize_blockwise", "quantize_tile"]
-
-OP = "quantize_blockwise"
 
 
 @triton.jit
@@ -109,12 +107,7 @@ def quantize_blockwise(
     offset: int = 0,
 ) -> Quantized:
     """Codes, scales and zero points; raises LayoutError and ConfigError for operands that are not served."""
-    layout = QuantizedLayout(values.numel(), block_size, format_named(OP, format), is_symmetric)
-    layout.require(OP)
-    check_place(OP, offset)
-    device = device_of(values)
-    check(OP, "values", values, device=device)
-    made = layout.empty(device)
+    layout, made = prepare(values, format=format, block_size=block_size, is_symmetric=is_symmetric, offset=offset)
     if layout.numel:
         tile = plan_blocks(block_size)
         quantize_kernel[(triton.cdiv(layout.num_blocks, tile.rows),)](

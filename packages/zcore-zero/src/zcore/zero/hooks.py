@@ -373,8 +373,6 @@ class Conductor:
             self._begin_backward(settles=False)
         grad, full.grad = full.grad, None
         assert grad is not None
-        if not self._buckets[bucket_index].params[index].is_trainable:
-            return  # frozen since the forward
         self.has_gradients = True
         self._reducer.add(bucket_index, index, grad.detach() if grad.requires_grad else grad, backward=backward)
 

@@ -40,6 +40,7 @@ class _Intake:
     grads: FragmentGradients
     used: list[bool] = field(init=False)  # of each parameter, whether it got a gradient
     backward: int = -1  # of autograd, nested ones included, that found the bucket's values unchanged
+    awaits: list[bool] = field(default_factory=list)  # a gradient of each parameter: not of one that is frozen
     num_missing: int = 0  # parameters whose gradients are still to come
     is_settled: bool = False  # none comes any more, on any rank
     is_started: bool = False  # its reduction is
@@ -54,7 +55,8 @@ class _Intake:
     def begin(self) -> None:
         """A backward starts."""
         self.backward, self.is_settled, self.is_started = -1, False, False
-        self.num_missing = sum(param.full.requires_grad and param.is_trainable for param in self.bucket.params)
+        self.awaits = [param.full.requires_grad and param.is_trainable for param in self.bucket.params]
+        self.num_missing = sum(self.awaits)
 
     def check_unchanged(self, *, outer: int) -> None:
         """Raise StateError if parameters have changed since the forward, in a backward inside `outer` or in that."""
@@ -149,6 +151,8 @@ class Reducer:
         last one of a bucket look whether its parameters have changed since the forward, and raise the same.
         """
         intake = self._intakes[bucket_index]
+        if not intake.awaits[index]:
+            return  # frozen since the forward
         if intake.backward != backward or intake.num_missing == 1:
             intake.backward = backward
             intake.check_unchanged(outer=self._backward)

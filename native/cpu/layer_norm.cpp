@@ -23,17 +23,20 @@ static const float* add_block(const LayerNorm& norm, std::size_t at, std::size_t
     return load_block(norm.sum, at, count, buffer);
 }
 
+template <bool has_bias>
 static void normalise_block(const float* ZCORE_RESTRICT s, const float* ZCORE_RESTRICT scale,
-                            float* ZCORE_RESTRICT y, std::size_t count, float mean, float root) {
+                            const float* ZCORE_RESTRICT bias, float* ZCORE_RESTRICT y, std::size_t count, float mean,
+                            float root) {
     for (std::size_t each = 0; each < count; ++each) {
-        y[each] = (s[each] - mean) * root * scale[each];
+        const float scaled = (s[each] - mean) * root * scale[each];
+        y[each] = has_bias ? scaled + bias[each] : scaled;
     }
 }
 
 constexpr std::size_t kept_numel = 4096;  // 16 KiB: half of the nearest cache
 
 void layer_norm_part(const LayerNorm& norm, std::size_t begin, std::size_t end) {
-    alignas(64) float first[block_numel], second[block_numel], third[block_numel];
+    alignas(64) float first[block_numel], second[block_numel], third[block_numel], fourth[block_numel];
     alignas(64) float row_values[kept_numel];  // of a row of 16 bits an element: three passes, one conversion
     const Flat normed = norm.residual ? norm.sum : norm.x;
     const bool is_kept = norm.hidden <= kept_numel && normed.type != Type::f32;
@@ -58,12 +61,11 @@ void layer_norm_part(const LayerNorm& norm, std::size_t begin, std::size_t end) 
             const float* const s = is_kept ? row_values + at : load_block(normed, start + at, count, first);
             const float* const scale = scale_block(norm.weight, 0.0f, at, count, second);
             float* const y = room_for(norm.y, start + at, third);
-            normalise_block(s, scale, y, count, mean, root);
             if (norm.bias) {
-                const float* ZCORE_RESTRICT bias = load_block(norm.bias, at, count, first);
-                for (std::size_t each = 0; each < count; ++each) {
-                    y[each] += bias[each];
-                }
+                const float* const bias = load_block(norm.bias, at, count, fourth);
+                normalise_block<true>(s, scale, bias, y, count, mean, root);
+            } else {
+                normalise_block<false>(s, scale, nullptr, y, count, mean, root);
             }
             store_block(norm.y, start + at, count, y);
         }

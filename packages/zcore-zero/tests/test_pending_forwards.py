@@ -160,6 +160,42 @@ def a_layer_frozen_after_its_forward(model: Net, step: int) -> None:
         frozen.requires_grad_(True)
 
 
+def a_layer_frozen_for_the_second_of_two_forwards(model: Net, step: int) -> None:
+    first = model(inputs(2 * step))
+    model.layers[1].requires_grad_(False)
+    second = model(inputs(2 * step + 1))
+    (first + second).backward()
+    model.layers[1].requires_grad_(True)
+
+
+def a_layer_frozen_while_another_loss_goes_through_it(model: Net, step: int) -> None:
+    waiting = model(inputs(2 * step))
+    model.layers[1].requires_grad_(False)
+    model(inputs(2 * step + 1)).backward()
+    model.layers[1].requires_grad_(True)
+    waiting.backward()
+
+
+def a_model_frozen_for_a_look_at_its_input(model: Net, step: int) -> None:
+    waiting = model(inputs(2 * step))
+    model.requires_grad_(False)
+    model(inputs(2 * step + 1).requires_grad_()).backward()
+    for param in model.parameters():
+        param.requires_grad = True
+    waiting.backward()
+
+
+def a_layer_thawed_before_it_is_computed_again(model: Net, step: int) -> None:
+    layer = model.layers[1]
+    layer.requires_grad_(False)
+    forward = layer.forward
+    layer.forward = lambda x: checkpoint(forward, x, use_reentrant=True)
+    loss = model(inputs(step))
+    layer.requires_grad_(True)
+    loss.backward()
+    del layer.forward
+
+
 def a_derivative_in_the_forward_that_raises(model: Net, step: int) -> None:
     def arm(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         point = args[0].detach().requires_grad_()
@@ -188,6 +224,20 @@ def a_derivative_of_a_submodule_by_itself_that_raises(model: Net, step: int) -> 
     model(inputs(2 * step + 1)).backward()
 
 
+def a_derivative_in_an_evaluation(model: Net, step: int) -> None:
+    slopes = []
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        with torch.enable_grad():
+            point = args[0].detach().requires_grad_()
+            made = torch.tanh(point * model.layers[2].down.bias) * model.head.bias
+            slopes.extend(torch.autograd.grad(made.sum(), point))
+
+    with torch.no_grad(), model.layers[0].register_forward_pre_hook(look):
+        model(inputs(2 * step))
+    model(inputs(2 * step + 1) + slopes[0]).backward()
+
+
 def a_penalty_that_waits_through_another_backward(model: Net, step: int) -> None:
     made = penalty(model)
     model(inputs(2 * step)).backward()
@@ -211,8 +261,13 @@ PROGRAMS: dict[str, Callable[[Net, int], None]] = {
         a_penalty_that_is_computed_again,
         a_penalty_with_autograd_switched_on_late,
         a_layer_frozen_after_its_forward,
+        a_layer_frozen_for_the_second_of_two_forwards,
+        a_layer_frozen_while_another_loss_goes_through_it,
+        a_model_frozen_for_a_look_at_its_input,
+        a_layer_thawed_before_it_is_computed_again,
         a_derivative_in_the_forward_that_raises,
         a_derivative_of_a_submodule_by_itself_that_raises,
+        a_derivative_in_an_evaluation,
         a_penalty_that_waits_through_another_backward,
     )
 }

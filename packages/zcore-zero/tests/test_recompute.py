@@ -302,27 +302,46 @@ class Twins:
 
 
 class Unlike(Twins):
-    """The other ranks have elements that are larger by a share."""
+    """The other ranks have what `change` makes of an input; it is told as samples, so it is asked for these."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.share = share
+        self.change = change
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, label: str) -> Twins:
-        others = (input * (1.0 + self.share)).repeat(self.size - 1)
-        output.copy_(torch.cat((input, others)))
+        output.copy_(torch.cat((input, *[self.change(input)] * (self.size - 1))))
         return self
 
 
-@pytest.mark.parametrize(("share", "is_refused"), [(2e-7, False), (1e-3, True)])
-def test_inputs_may_differ_by_rounding_and_not_by_more(share: float, is_refused: bool) -> None:
-    hooks = list[Any]()
+def with_one(x: torch.Tensor, value: float) -> torch.Tensor:
+    return torch.cat((x[:5], x.new_tensor([value]), x[6:]))
+
+
+ONES = torch.ones(1024)
+A_UNIT = 2.0**-7  # of bf16
+UNLIKE: dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor], bool]] = {
+    "by rounding": (ONES, lambda x: x * (1 + 2e-7), False),
+    "by a thousandth": (ONES, lambda x: x * 1.001, True),
+    "in one element, by many units": (ONES, lambda x: with_one(x, 1.01), True),
+    "in one large element, by a unit": (
+        with_one(ONES, 512.0).bfloat16(),
+        lambda x: with_one(x, 512.0 * (1 + A_UNIT)),
+        False,
+    ),
+    "beside a NaN that all have": (with_one(ONES, torch.nan), lambda x: with_one(x * 1.001, x[5].item()), True),
+    "in every other column": (torch.stack((torch.ones(4096), torch.zeros(4096)), 1), lambda x: x.clamp(min=0.1), True),
+}
+
+
+@pytest.mark.parametrize("how", UNLIKE)
+def test_inputs_may_differ_by_rounding_and_not_by_more(how: str) -> None:
+    (x, change, is_refused), hooks = UNLIKE[how], list[Any]()
     run = partition_inputs(
         lambda function, x: hooks.append(compat.saved_tensors_hooks_on_top()),
-        cast("Collectives", Unlike(share)),
+        cast("Collectives", Unlike(change)),
         least_bytes=0,
     )
-    x = torch.ones(4, 9, requires_grad=True)
+    x = x.clone().requires_grad_()
     run(None, x)
     with pytest.raises(MismatchError) if is_refused else nullcontext():
         hooks[0][0](x)

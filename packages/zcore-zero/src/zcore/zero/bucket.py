@@ -28,7 +28,6 @@ from zcore.zero.fragment_gradients import FragmentGradients
 from zcore.zero.layout import BucketPlan
 from zcore.zero.parts import Parts
 from zcore.zero.placement import Placement, Row, owned_slices
-from zcore.zero.sharded_parameter import lost_edit
 from zcore.zero.units import ParamSites
 
 __all__ = ["MOVES", "Bucket", "BucketHost", "ParamState"]
@@ -194,6 +193,7 @@ class Bucket:
         if self._computed_with not in (None, self.values) and not self.is_transient:
             for param in self.params:  # so that torch refuses a backward of earlier forwards
                 increment_version(param.full)
+            self._note_versions()
         self._computed_with = self.values
 
     def note_recomputation(self) -> None:
@@ -309,14 +309,23 @@ class Bucket:
 
     def _make_available(self) -> None:
         self._move(ParamState.AVAILABLE)
+        self._note_versions()
+
+    def _note_versions(self) -> None:
         self._versions = [param.full._version for param in self.params]
 
-    def check_unedited(self) -> None:
-        """Raise StateError if a parameter that is shown was edited in place: released, the edit would be lost."""
+    @property
+    def loses_edits(self) -> bool:
+        """Whether what is edited in place, whole, is freed, or written anew from a master in another dtype."""
+        return self.is_transient or self.memory.casts
+
+    def find_edited(self) -> str | None:
+        """The name of a parameter that is shown and was edited in place since it was gathered."""
         for index in self._shown:
             param = self.params[index]
             if param.full._version != self._versions[index]:
-                raise lost_edit(param.shard.fqn)
+                return param.shard.fqn
+        return None
 
     def show_whole(self, which: Iterable[int] | None = None) -> None:
         """Register whole parameters: those at the positions `which`, or all. The bucket must be AVAILABLE."""
@@ -391,7 +400,7 @@ class Bucket:
 
     def keeps_edits(self) -> bool:
         """See ParameterOwner."""
-        return self.is_pinned or not self.is_transient
+        return self.is_pinned or not self.loses_edits
 
     def may_gather(self) -> bool:
         """See ParameterOwner."""
@@ -413,6 +422,14 @@ class Bucket:
         """See ParameterOwner."""
         if (host := self._running_host) is not None:
             host.end_borrow(self)
+
+    def follow(self, index: int, *, is_trained: bool) -> None:
+        """See ParameterOwner. Thawed at once: autograd skips what is frozen, in the backward of an older forward, too.
+
+        What is frozen is frozen from the next forward on, since autograd would not call for what came before.
+        """
+        if self.gradients is not None and (is_trained or self.may_gather()):
+            self.params[index].full.requires_grad_(is_trained)
 
     def keep_for(self, result: object) -> None:
         """See ParameterOwner."""

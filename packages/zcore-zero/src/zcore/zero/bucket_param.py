@@ -38,9 +38,14 @@ class BucketParam:
         whole.__dict__.update(member.param.__dict__)  # tags that users and optimizers put on a parameter
         _move_hooks(member.param, whole, spec.fqn)
         shard = ShardedParameter.of(
-            held, owner=owner, index=index, fqn=spec.fqn, full_shape=spec.shape, start=place.start
+            held,
+            owner=owner,
+            index=index,
+            fqn=spec.fqn,
+            full_shape=spec.shape,
+            start=place.start,
+            is_trained=spec.trainable,
         )
-        shard.requires_grad_(spec.trainable)
         shard.use_muon = bool(getattr(member.param, "use_muon", member.is_hidden_matrix))
         whole.__dict__[FRAGMENT] = shard
         return cls(whole, shard, place, tuple((weakref.ref(module), name) for module, name in member.sites))
@@ -68,8 +73,7 @@ class BucketParam:
     @property
     def is_trainable(self) -> bool:
         """Whether the fragment requires a gradient now; users may freeze it between steps."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.shard.requires_grad
+        return self.shard.requires_grad
 
     def check_registered(self) -> None:
         """Raise StateError where the model has something else in this parameter's place."""

@@ -17,6 +17,7 @@ from zcore.core import compat
 from zcore.zero.backward_uses import BackwardUses
 from zcore.zero.bucket import Bucket, ParamState
 from zcore.zero.first_uses import FirstUses
+from zcore.zero.sharded_parameter import lost_edit
 from zcore.zero.timeline import Kind, Recorder
 from zcore.zero.trace import Pass, Trace, Use, plan_prefetch
 
@@ -39,6 +40,7 @@ class Gatherer:
 
     def __init__(self, buckets: Sequence[Bucket], limits: GatherLimits) -> None:
         self._buckets = buckets
+        self._cast = [bucket for bucket in buckets if bucket.loses_edits and not bucket.is_transient]
         self._numel_of = tuple(bucket.plan.layout.numel for bucket in buckets).__getitem__
         self._limits = limits
         self._training, self._inference = Trace(self._numel_of), Trace(self._numel_of)
@@ -129,7 +131,9 @@ class Gatherer:
             if during is Pass.FORWARD and not self._is_kept(bucket.index):
                 self._idle[bucket.index] = None
             if not bucket.is_pinned:
-                bucket.check_unedited()
+                edited = bucket.find_edited()
+                if edited is not None:
+                    raise lost_edit(edited)
                 bucket.show_fragments()
 
     def keep(self, bucket: Bucket) -> None:
@@ -252,6 +256,20 @@ class Gatherer:
         left = list(self._depth)  # by an exception
         self._depth.clear()
         self._idle.update((index, None) for index in left if index in self._live and not self._is_kept(index))
+
+    def take_lost_edit(self) -> str | None:
+        """At the end of a forward: a parameter whose edit in place, in a copy that stays, the next step would lose.
+
+        That copy is written anew from the masters before it is used again.
+        """
+        found = None
+        for bucket in self._cast:
+            if not bucket.is_pinned and bucket.state is ParamState.AVAILABLE and not bucket.is_stale:
+                edited = bucket.find_edited()
+                if edited is not None:
+                    bucket.forget_gathered()
+                    found = found or edited
+        return found
 
     def go_on_forward(self) -> None:
         """A backward inside the forward is over: what only it has used may go."""

@@ -29,6 +29,7 @@ from zcore.zero.precision import Precision
 from zcore.zero.reduction import Reducer
 from zcore.zero.results import nodes_of, own_results, tensors_in
 from zcore.zero.saved import SavedTensors, bucket_of, is_claimed, others_decide
+from zcore.zero.sharded_parameter import lost_edit
 from zcore.zero.timeline import Kind, Recorder
 from zcore.zero.trace import Pass
 
@@ -180,7 +181,7 @@ class Conductor:
         else:
             self.recover()
         self.gatherer.enter(bucket, self._pass, module="an operation outside its module")
-        return not others_decide()
+        return is_claimed() or not torch.is_grad_enabled()
 
     def end_borrow(self, bucket: Bucket) -> None:
         """See BucketHost."""
@@ -288,17 +289,23 @@ class Conductor:
         return True
 
     def _come_to_rest(self, result: object) -> None:
-        """A forward is over; with autograd a backward may follow, and memory stays, as that of weights in `result`."""
+        """A forward is over; with autograd a backward may follow, and memory stays, as that of weights in `result`.
+
+        Raises StateError where it has edited a parameter in vain.
+        """
+        edited = self.gatherer.take_lost_edit()
         found = [bucket_of(tensor) for tensor in tensors_in(result)]
         returned = {bucket.index for bucket in self._buckets if bucket in found}
         if torch.is_grad_enabled():
             self.gatherer.conceal(returned)
         else:
             self.gatherer.rest(returned)
+        if edited is not None:
+            raise lost_edit(edited)
 
     def begin_saving(self, saver: object) -> None:
-        """Watch what autograd saves, until the same `saver` ends it; not without autograd, nor twice."""
-        if torch.is_grad_enabled() and not self._saved.is_open and self._saved.open():
+        """Watch what autograd saves, until the same `saver` ends it; not twice. It may be switched on inside."""
+        if not self._saved.is_open and self._saved.open():
             self._saver = saver
 
     def end_saving(self, saver: object) -> None:
@@ -372,9 +379,11 @@ class Conductor:
         if self._phase is not Phase.BACKWARD or self._saver is not None or backward != self._backward:
             self._begin_backward(settles=False)
         grad, full.grad = full.grad, None
-        assert grad is not None
-        self.has_gradients = True
-        self._reducer.add(bucket_index, index, grad.detach() if grad.requires_grad else grad, backward=backward)
+        if grad is None:
+            return  # autograd calls, and has none, where it was frozen since the forward
+        grad = grad.detach() if grad.requires_grad else grad
+        if self._reducer.add(bucket_index, index, grad, backward=backward):
+            self.has_gradients = True
 
     def _refuse_second_backward(self) -> None:
         if self._has_gathers and torch.is_grad_enabled():

@@ -117,9 +117,11 @@ def _compare(tensor: Tensor, group: Collectives, *, number: int) -> None:
     group.all_gather(told, own, label=f"elements of input {number} of blocks").wait()
     of_ranks = told.view(group.size, -1)
     share = sample.numel() / COMPARED_NUMEL
-    size, apart = of_ranks.abs().mean(1).max() / share, (of_ranks - of_ranks[0]).abs()
+    sizes, apart = of_ranks.abs(), (of_ranks - of_ranks[0]).abs()
+    size = torch.where(sizes < LARGEST, sizes, 0.0).mean(1).max() / share  # what is not finite has none
     eps = max(torch.finfo(tensor.dtype).eps, LEAST_EPS)
-    if apart.mean(1).max() / share > MEAN_ROUNDING * eps * size or apart.max() > MOST_ROUNDING * eps * size:
+    is_apart = apart > MOST_ROUNDING * eps * sizes.clamp(min=size)
+    if is_apart.any() or apart.mean(1).max() / share > MEAN_ROUNDING * eps * size:
         raise MismatchError(
             f"Ranks that were to keep a part each of the same inputs have different ones: elements of number {number} "
             f"are {size:.3g} in size, and up to {apart.max():.3g} apart. Ranks along `tp` get the same batch and draw "

@@ -55,7 +55,7 @@ class _Intake:
     def begin(self) -> None:
         """A backward starts."""
         self.backward, self.is_settled, self.is_started = -1, False, False
-        self.awaits = [param.full.requires_grad and param.is_trainable for param in self.bucket.params]
+        self.awaits = [param.is_trainable for param in self.bucket.params]
         self.num_missing = sum(self.awaits)
 
     def check_unchanged(self, *, outer: int) -> None:
@@ -143,8 +143,8 @@ class Reducer:
             self._start_what_is_ready()
             self._limit_what_is_inflight()
 
-    def add(self, bucket_index: int, index: int, grad: Tensor, *, backward: int) -> None:
-        """Take the gradient of parameter `index` of a bucket, in autograd's backward of that number.
+    def add(self, bucket_index: int, index: int, grad: Tensor, *, backward: int) -> bool:
+        """Take the gradient of parameter `index` of a bucket, in autograd's backward of that number, if it is trained.
 
         One inside the backward under way, as of a reentrant checkpoint, may bring others of the same parameter, so
         nothing is reduced before the end then. Raises StateError if it comes after the reduction. The first and the
@@ -152,7 +152,7 @@ class Reducer:
         """
         intake = self._intakes[bucket_index]
         if not intake.awaits[index]:
-            return  # frozen since the forward
+            return False  # frozen since the forward
         if intake.backward != backward or intake.num_missing == 1:
             intake.backward = backward
             intake.check_unchanged(outer=self._backward)
@@ -167,11 +167,11 @@ class Reducer:
         intake.gradients.accumulate(index, grad, factor=self._factor)
         intake.used[index] = True
         intake.num_missing -= 1
-        if intake.num_missing or bucket_index in self._ready:
-            return
-        self._ready[bucket_index] = None
-        if self.accumulation.reduces and not self._has_nested:
-            self._start_what_is_ready()
+        if not intake.num_missing and bucket_index not in self._ready:
+            self._ready[bucket_index] = None
+            if self.accumulation.reduces and not self._has_nested:
+                self._start_what_is_ready()
+        return True
 
     def finish(self) -> None:
         """The backward is over: reduce what is left, and hand the gradients out if no more of this step are to come."""

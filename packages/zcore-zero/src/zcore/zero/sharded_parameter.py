@@ -7,7 +7,7 @@ where a fragment would give a wrong result or a puzzling shape error, it refuses
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ ELEMENTWISE = frozenset(
 METADATA = frozenset(
     name
     for names in (
-        "stride storage_offset element_size get_device data_ptr untyped_storage detach requires_grad_",
+        "stride storage_offset element_size get_device data_ptr untyped_storage detach",
         "is_floating_point is_complex is_contiguous __hash__ __format__ __repr__ __get__ __set__",
     )
     for name in names.split()
@@ -48,6 +48,7 @@ OF_THE_WHOLE = frozenset({"size", "dim", "ndimension", "numel", "nelement", "__l
 SHAPE_PROPERTIES = frozenset({"shape", "ndim"})
 DATA_SET = Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor at run time
 GRAD: Any = Tensor.grad  # a descriptor at run time
+REQUIRES_GRAD: Any = Tensor.requires_grad
 STEPS = ("_foreach_", "_fused_")  # what optimizers call
 VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
@@ -87,6 +88,10 @@ class ParameterOwner(Protocol):
         """An operation that was lent a parameter is over."""
         ...
 
+    def follow(self, index: int, *, is_trained: bool) -> None:
+        """The fragment of a parameter is frozen, or thawed."""
+        ...
+
     def keep_for(self, result: object) -> None:
         """The data stay until the forward ends if `result`, of such an operation, is a view of them."""
         ...
@@ -105,10 +110,18 @@ class ShardedParameter(nn.Parameter):
 
     @classmethod
     def of(
-        cls, fragment: Tensor, *, owner: ParameterOwner, index: int, fqn: str, full_shape: tuple[int, ...], start: int
+        cls,
+        fragment: Tensor,
+        *,
+        owner: ParameterOwner,
+        index: int,
+        fqn: str,
+        full_shape: tuple[int, ...],
+        start: int,
+        is_trained: bool,
     ) -> "ShardedParameter":
-        """Wrap `fragment` without a copy; frozen until told otherwise."""
-        self = Tensor._make_subclass(cls, fragment, False)
+        """Wrap `fragment` without a copy."""
+        self = Tensor._make_subclass(cls, fragment, is_trained)
         self._owner, self.position = weakref.ref(owner), index
         self.fqn, self.full_shape = fqn, full_shape
         self.full_start, self.full_stop = start, start + fragment.numel()
@@ -135,6 +148,26 @@ class ShardedParameter(nn.Parameter):
     def grad(self) -> None:
         with torch._C.DisableTorchFunctionSubclass():
             GRAD.__delete__(self)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the parameter is trained."""
+        with torch._C.DisableTorchFunctionSubclass():
+            found: bool = REQUIRES_GRAD.__get__(self)
+            return found
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            REQUIRES_GRAD.__set__(self, value)
+        owner = self.owner
+        if owner is not None:
+            owner.follow(self.position, is_trained=value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """See `torch.Tensor.requires_grad_`."""
+        self.requires_grad = requires_grad
+        return self
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch types it with a keyword of its own
         held = f"[{self.full_start}:{self.full_stop}]"
@@ -358,11 +391,12 @@ def _call_on_whole(
 
 
 def lost_edit(fqn: str) -> StateError:
-    """The error for an edit of a copy that will be freed."""
+    """The error for an edit of a copy that will be freed, or written anew."""
     return StateError(
         f"{fqn} was edited in place inside the model's forward, as clipping of weights or max_norm of an embedding do. "
-        "Under stage 3 that edits a copy which is freed. Edit it between steps inside `with zero.GatheredParameters("
-        "[param], modifier_rank=0)`, or use stage 2."
+        "That edits the copy which computes: under stage 3 it is freed, and with `bf16` or `fp16` it is written anew "
+        "from the fp32 master. Edit it between steps inside `with zero.GatheredParameters([param], modifier_rank=0)`, "
+        "or use stage 0, 1 or 2 in fp32 or under `torch_autocast`."
     )
 
 

@@ -62,6 +62,10 @@ REFUSALS = {
     "backward without a graph": ("StateError", ["backward()", "without a graph", "torch.no_grad()"]),
     "backward of a vector": ("StateError", ["backward()", "one number", "(3,)", ".mean()"]),
     "backward of another loss": ("StateError", ["No trainable parameter", "engine(...)", "detach()"]),
+    "backward of what was frozen since": ("StateError", ["No trainable parameter", "engine(...)"]),
+    "an argument of DeepSpeed's": ("ConfigError", ["'args'", "DeepSpeed", "`config=`"]),
+    "an argument of nobody's": ("ConfigError", ["'optimiser'", "It takes model, config, optimizer"]),
+    "a schedule by a metric": ("ConfigError", ["ReduceLROnPlateau", "engine.optimizer", "client_state"]),
     "backward of no tensor": ("StateError", ["backward()", "one number", "float"]),
     "step without an optimizer": ("StateError", ["step()", "has none", "`optimizer`", "evaluate only"]),
     "last backward inside no_sync": ("StateError", ["no_sync()", "not reduced"]),
@@ -239,6 +243,14 @@ def cases_of_calls():
             loss = engine(**batch(0))
         engine.backward(loss)
 
+    def backward_of_what_was_frozen_since():
+        loss = engine(**batch(0))
+        model.requires_grad_(False)
+        try:
+            engine.backward(loss)
+        finally:
+            model.requires_grad_(True)
+
     def clip_as_torch_does():
         engine.backward(engine(**batch(0)))
         try:
@@ -254,6 +266,12 @@ def cases_of_calls():
         "backward without a graph": without_graph,
         "backward of a vector": lambda: engine.backward(torch.ones(3, requires_grad=True)),
         "backward of another loss": lambda: engine.backward(torch.ones((), requires_grad=True) * 2),
+        "backward of what was frozen since": backward_of_what_was_frozen_since,
+        "an argument of DeepSpeed's": lambda: zero.initialize(nn.Linear(2, 2), settings(), args=None),
+        "an argument of nobody's": lambda: zero.initialize(nn.Linear(2, 2), settings(), optimiser="AdamW"),
+        "a schedule by a metric": lambda: zero.initialize(
+            nn.Linear(2, 2), settings(), lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau
+        ),
         "backward of no tensor": lambda: engine.backward(1.5),
         "step without an optimizer": step_without_an_optimizer,
         "last backward inside no_sync": end_inside_no_sync,

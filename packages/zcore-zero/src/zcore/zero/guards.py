@@ -67,10 +67,10 @@ def note_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
                 stepped.add(bucket)
             elif fqn := getattr(param, RETIRED, None):
                 raise StateError(
-                    f"This {type(optimizer).__name__} was built before the model was sharded, or before {fqn} was: it "
-                    "holds that as it was, which the model no longer uses, and trains nothing. Build the optimizer "
-                    "after `zero.shard`, or pass it to `zero.initialize`; to one that there is add what "
-                    "`zero.shard_added` returns."
+                    f"This {type(optimizer).__name__} holds {fqn} as it was before it was sharded, which the model no "
+                    "longer uses, and trains nothing: it was built before, or of parameters that were taken before. "
+                    "Build it after `zero.shard`, of `model.parameters()` then, or pass it to `zero.initialize`; to "
+                    "one that there is add what `zero.shard_added` returns."
                 )
     for bucket in stepped:
         bucket.mark_stale()

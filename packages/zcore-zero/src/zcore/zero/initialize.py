@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from zcore.core.device import backend_for, choose_device
 from zcore.core.errors import ConfigError
@@ -26,6 +26,7 @@ from zcore.zero.buffer import DataParallelGroups
 from zcore.zero.config import DTYPES, WITHOUT_EFFECT, CommsLogger, TrainingConfig, ZeroOptimization
 from zcore.zero.deferred import deferred_init
 from zcore.zero.engine import Engine
+from zcore.zero.names_of_deepspeed import refused_argument
 from zcore.zero.optimizers.building import (
     GroupsByName,
     OptimizerSource,
@@ -38,7 +39,7 @@ from zcore.zero.optimizers.building import (
 )
 from zcore.zero.precision import Precision
 from zcore.zero.recompute import check_recompute, checkpoint
-from zcore.zero.schedules.building import build_scheduler
+from zcore.zero.schedules.building import build_scheduler, of_metric
 from zcore.zero.sharded_parameter import ShardedParameter
 from zcore.zero.sharding import Sharding, ShardingOptions, find_shardable
 from zcore.zero.streaming import streamed_files
@@ -95,6 +96,7 @@ def initialize(
     model_parameters: ParamGroups | None = None,
     mesh: DeviceMesh | None = None,
     events: Events | None = None,
+    **others: object,
 ) -> Engine:
     """Shard `model` as `config` says and return its engine; every rank calls it.
 
@@ -105,14 +107,19 @@ def initialize(
     trainable. mesh: with axis `dp`, or `dp_replicate` and `dp_shard` for hybrid sharding; by default all ranks. events:
     where this rank's loss, the gradient norm and the learning rates of each step go.
 
+    others: none; arguments of DeepSpeed's are refused with what to do instead.
+
     Raises ConfigError, MeshError, MismatchError on every rank where ranks differ, and NotInstalledError if the config
     asks for what another wheel brings.
     """
+    if others:
+        raise ConfigError(refused_argument(next(iter(others))))
     raw = TrainingConfig.read(config if config is not None else {})
     if optimizer is not None and raw.optimizer is not None:
         raise ConfigError("An optimizer was passed and the config has one, too. Leave one of them out.")
     if lr_scheduler is not None and raw.scheduler is not None:
         raise ConfigError("A learning-rate schedule was passed and the config has one, too. Leave one of them out.")
+    _refuse_metric(lr_scheduler)
     with _recording(raw.comms_logger) as recording:
         init_distributed()
         _agree_on_config(raw)  # before the mesh: groups cut in different ways would wait for each other
@@ -149,6 +156,7 @@ def initialize(
         if schedule is not None and not isinstance(schedule, LRScheduler):
             assert built is not None
             schedule = schedule(built)
+            _refuse_metric(schedule)
         elif schedule is None and settings.scheduler is not None:
             assert built is not None
             schedule = build_scheduler(settings.scheduler.type, settings.scheduler.params, built)
@@ -289,6 +297,11 @@ def _precision(settings: TrainingConfig, *, dp_size: int) -> Precision:
         masters=not settings.bf16.bf16_master_weights_and_grads,
         states=torch.bfloat16 if settings.bf16.bf16_optimizer_states else None,
     )
+
+
+def _refuse_metric(schedule: object) -> None:
+    if schedule is ReduceLROnPlateau or isinstance(schedule, ReduceLROnPlateau):
+        raise ConfigError(of_metric())
 
 
 def _need_optimizer(source: object) -> None:

@@ -1,15 +1,20 @@
-"""What DeepSpeed's engine has, and zcore's under another name or not at all: what to write in its place."""
+"""What DeepSpeed has, and zcore under another name or not at all: what to write in its place."""
 
-__all__ = ["what_to_write"]
+__all__ = ["refused_argument", "what_to_write"]
 
 INSTEAD = {
+    "allreduce_gradients": "nothing: backward() reduces them",
     "clip_fp32_gradients": '"gradient_clipping" in the config',
     "compile": "block.compile() on the blocks",
     "cuda": "nothing: the model is where the mesh's device is",
     "cur_scale": "engine.loss_scale",
+    "dp_world_size": "torch.distributed.get_world_size(), over the ranks that share the batch",
     "destroy": "engine.close()",
+    "empty_partition_cache": "nothing: what was gathered is free after a step",
+    "eval_batch": "engine(...) in a loop of your own, after engine.eval()",
     "forward": "engine(...)",
     "generate": "engine.module.generate(...)",
+    "get_mom": "the momenta in engine.optimizer.param_groups",
     "gradient_accumulation_steps": "engine.config.gradient_accumulation_steps",
     "load_state_dict": "model.load_state_dict() before `zero.initialize`, or engine.load_checkpoint(folder)",
     "local_rank": "int(os.environ['LOCAL_RANK'])",
@@ -25,6 +30,7 @@ INSTEAD = {
     "set_train_batch_size": "another config: an engine keeps its batch sizes",
     "state_dict": "engine.consolidated_state_dict()",
     "to": "nothing: the model is where the mesh's device is",
+    "train_batch": "engine(...), engine.backward(loss) and engine.step() in a loop of your own",
     "train_batch_size": "engine.config.train_batch_size",
     "train_micro_batch_size_per_gpu": "engine.config.train_micro_batch_size_per_gpu",
     "training": "engine.module.training",
@@ -36,3 +42,23 @@ INSTEAD = {
 def what_to_write(name: str) -> str | None:
     """In place of attribute `name` of DeepSpeed's engine; None where nothing is known of it."""
     return INSTEAD.get(name)
+
+
+ARGUMENTS = {
+    "args": "leave it out, and pass the path of the config as `config=`",
+    "collate_fn": "build your own DataLoader",
+    "config_params": "pass it as `config=`",
+    "dist_init_required": "leave it out: the process group is joined where there is none",
+    "distributed_port": "leave it out: the launcher (torchrun) tells it",
+    "mesh_param": "build a mesh and pass it as `mesh=`",
+    "mpu": "build a mesh and pass it as `mesh=`",
+    "training_data": "build your own DataLoader, with a DistributedSampler",
+}
+
+
+def refused_argument(name: str) -> str:
+    """The words for an argument that `zero.initialize` does not take."""
+    advice = ARGUMENTS.get(name)
+    told = f", as DeepSpeed's does: {advice}" if advice else ""
+    taken = "model, config, optimizer, lr_scheduler, model_parameters, mesh and events"
+    return f"zero.initialize takes no argument {name!r}{told}. It takes {taken}."

@@ -69,8 +69,9 @@ def check_recompute(model: nn.Module, *, every: int, save: Sequence[str]) -> lis
     blocks = list(find_blocks(model).values())
     if not blocks:
         raise ConfigError(
-            "activation_checkpointing: no blocks are recognisable in this model. Put repeated layers into a ModuleList "
-            "or Sequential, name them by `zero.set_leaf_modules`, or call torch.utils.checkpoint in the forward."
+            "activation_checkpointing: no blocks are recognisable in this model. Blocks are two modules or more of one "
+            "class in one ModuleList or Sequential, each with parameters in more than one module. Name others by "
+            "`zero.set_leaf_modules`, or call torch.utils.checkpoint in the forward."
         )
     if any(getattr(module, "gradient_checkpointing", False) or hasattr(module, MARK) for module in model.modules()):
         raise StateError(

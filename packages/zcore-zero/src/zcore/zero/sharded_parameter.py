@@ -409,7 +409,7 @@ def _outside_forward(param: ShardedParameter, func: Callable[..., object]) -> st
         )
     return (
         f"{param.fqn} (shape {param.full_shape}) is sharded, and `{func.__name__}` was called on it outside the "
-        "model's forward, where this rank holds a fragment only. Use it inside the forward of the sharded model; "
-        "or read and edit it inside `with zero.GatheredParameters([param], modifier_rank=...)`; or look at the "
-        "local fragment with `param.detach()`."
+        "model's forward, where a parameter is this rank's fragment, flat, at every stage. Use it inside the forward "
+        "of the sharded model; or read it inside `with zero.GatheredParameters([param])`, from where a loss may use "
+        "it, and edit it there with `modifier_rank=...`; or look at the local fragment with `param.detach()`."
     )

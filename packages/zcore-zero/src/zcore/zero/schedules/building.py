@@ -12,10 +12,10 @@ from zcore.core.errors import ConfigError, nearest
 from zcore.zero.schedules.cycles import LRRangeTest, OneCycle
 from zcore.zero.schedules.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
 
-__all__ = ["build_scheduler"]
+__all__ = ["build_scheduler", "of_metric"]
 
 OWN: tuple[type[LRScheduler], ...] = (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest)
-METRIC = "ReduceLROnPlateau"  # wants a metric at each step, which an engine does not have
+METRIC = "ReduceLROnPlateau"
 # They take functions or other schedules.
 OF_CODE = frozenset({"LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler"})
 
@@ -32,6 +32,8 @@ def build_scheduler(name: str, params: Mapping[str, object], optimizer: Optimize
             f"scheduler.type is {name!r}, which takes functions or schedules, and a config has none. Leave the section "
             f"out, and pass `lr_scheduler=lambda optimizer: {name}(optimizer, ...)` to zero.initialize."
         )
+    if name == METRIC:
+        raise ConfigError(f"scheduler.type is {name!r}. {of_metric()}")
     if name not in known:
         raise ConfigError(
             f"scheduler.type is {name!r}, which is no known schedule.{_suggestion(name, known)} Expected "
@@ -56,6 +58,15 @@ def build_scheduler(name: str, params: Mapping[str, object], optimizer: Optimize
         raise
     except (TypeError, ValueError) as error:  # torch met a value that it cannot use
         raise ConfigError(f"scheduler.params do not fit {name}: {error}. It takes: {accepted}.") from error
+
+
+def of_metric() -> str:
+    """Why a schedule of a metric is refused, and what to do."""
+    return (
+        f"{METRIC} steps by a metric, which an engine does not have. Leave it out, build it yourself over "
+        "`engine.optimizer`, call its step(metric) after each evaluation, with the same metric on every rank, and keep "
+        "its state_dict() in the `client_state` of checkpoints."
+    )
 
 
 def _known_schedulers() -> dict[str, type[LRScheduler]]:

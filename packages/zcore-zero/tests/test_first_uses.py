@@ -103,6 +103,29 @@ def test_a_forward_behind_two_that_are_forgotten_settles_at_its_own_nodes() -> N
     assert waiting is not None
 
 
+def test_forwards_that_are_held_for_good_do_not_make_steps_longer() -> None:
+    uses, held = FirstUses(), list[Graph]()
+    for step in range(200):
+        held.append(forward(uses, 20 * step, 0, 1))
+        trained = forward(uses, 20 * step + 10, 0, 1)
+        uses.begin_backward(20 * step + 11)
+        uses.end_backward()
+        del trained
+        assert len(uses._gaps) <= 10
+        assert len(uses._forwards) <= 10
+    assert len(held) == 200
+
+
+def test_a_backward_whose_first_node_is_of_a_forward_has_reached_it() -> None:
+    uses = FirstUses()
+    kept = forward(uses, 0, 0)
+    uses.begin_backward(0)
+    uses.end_backward()
+    forward(uses, 10, 0)
+    assert len(uses._forwards) == 1
+    assert kept is not None
+
+
 def test_forwards_that_are_looked_at_for_a_while_do_not_add_up() -> None:
     uses, held = FirstUses(), list[Graph]()
     for step in range(200):

@@ -32,7 +32,8 @@ class _Forward:
     def __init__(self) -> None:
         self.uses: dict[int, int] = {}
         self.first = self.last = -1  # of these numbers
-        self.graphs: list[weakref.ref[Graph]] = []  # none where no node of it holds one
+        self.graphs = weakref.WeakSet[Graph]()  # those that live
+        self.is_held = False  # whether nodes of all of it hold one
         self.is_one = True
         self.is_reached = False  # by a backward, one of whose nodes is its
 
@@ -46,12 +47,12 @@ class _Forward:
     @property
     def is_gone(self) -> bool:
         """Whether its graph is known to be."""
-        return bool(self.graphs) and all(graph() is None for graph in self.graphs)
+        return self.is_held and not self.graphs
 
     def add(self, other: "_Forward") -> None:
         """Be both."""
-        graphs = [*self.graphs, *other.graphs] if self.graphs and other.graphs else []
-        self.graphs = [graph for graph in graphs if graph() is not None] or graphs[:1]
+        self.graphs.update(other.graphs)
+        self.is_held = self.is_held and other.is_held
         self.is_one, self.is_reached = False, False  # whose a node is cannot be told
         for index, number in other.uses.items():
             self.note(index, number)
@@ -103,6 +104,8 @@ class FirstUses:
             gaps = _joined([*(gap for gap in self._gaps if gap[0] < end), *gaps])
         if len(kept) > REMEMBERED_FORWARDS:
             kept[0].add(kept.pop(1))
+            inside = [gap for gap in gaps if gap[1] <= kept[0].last]  # one at most, or there were more with each step
+            gaps = _joined([*gaps, (inside[0][0], inside[-1][1])] if inside else gaps)
         self._forwards, self._gaps = [*kept, _Forward()], gaps
         self._begun_at = -1
         self._untaken = None
@@ -110,7 +113,7 @@ class FirstUses:
     def _is_over(self, forward: _Forward) -> bool:
         if forward.is_gone or forward.last == -1:
             return True
-        return forward.is_reached if forward.graphs else forward.last <= self._begun_at
+        return forward.is_reached if forward.is_held else forward.last <= self._begun_at
 
     def graph(self) -> Graph:
         """That of the last forward, to be held by its nodes."""
@@ -118,7 +121,8 @@ class FirstUses:
             self._graph = Graph()
             if not self._forwards:
                 self._forwards.append(_Forward())
-            self._forwards[-1].graphs.append(weakref.ref(self._graph))
+            self._forwards[-1].graphs.add(self._graph)
+            self._forwards[-1].is_held = True
         return self._graph
 
     def note(self, index: int, number: int) -> None:
@@ -132,6 +136,7 @@ class FirstUses:
         """A backward runs its first node that concerns us; one that accumulates says nothing, so it may be any."""
         latest = max((forward.last for forward in self._forwards), default=-1)
         self._begun_at = max(self._begun_at, latest if number >= ACCUMULATES else number)
+        self.reach(number)
 
     def reach(self, number: int) -> None:
         """A backward has come to that node, which is of the last forward that had begun when it was made."""

@@ -12,7 +12,7 @@ __all__ = ["Adagrad"]
 
 
 class Adagrad(FlatOptimizer):
-    """Stands in for torch.optim.Adagrad, for dense gradients; as there, its states are made when it is.
+    """Stands in for torch.optim.Adagrad, for dense gradients; as there, its states are made when it is, but for "8bit".
 
     `foreach` and `fused` change nothing here; `differentiable` is not served.
     The sum of squares only grows, so "8bit" loses late gradients that are small beside it; see the op.
@@ -49,6 +49,8 @@ class Adagrad(FlatOptimizer):
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
+            if group["state_dtype"] == "8bit":
+                continue  # at the first step: scales cannot be cut with parameters that are sharded before it
             for param in group["params"]:
                 self._begin(param, group)
 

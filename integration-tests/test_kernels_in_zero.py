@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 STEPS = 12
 OPTIMIZERS = {
+    "Adam": {"lr": 1e-2, "weight_decay": 0.1, "adam_w_mode": False},
     "AdamW": {"lr": 1e-2, "weight_decay": 0.1},
     "Adagrad": {"lr": 3e-2},
     "Lion": {"lr": 1e-3, "weight_decay": 0.1},
@@ -82,7 +83,7 @@ def test_the_losses_are_those_without_the_wheel(ranks: Any, stage: int, precisio
         assert with_wheel[-1] < 0.9 * with_wheel[0]
 
 
-@pytest.mark.parametrize("optimizer", ["Adagrad", "Lion", "SGD"])
+@pytest.mark.parametrize("optimizer", ["Adam", "Adagrad", "Lion", "SGD"])
 def test_every_optimizer_of_the_wheel_is_taken(ranks: Any, optimizer: str) -> None:
     found = ranks(2, train_both_ways, config_of(optimizer))[0]
     assert found["installed"][0] == "zcore.kernels"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 from zcore.core import cli, ops
@@ -30,6 +31,18 @@ def test_what_a_wheel_serves_is_listed_under_its_contract(
     assert report.ops["rotate"]["cpu"] == "reference"
     assert report.problems == ()
     assert report.backends["gloo"]
+
+
+def test_the_line_of_ops_counts_who_serves_them_and_the_table_says_for_which_dtypes(
+    add_wheel: Callable[..., None],
+) -> None:
+    add_wheel("zcore-fast", "1", {})
+    ops.reference("mirror")(lambda: None)
+    ops.implementation("mirror", source="fast", priority=1, devices=("cpu",), dtypes=(torch.int8,))(lambda: None)
+    examined = examine()
+    report = replace(examined, ops={"mirror": examined.ops["mirror"]})
+    assert report.ops["mirror"]["cpu"] == "fast (int8)"
+    assert "fast (1): see below" in drawn(report, width=120)
 
 
 def test_a_broken_wheel_is_a_problem_with_its_cause_and_exit_1(

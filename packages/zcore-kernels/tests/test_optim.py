@@ -1,5 +1,6 @@
 """The optimizers in a training loop: beside torch.optim's, with states of every dtype, saved, loaded and refused."""
 
+import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,13 @@ from zcore.kernels import _cpu, optim
 # the last elements of a tensor: 1 or 2 units in the last place (6e-8) a step, over 20 steps.
 PARITY = {"rtol": 4e-6, "atol": 4e-7}
 PAIRS: dict[str, tuple[type[torch.optim.Optimizer], type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (optim.Adam, torch.optim.Adam, {"lr": 1e-2}),
+    "adam decayed": (optim.Adam, torch.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1}),
+    "adam as adamw": (
+        optim.Adam,
+        torch.optim.Adam,
+        {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True},
+    ),
     "adamw": (optim.AdamW, torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
     "adamw maximize": (optim.AdamW, torch.optim.AdamW, {"lr": 1e-2, "maximize": True}),
     "adagrad": (optim.Adagrad, torch.optim.Adagrad, {"lr": 1e-1, "lr_decay": 0.1, "weight_decay": 0.1}),
@@ -27,6 +35,7 @@ PAIRS: dict[str, tuple[type[torch.optim.Optimizer], type[torch.optim.Optimizer],
     "nesterov": (optim.SGD, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "nesterov": True}),
 }
 OWN: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (optim.Adam, {"lr": 1e-2, "weight_decay": 1e-3}),
     "adamw": (optim.AdamW, {"lr": 1e-2}),
     "lion": (optim.Lion, {"lr": 1e-3}),
     "adagrad": (optim.Adagrad, {"lr": 5e-2}),
@@ -158,7 +167,7 @@ def test_a_run_that_saves_and_loads_goes_on_to_the_bit(name: str, state_dtype: o
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adagrad", "momentum"])
+@pytest.mark.parametrize("name", ["adam decayed", "adam as adamw", "adamw", "adagrad", "momentum"])
 def test_states_go_from_torch_optim_and_back(name: str) -> None:
     ours, theirs, settings = PAIRS[name]
     models = model_of(), model_of()
@@ -288,8 +297,21 @@ def test_a_gpu_steps_as_the_cpu_does(name: str, state_dtype: optim.StateDtype) -
         (lambda params: optim.AdamW(params, amsgrad=True), "AdamW: amsgrad=True is not served"),
         (lambda params: optim.AdamW(params, capturable=True), "capturable=True"),
         (lambda params: optim.SGD(params, differentiable=True), "SGD: differentiable=True"),
-        (lambda params: optim.Adagrad(params, foreach=True), "Adagrad: foreach=True"),
-        (lambda params: optim.SGD(params, fused=False), "SGD: fused=False"),
+        (lambda params: optim.Adam(params, amsgrad=True), "Adam: amsgrad=True is not served"),
+        (lambda params: optim.Adagrad(params, foreach=True, fused=True), "Adagrad: foreach and fused are both True"),
+        (lambda params: optim.AdamW([{"params": params, "lr": -1.0}]), "AdamW: lr is -1.0"),
+        (lambda params: optim.Adam([{"params": params, "betas": (1.5, 2.0)}]), "Adam: betas are"),
+        (lambda params: optim.Adam(params, betas=(0.9, -0.1)), "Adam: betas are"),
+        (lambda params: optim.Adam(params, eps=-1e-8), "Adam: eps is -1e-08"),
+        (lambda params: optim.AdamW(params, lr=torch.ones(2)), "AdamW: lr is tensor.*expected one number"),
+        (lambda params: optim.SGD([{"params": params, "momentum": -0.1}]), "SGD: momentum is -0.1"),
+        (lambda params: optim.SGD([{"params": params, "nesterov": True}]), "SGD: nesterov"),
+        (lambda params: optim.Adagrad([{"params": params, "lr_decay": -1.0}]), "Adagrad: lr_decay is -1.0"),
+        (lambda params: optim.Adagrad([{"params": params, "differentiable": True}]), "Adagrad: differentiable=True"),
+        (lambda params: optim.LAMB([{"params": params, "max_coeff": 0.001}]), "LAMB: min_coeff is 0.01"),
+        (lambda params: optim.Lion([{"params": params, "weight_decay": -0.1}]), "Lion: weight_decay is -0.1"),
+        (lambda params: optim.SGD([{"params": params}], lr=-1.0), "SGD: lr is -1.0"),
+        (lambda params: optim.SGD([{"params": params, "lr": 0.1}], lr=-1.0), "SGD: lr is -1.0"),
         (lambda params: optim.AdamW(params, lr=-1.0), "AdamW: lr is -1.0"),
         (lambda params: optim.Lion(params, betas=(0.9, 1.0)), "Lion: betas are"),
         (lambda params: optim.LAMB(params, min_coeff=2.0, max_coeff=1.0), "LAMB: min_coeff is 2"),
@@ -312,8 +334,156 @@ def test_what_cannot_be_stepped_or_loaded_is_refused_by_name() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(LayoutError, match=r"gradient of parameter 0 is torch\.sparse_coo"):
         optim.Adagrad(embedding.parameters()).step()
+    twice = nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ConfigError, match="stands in the group twice"):
+        optim.SGD([twice, twice])
+
+
+def kept(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Groups, states and parameters as they are now."""
+    saved = optimizer.state_dict()
+    return {
+        "groups": copy.deepcopy(saved["param_groups"]),
+        "states": {
+            index: {key: value.tolist() for key, value in each.items()} for index, each in saved["state"].items()
+        },
+        "params": [param.tolist() for group in optimizer.param_groups for param in group["params"]],
+    }
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("name", OWN)
+def test_a_step_that_is_refused_changes_nothing(name: str, steps: int) -> None:
+    kind, settings = OWN[name]
+    torch.manual_seed(0)
+    first, dense, last = nn.Linear(9, 3), nn.Linear(3, 3), nn.Embedding(4, 3, sparse=True)
+    groups = [
+        {"params": [*first.parameters(), *last.parameters()]},
+        {"params": dense.parameters()},
+    ]
+    optimizer = kind(groups[::-1], **settings)  # the group of the embedding comes after one that could be stepped
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for param in params:
+        param.grad = torch.randn(param.shape)
+    for _ in range(steps):
+        optimizer.step()
+    before = kept(optimizer)
+    last.weight.grad = torch.randn(4, 3).to_sparse()
+    with pytest.raises(LayoutError, match=r"torch\.sparse_coo"):
+        optimizer.step()
+    assert kept(optimizer) == before
+    last.weight.grad = last.weight.grad.to_dense()
+    optimizer.step()
+    assert {float(state["step"]) for state in optimizer.state.values()} == {steps + 1.0}
+
+
+def trained_by(kind: Callable[..., torch.optim.Optimizer], **settings: Any) -> torch.optim.Optimizer:
     model = model_of()
-    other = torch.optim.AdamW(model.parameters(), amsgrad=True)
-    train(model, other, range(1))
-    with pytest.raises(ConfigError, match="amsgrad=True"):
-        optim.AdamW(model.parameters()).load_state_dict(other.state_dict())
+    optimizer = kind(model.parameters(), **settings)
+    train(model, optimizer, range(1))
+    return optimizer
+
+
+def spoilt_shape() -> dict[str, Any]:
+    saved = trained_by(torch.optim.AdamW, lr=0.5).state_dict()
+    saved["state"][3]["exp_avg"] = torch.ones(5)  # of the last parameter
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: trained_by(torch.optim.AdamW, lr=0.5, amsgrad=True).state_dict(), "amsgrad=True"),
+        (lambda: trained_by(torch.optim.Adam, lr=0.5, weight_decay=0.1).state_dict(), "decoupled_weight_decay=False"),
+        (spoilt_shape, r"saved exp_avg has shape \(5,\)"),
+    ],
+)
+def test_a_load_that_is_refused_changes_nothing(make: Callable[[], dict[str, Any]], words: str) -> None:
+    optimizer = trained_by(optim.AdamW, lr=1e-2)
+    groups, before = optimizer.param_groups, kept(optimizer)
+    with pytest.raises((ConfigError, LayoutError), match=words):
+        optimizer.load_state_dict(make())
+    assert optimizer.param_groups is groups
+    assert kept(optimizer) == before
+
+
+@pytest.mark.parametrize("settings", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}])
+@pytest.mark.parametrize("name", ["adam", "adamw", "adagrad", "sgd"])
+def test_how_torch_would_step_is_kept_in_the_group_and_changes_nothing(name: str, settings: dict[str, bool]) -> None:
+    ours, theirs, others = PAIRS[name]
+    models = model_of(), model_of()
+    asked, plain = ours(models[0].parameters(), **settings, **others), ours(models[1].parameters(), **others)
+    assert train(models[0], asked, range(3)) == train(models[1], plain, range(3))
+    assert asked.param_groups[0].items() >= settings.items()
+    again = theirs(models[0].parameters())
+    again.load_state_dict(asked.state_dict())
+    assert again.param_groups[0].items() >= settings.items()
+
+
+def test_a_loaded_group_counts_its_steps_here_wherever_torch_did() -> None:
+    saved = trained_by(torch.optim.AdamW).state_dict()
+    saved["param_groups"][0]["capturable"] = True
+    optimizer = optim.AdamW(model_of().parameters())
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["capturable"] is False
+
+
+def test_adamw_decouples_decay_whatever_a_loaded_group_says() -> None:
+    models = model_of(), model_of()
+    taken, plain = (optim.AdamW(model.parameters(), weight_decay=0.0) for model in models)
+    taken.load_state_dict(torch.optim.Adam(models[0].parameters()).state_dict())
+    for optimizer in (taken, plain):
+        optimizer.param_groups[0]["weight_decay"] = 0.5
+    assert train(models[0], taken, range(3)) == train(models[1], plain, range(3))
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, "8bit"])
+def test_adagrads_states_are_there_from_the_start_and_can_be_shared(state_dtype: optim.StateDtype) -> None:
+    model = model_of()
+    optimizer = optim.Adagrad(model.parameters(), initial_accumulator_value=0.5, state_dtype=state_dtype)
+    theirs = torch.optim.Adagrad(model.parameters(), initial_accumulator_value=0.5)
+    restored = optim.Adagrad(model.parameters())
+    restored.load_state_dict(optimizer.state_dict())
+    if state_dtype == "8bit":  # codes are made where they are stepped
+        assert not optimizer.state
+        optimizer.share_memory()
+        restored.load_state_dict(optimizer.state_dict())
+    for param in model.parameters():
+        assert float(optimizer.state[param]["step"]) == 0.0
+        torch.testing.assert_close(restored.state[param]["sum"], theirs.state[param]["sum"])
+    optimizer.share_memory()
+    assert all(value.is_shared() for state in optimizer.state.values() for value in state.values())
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "adagrad"])
+def test_torch_does_not_take_codes_for_values(name: str) -> None:
+    ours, theirs, _ = PAIRS[name]
+    model = model_of()
+    optimizer = ours(model.parameters(), state_dtype="8bit")
+    gradients(model, 0)
+    optimizer.step()
+    other = theirs(model.parameters())
+    other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(KeyError, match=next(iter(ours.signs))):
+        other.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "momentum", "lamb"])
+def test_a_compiled_loop_steps_as_a_plain_one_does(name: str) -> None:
+    kind, settings = OWN["lamb"] if name == "lamb" else PAIRS[name][::2]
+    models = model_of(), model_of()
+    optimizers = [kind(model.parameters(), **settings) for model in models]
+    graphs: list[Any] = []
+
+    def note(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(optimizers[0].step, backend=note)
+    for step in range(10):  # beyond the number of graphs after which torch.compile gives up
+        for model, run in zip(models, (compiled, optimizers[1].step), strict=True):
+            gradients(model, step)
+            run()
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    assert not graphs  # nothing of a step is made again for each number

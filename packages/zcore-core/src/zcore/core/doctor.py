@@ -6,6 +6,7 @@ nothing yet is said to, and never advised.
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -46,7 +47,7 @@ class Report:
     backends: dict[str, bool]  # of torch.distributed: built in or not
     wheels: dict[str, str | None]  # version, None where not installed
     contracts: dict[str, tuple[str, ...]]  # who serves each, the core's default first
-    ops: dict[str, dict[str, str]]  # op -> device type -> the source that serves fp32 there
+    ops: dict[str, dict[str, str]]  # op -> device type -> the source that serves fp32 there, or others: "cpp (int8)"
     findings: dict[str, tuple[Finding, ...]]  # by whoever offers them
     gains: dict[str, str]  # pip command -> what it brings
     problems: tuple[str, ...]  # what is installed and does not load
@@ -116,7 +117,22 @@ def _devices() -> list[str]:
 
 
 def _source(served: tuple[ops.Implementation, ...], device: str) -> str:
-    return next((item.source for item in served if item.refusal(device, torch.float32) is None), "nothing")
+    of_fp32 = next((item.source for item in served if item.refusal(device, torch.float32) is None), "nothing")
+    if of_fp32 not in {"reference", "nothing"}:
+        return of_fp32
+    for item in served:  # codes are of other dtypes
+        dtypes = [str(each) for each in item.dtypes if item.refusal(device, each) is None]
+        if dtypes:
+            return f"{item.source} ({', '.join(sorted(dtypes)).replace('torch.', '')})"
+    return of_fp32
+
+
+def _told(report: Report, group: str) -> str:
+    """Who serves `group`; ops are too many to name, and stand in a table of their own."""
+    if group != "zcore.ops" or not report.ops:
+        return ", ".join(report.contracts[group])
+    counts = Counter(source.partition(" ")[0] for sources in report.ops.values() for source in sources.values())
+    return ", ".join(f"{source} ({count})" for source, count in counts.most_common()) + ": see below"
 
 
 def draw(report: Report) -> "RenderableType":
@@ -150,8 +166,8 @@ def draw(report: Report) -> "RenderableType":
         wheels.add_row(name, version or "-", gives if holds_work else f"nothing yet; to be: {gives}", style=style)
 
     contracts = table("Contracts", "name", "purpose", "served by")
-    for group, served_by in report.contracts.items():
-        contracts.add_row(group, CONTRACTS[group].purpose, ", ".join(served_by))
+    for group in report.contracts:
+        contracts.add_row(group, CONTRACTS[group].purpose, _told(report, group))
 
     for wheel, findings in report.findings.items():
         found = table(f"{wheel} on this machine", "case", "served by", "otherwise")
@@ -159,7 +175,7 @@ def draw(report: Report) -> "RenderableType":
             found.add_row(finding.case, finding.served_by, finding.otherwise)
 
     if report.ops:
-        served = table("Ops in fp32", "name", *next(iter(report.ops.values())))
+        served = table("Ops in fp32, or as said", "name", *next(iter(report.ops.values())))
         for op, sources in report.ops.items():
             served.add_row(op, *sources.values())
 

@@ -47,7 +47,7 @@ WHEELS = {
         Wheel("zcore-pipe", "pipeline parallelism", holds_work=False),
         Wheel("zcore-offload", "CPU and NVMe tiers", holds_work=False),
         Wheel("zcore-infer", "inference engine and server", holds_work=False),
-        Wheel("zcore-kernels", "fast ops in C++", holds_work=True),
+        Wheel("zcore-kernels", "fast ops in C++, CUDA and Triton; optimizers, layers, file I/O", holds_work=True),
     )
 }
 

@@ -6,14 +6,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zcore.kernels.optim.flat_optimizer import FlatOptimizer, Params, Pieces, StateDtype, check_averages, refuse
+from zcore.kernels.optim.flat_optimizer import FlatOptimizer, Params, Pieces, StateDtype, check_averages
 
 __all__ = ["Adagrad"]
 
 
 class Adagrad(FlatOptimizer):
-    """Stands in for torch.optim.Adagrad, for dense gradients; its states are made at the first step.
+    """Stands in for torch.optim.Adagrad, for dense gradients; as there, its states are made when it is, but for "8bit".
 
+    `foreach` and `fused` change nothing here; `differentiable` is not served.
     The sum of squares only grows, so "8bit" loses late gradients that are small beside it; see the op.
     """
 
@@ -34,28 +35,36 @@ class Adagrad(FlatOptimizer):
         fused: bool | None = None,
         state_dtype: StateDtype = torch.float32,
     ) -> None:
-        refuse("Adagrad", foreach=foreach, differentiable=differentiable, fused=fused)
-        check_averages(
-            "Adagrad",
-            lr=lr,
-            lr_decay=lr_decay,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-            eps=eps,
-        )
         defaults = {
             "lr": lr,
             "lr_decay": lr_decay,
             "eps": eps,
             "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value,
-            "foreach": None,
+            "foreach": foreach,
             "maximize": maximize,
-            "differentiable": False,
-            "fused": None,
+            "differentiable": differentiable,
+            "fused": fused,
             "state_dtype": state_dtype,
         }
         super().__init__(params, defaults)
+        for group in self.param_groups:
+            if group["state_dtype"] == "8bit":
+                continue  # at the first step: scales cannot be cut with parameters that are sharded before it
+            for param in group["params"]:
+                self._begin(param, group)
+
+    def share_memory(self) -> None:
+        """Move the states to memory that processes share, as torch.optim.Adagrad does."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                for value in self._begin(param, group).values():
+                    value.share_memory_()
+
+    def check_settings(self, group: Mapping[str, Any]) -> None:
+        """See `FlatOptimizer`."""
+        names = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
+        check_averages("Adagrad", **{name: group[name] for name in names})
 
     def initial(self, group: Mapping[str, Any]) -> float:
         """See `FlatOptimizer`."""

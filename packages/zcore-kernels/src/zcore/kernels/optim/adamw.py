@@ -1,20 +1,23 @@
-"""AdamW with torch.optim.AdamW's signature (arXiv 1711.05101), in one pass over each parameter."""
+"""AdamW with torch.optim.AdamW's signature (arXiv 1711.05101, algorithm 2): Adam whose weight decay is decoupled."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zcore.kernels.optim.flat_optimizer import FlatOptimizer, Params, Pieces, StateDtype, check_averages, refuse
+from zcore.core.errors import ConfigError
+from zcore.kernels.optim.adam import Adam
+from zcore.kernels.optim.flat_optimizer import Params, StateDtype
 
 __all__ = ["AdamW"]
 
 
-class AdamW(FlatOptimizer):
-    """Stands in for torch.optim.AdamW: the same groups, schedulers, states and state_dict. No `amsgrad`."""
+class AdamW(Adam):
+    """Stands in for torch.optim.AdamW: the same groups, schedulers, states and state_dict. No `amsgrad`.
 
-    signs: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
+    `foreach` and `fused` change nothing here; `amsgrad`, `capturable` and `differentiable` are not served.
+    """
 
     def __init__(  # noqa: PLR0917 - torch's signature
         self,
@@ -32,42 +35,31 @@ class AdamW(FlatOptimizer):
         fused: bool | None = None,
         state_dtype: StateDtype = torch.float32,
     ) -> None:
-        refuse(
-            "AdamW", amsgrad=amsgrad, foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            state_dtype=state_dtype,
         )
-        check_averages("AdamW", betas=betas, lr=lr, eps=eps, weight_decay=weight_decay)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": False,
-            "maximize": maximize,
-            "foreach": None,
-            "capturable": False,
-            "differentiable": False,
-            "fused": None,
-            "decoupled_weight_decay": True,
-            "state_dtype": state_dtype,
-        }
-        super().__init__(params, defaults)
 
-    def step_pieces(self, group: Mapping[str, Any], pieces: Pieces) -> None:
+    def check_settings(self, group: Mapping[str, Any]) -> None:
         """See `FlatOptimizer`."""
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        pieces.call(
-            "adamw_step",
-            pieces.grads,
-            pieces.states["exp_avg"],
-            pieces.states["exp_avg_sq"],
-            exp_avg_scales=pieces.states["exp_avg_scale"],
-            exp_avg_sq_scales=pieces.states["exp_avg_sq_scale"],
-            lr=float(group["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            bias_correction1=1.0 - beta1**pieces.step,
-            bias_correction2=1.0 - beta2**pieces.step,
-            grad_factor=-1.0 if group["maximize"] else 1.0,
-        )
+        super().check_settings(group)
+        if not group["decoupled_weight_decay"] and group["weight_decay"]:
+            raise ConfigError(
+                "AdamW: the group has decoupled_weight_decay=False, of torch.optim.Adam; expected that of AdamW. "
+                "Set weight_decay to 0, or take zcore.kernels.optim.Adam."
+            )
+
+    def is_decoupled(self, group: Mapping[str, Any]) -> bool:
+        """Always, whatever a loaded group says."""
+        return True

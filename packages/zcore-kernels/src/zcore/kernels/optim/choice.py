@@ -12,6 +12,7 @@ import torch
 from zcore.core import ops
 from zcore.core.errors import NotInstalledError
 from zcore.kernels.optim.adagrad import Adagrad
+from zcore.kernels.optim.adam import Adam
 from zcore.kernels.optim.adamw import AdamW
 from zcore.kernels.optim.flat_optimizer import FlatOptimizer
 from zcore.kernels.optim.lion import Lion
@@ -20,6 +21,7 @@ from zcore.kernels.optim.sgd import SGD
 __all__ = ["offer"]
 
 OPS: dict[str, tuple[type[FlatOptimizer], str]] = {
+    "Adam": (Adam, "adamw_step"),
     "AdamW": (AdamW, "adamw_step"),
     "Adagrad": (Adagrad, "adagrad_step"),
     "Lion": (Lion, "lion_step"),

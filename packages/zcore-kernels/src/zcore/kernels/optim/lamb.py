@@ -35,9 +35,6 @@ class LAMB(FlatOptimizer):
         maximize: bool = False,
         state_dtype: StateDtype = torch.float32,
     ) -> None:
-        check_averages("LAMB", betas=betas, lr=lr, eps=eps, weight_decay=weight_decay, min_coeff=min_coeff)
-        if min_coeff > max_coeff:
-            raise ConfigError(f"LAMB: min_coeff is {min_coeff:g}, above max_coeff, {max_coeff:g}.")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -50,6 +47,15 @@ class LAMB(FlatOptimizer):
             "state_dtype": state_dtype,
         }
         super().__init__(params, defaults)
+
+    def check_settings(self, group: Mapping[str, Any]) -> None:
+        """See `FlatOptimizer`."""
+        min_coeff, max_coeff = group["min_coeff"], group["max_coeff"]
+        check_averages(
+            "LAMB", **{name: group[name] for name in ("betas", "lr", "eps", "weight_decay", "min_coeff", "max_coeff")}
+        )
+        if min_coeff > max_coeff:
+            raise ConfigError(f"LAMB: min_coeff is {min_coeff:g}, above max_coeff, {max_coeff:g}.")
 
     def step_pieces(self, group: Mapping[str, Any], pieces: Pieces) -> None:
         """See `FlatOptimizer`."""

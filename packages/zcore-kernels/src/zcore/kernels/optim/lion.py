@@ -26,7 +26,6 @@ class Lion(FlatOptimizer):
         maximize: bool = False,
         state_dtype: StateDtype = torch.float32,
     ) -> None:
-        check_averages("Lion", betas=betas, lr=lr, weight_decay=weight_decay)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -35,6 +34,10 @@ class Lion(FlatOptimizer):
             "state_dtype": state_dtype,
         }
         super().__init__(params, defaults)
+
+    def check_settings(self, group: Mapping[str, Any]) -> None:
+        """See `FlatOptimizer`."""
+        check_averages("Lion", **{name: group[name] for name in ("betas", "lr", "weight_decay")})
 
     def step_pieces(self, group: Mapping[str, Any], pieces: Pieces) -> None:
         """See `FlatOptimizer`."""

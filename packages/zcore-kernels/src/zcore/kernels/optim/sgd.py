@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from zcore.core.errors import ConfigError
-from zcore.kernels.optim.flat_optimizer import FlatOptimizer, Params, Pieces, StateDtype, check_averages, refuse
+from zcore.kernels.optim.flat_optimizer import FlatOptimizer, Params, Pieces, StateDtype, check_averages
 
 __all__ = ["SGD"]
 
 
 class SGD(FlatOptimizer):
-    """Stands in for torch.optim.SGD. Without momentum it has no state of each element."""
+    """Stands in for torch.optim.SGD. Without momentum it has no state of each element.
+
+    `foreach` and `fused` change nothing here; `differentiable` is not served.
+    """
 
     signs: ClassVar[Mapping[str, bool]] = {"momentum_buffer": True}
 
@@ -32,12 +35,6 @@ class SGD(FlatOptimizer):
         fused: bool | None = None,
         state_dtype: StateDtype = torch.float32,
     ) -> None:
-        refuse("SGD", foreach=foreach, differentiable=differentiable, fused=fused)
-        check_averages("SGD", lr=lr, momentum=momentum, weight_decay=weight_decay)
-        if nesterov and (momentum <= 0.0 or dampening != 0.0):
-            raise ConfigError(
-                f"SGD: nesterov with {momentum=} and {dampening=}; expected a momentum above 0 and no dampening."
-            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -45,12 +42,21 @@ class SGD(FlatOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
-            "foreach": None,
-            "differentiable": False,
-            "fused": None,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
             "state_dtype": state_dtype,
         }
         super().__init__(params, defaults)
+
+    def check_settings(self, group: Mapping[str, Any]) -> None:
+        """See `FlatOptimizer`."""
+        momentum, dampening = group["momentum"], group["dampening"]
+        check_averages("SGD", lr=group["lr"], momentum=momentum, weight_decay=group["weight_decay"])
+        if group["nesterov"] and (momentum <= 0.0 or dampening != 0.0):
+            raise ConfigError(
+                f"SGD: nesterov with {momentum=} and {dampening=}; expected a momentum above 0 and no dampening."
+            )
 
     def states_of(self, group: Mapping[str, Any]) -> Iterable[str]:
         """See `FlatOptimizer`."""

@@ -28,6 +28,7 @@ from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels.ops.dynamic_code import decode, encode, num_blocks
 from zcore.kernels.ops.pieces import FLOATS
+from zcore.kernels.optim.shards import begin_shard, grad_shard_of, shard_of
 
 __all__ = ["FlatOptimizer", "Params", "Pieces", "StateDtype", "check_averages", "refuse"]
 
@@ -56,6 +57,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     """A subclass names its states, and steps the pieces of a group."""
 
     signs: ClassVar[Mapping[str, bool]]  # of each state, whether it has values below 0
+    is_elementwise: ClassVar[bool] = True  # so a shard is stepped as in the whole
 
     def states_of(self, group: Mapping[str, Any]) -> Iterable[str]:
         """The states that parameters of `group` need."""
@@ -142,15 +144,19 @@ class FlatOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}: the gradient of parameter {index} is {grad.layout}; expected "
                     "torch.strided. Make the embedding with sparse=False."
                 )
+            begin_shard(
+                type(self).__name__, param, state_dtype=group["state_dtype"], is_elementwise=self.is_elementwise
+            )
             state = self.state[param]
             is_first = self._begin(param, group)
             state["step"] += 1
             key = (param.dtype, grad.dtype, param.device, int(state["step"]), is_first)
             pieces = kinds.setdefault(key, Pieces(step=key[3], is_first=is_first))
-            pieces.params.append(_flat(param))
-            pieces.grads.append(_flat(_laid_out_as(param, grad)))
+            shard = shard_of(param)
+            pieces.params.append(_flat(shard))
+            pieces.grads.append(_flat(_laid_out_as(shard, grad_shard_of(param, grad))))
             for name in self.states_of(group):
-                pieces.states[name].append(_flat(state[name]))
+                pieces.states[name].append(_flat(shard_of(state[name])))
                 if name + "_scale" in state:
                     pieces.states[name + "_scale"].append(state[name + "_scale"])
         return list(kinds.values())

@@ -25,6 +25,11 @@ __all__ = ["all_have_memory", "any_needs_torch", "is_plain", "lists_need_torch",
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 ORDINARY = PLAIN | {int, float, bool, str, type(None), torch.dtype, torch.device}
 
+# Bound once: these are asked in every step, of every tensor.
+_flat = chain.from_iterable
+_num_modes = torch._C._len_torch_dispatch_stack
+_data_ptr, _is_neg = Tensor.data_ptr, Tensor.is_neg
+
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether torch itself computes with `tensor`: no subclass says how."""
@@ -33,19 +38,17 @@ def is_plain(tensor: Tensor) -> bool:
 
 def lists_need_torch(op: str, lists: Sequence[Iterable[object]]) -> bool:
     """Whether a call of `op` with these lists of tensors has to go through torch. Raises LayoutError for a DTensor."""
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if _num_modes():
         return True
     try:
-        if PLAIN.issuperset(map(type, chain.from_iterable(lists))):
-            return False
-        return any(_needs_torch(op, each) for each in chain.from_iterable(lists))
+        return not PLAIN.issuperset(map(type, _flat(lists))) and any(_needs_torch(op, each) for each in _flat(lists))
     except TypeError:  # what is no list is refused by name where the table is read
         return False
 
 
 def any_needs_torch(op: str, operands: Sequence[object]) -> bool:
     """The same of operands among which are tensors, lists of them, and settings."""
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if _num_modes():
         return True
     return not ORDINARY.issuperset(map(type, operands)) and any(_needs_torch(op, each) for each in operands)
 
@@ -65,9 +68,8 @@ def _needs_torch(op: str, operand: object) -> bool:
 
 def all_have_memory(lists: Sequence[Sequence[Tensor]]) -> bool:
     """Whether all tensors of these lists pass `require_memory`; False, too, for some that pass, as empty ones."""
-    return all(map(Tensor.data_ptr, chain.from_iterable(lists))) and not any(
-        map(Tensor.is_neg, chain.from_iterable(lists))
-    )
+    tensors = [*_flat(lists)]
+    return all(map(_data_ptr, tensors)) and not any(map(_is_neg, tensors))
 
 
 def require_memory(what: str, tensor: Tensor) -> None:

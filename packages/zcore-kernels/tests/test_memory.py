@@ -14,7 +14,7 @@ from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels import optim
 from zcore.kernels.commands.cases import CASES, Call, Operands, tensors_in
-from zcore.kernels.ops import adamw_step, sgd_step, squared_norm
+from zcore.kernels.ops import adamw_step, quantize_blockwise, sgd_step, squared_norm
 from zcore.kernels.ops.memory import any_needs_torch
 
 CPU = torch.device("cpu")
@@ -65,6 +65,16 @@ def test_a_transform_of_torch_func_is_refused_by_name(op: str) -> None:
     function, call = case_of(op)
     with pytest.raises(LayoutError, match=rf"^{op}.*as inside torch\.vmap"):
         torch.vmap(lambda values: function(values, **call.kwargs))(torch.randn(3, 64))
+
+
+def test_a_fake_that_comes_to_compiled_code_all_the_same_is_refused_by_name() -> None:
+    with FakeTensorMode():
+        values = torch.randn(64)
+    with (
+        pytest.warns(UserWarning, match="data pointer of FakeTensor"),
+        pytest.raises(LayoutError, match=r"values, a FakeTensor of shape \(64,\), has no memory"),
+    ):
+        quantize_blockwise.quantize_blockwise(values, format="int8", block_size=64)
 
 
 def negated(tensor: Tensor) -> Tensor:

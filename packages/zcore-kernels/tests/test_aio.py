@@ -295,10 +295,66 @@ def test_what_cannot_be_moved_is_refused_before_anything_is(queue: FileQueue, tm
             queue.write(file, torch.ones(4, 4).t())
         with pytest.raises(LayoutError, match="on meta"):
             queue.read(file, torch.empty(4, device="meta"))
-        for offset in (-1, 1 << 63, (1 << 63) - 8):
+        with pytest.raises(LayoutError, match="got a ndarray; expected a tensor"):
+            queue.write(file, torch.ones(4).numpy())  # type: ignore[arg-type]
+        for offset in (-1, 1 << 63, (1 << 63) - 8, 1.0):
             with pytest.raises(ConfigError):
-                queue.write(file, torch.ones(4), offset=offset)
+                queue.write(file, torch.ones(4), offset=offset)  # type: ignore[arg-type]
         assert file.nbytes == 0
+
+
+def test_bytes_that_are_not_the_values_or_not_there_are_refused_by_name(queue: FileQueue, tmp_path: Path) -> None:
+    conjugated = torch.tensor([1 + 2j]).conj()
+    freed = torch.ones(4)
+    freed.untyped_storage().resize_(0)
+    with open_file(tmp_path / "file", "w+") as file:
+        for move in (queue.write, queue.read):
+            with pytest.raises(LayoutError, match="is conjugated lazily"):
+                move(file, conjugated)
+            with pytest.raises(LayoutError, match="is negated lazily"):
+                move(file, conjugated.imag[:1].view(1))
+            with pytest.raises(LayoutError, match=r"has no memory \(address 0\)"):
+                move(file, freed)
+        assert file.nbytes == 0
+    with pytest.raises(LayoutError, match=r"crc32c: the tensor, of shape .* is conjugated"):
+        crc32c(conjugated)
+
+
+def test_a_backward_pass_over_what_was_read_into_since_is_refused(queue: FileQueue, tmp_path: Path) -> None:
+    weight, saved = torch.ones(3, requires_grad=True), torch.ones(3)
+    with open_file(tmp_path / "file", "w+") as file:
+        queue.write(file, torch.full((3,), 5.0)).wait()
+        loss = (weight * saved).sum()
+        queue.read(file, saved).wait()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        with torch.inference_mode():
+            queue.read(file, torch.ones(3)).wait()  # which nothing saves
+
+
+def test_a_read_into_what_requires_grad_is_refused_as_torch_refuses_to_write_there(
+    queue: FileQueue, tmp_path: Path
+) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    with open_file(tmp_path / "file", "w+") as file:
+        queue.write(file, torch.full((3,), 5.0)).wait()
+        for into in (param, param * 2.0):
+            with pytest.raises(StateError, match=r"requires grad; .*torch\.no_grad\(\)"):
+                queue.read(file, into)
+        with torch.no_grad():
+            queue.read(file, param).wait()
+        queue.write(file, param, offset=12).wait()
+        assert file.nbytes == 24
+    assert torch.equal(param, torch.full((3,), 5.0))
+
+
+def test_paths_that_the_system_would_take_for_others_are_refused_when_opened(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected one without NUL"):
+        open_file(f"{tmp_path}/made\0file", "w+")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileError, match=r'with mode "r" failed: Is a directory\. Give the path of a file') as caught:
+        open_file(tmp_path, "r")
+    assert caught.value.errno == errno.EISDIR
 
 
 @pytest.mark.parametrize(

@@ -107,14 +107,18 @@ def open_file(path: str | os.PathLike[str], mode: Mode = "r", *, direct: bool | 
     """Open a file for FileQueue: "r" reads, "r+" reads and writes, "w+" makes it or cuts it to nothing first.
 
     direct: past the page cache (O_DIRECT) where its file system has that ("auto"; `File.is_direct` says), always, or
-    never. Raises FileError where it cannot be opened so.
+    never. Raises FileError where it cannot be opened so, and for a folder; ConfigError for a path that cannot be one.
     """
     name = Path(path)
+    if "\0" in str(name):
+        raise ConfigError(f"path is {str(name)!r}; expected one without NUL, which ends a path for the system.")
     if mode not in ACCESS:
         raise ConfigError(f"mode is {mode!r}; expected one of {', '.join(map(repr, ACCESS))}.")
     if direct not in CACHING:
         raise ConfigError(f'direct is {direct!r}; expected True, False or "auto".')
     try:
+        if name.is_dir():  # the system would open it to read, and refuse each read
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         native = _aio.File.open(os.fsencode(name), ACCESS[mode], CACHING[direct])
     except OSError as error:
         code = error.errno or errno.EIO

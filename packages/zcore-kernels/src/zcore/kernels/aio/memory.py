@@ -6,10 +6,11 @@ import mmap
 import torch
 from torch import Tensor
 
-from zcore.core.errors import LayoutError
+from zcore.core.errors import LayoutError, StateError
 from zcore.kernels import _aio
+from zcore.kernels.ops.memory import require_memory
 
-__all__ = ["aligned_empty", "check_flat", "crc32c", "crc32c_combine"]
+__all__ = ["aligned_empty", "check_filled", "check_flat", "crc32c", "crc32c_combine"]
 
 HUGE_PAGE_BYTES = 2 << 20
 
@@ -48,8 +49,22 @@ def crc32c_combine(first: int, second: int, second_nbytes: int) -> int:
     return _aio.crc32c_combine(first, second, second_nbytes)
 
 
+def check_filled(what: str, tensor: Tensor) -> None:
+    """Raise StateError where autograd would not know that `tensor` is filled; `what` begins the message."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise StateError(
+            f"{what} got a tensor of shape {tuple(tensor.shape)} that requires grad; expected one that does not, since "
+            "a read has no gradient. Read under torch.no_grad(), or into `tensor.detach()`."
+        )
+
+
 def check_flat(what: str, tensor: Tensor) -> None:
     """Raise LayoutError unless `tensor` is contiguous memory of the CPU; `what` begins the message."""
+    if not isinstance(tensor, Tensor):
+        raise LayoutError(
+            f"{what} got a {type(tensor).__name__}; expected a tensor. `torch.from_numpy` makes one of an array, of "
+            "the same memory."
+        )
     if not tensor.is_cpu:
         raise LayoutError(f"{what} got a tensor on {tensor.device}; expected one on the CPU. Copy it there.")
     if not tensor.is_contiguous():
@@ -57,3 +72,4 @@ def check_flat(what: str, tensor: Tensor) -> None:
             f"{what} got a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}; expected contiguous "
             "memory. Use a contiguous one, and copy from or to it."
         )
+    require_memory(f"{what}: the tensor", tensor)

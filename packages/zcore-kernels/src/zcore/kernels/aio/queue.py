@@ -4,15 +4,17 @@ import errno
 import logging
 import os
 import weakref
+from operator import index
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, SupportsIndex
 
+import torch
 from torch import Tensor
 
 from zcore.core.errors import ConfigError, FileError, StateError
 from zcore.kernels import _aio
 from zcore.kernels.aio.file import File
-from zcore.kernels.aio.memory import check_flat
+from zcore.kernels.aio.memory import check_filled, check_flat
 from zcore.kernels.aio.request import SIGNALS_S, Request, Verb
 
 __all__ = ["FileQueue"]
@@ -95,7 +97,9 @@ class FileQueue:
     def read(self, file: File, into: Tensor, *, offset: int = 0) -> Request:
         """Begin to fill `into`, contiguous on the CPU, of any dtype, with bytes of `file` from `offset` (bytes) on.
 
-        Raises LayoutError and ConfigError for what cannot be moved so, StateError where queue or file are closed.
+        To autograd it is changed in place by this call: a backward pass that needs what stood there is refused. Raises
+        LayoutError and ConfigError for what cannot be moved so, StateError where queue or file are closed, and for a
+        tensor that requires grad, outside torch.no_grad().
         """
         return self._submit(file, "Reading", into, offset)
 
@@ -152,14 +156,18 @@ class FileQueue:
     def _submit(self, file: File, verb: Verb, tensor: Tensor, offset: int) -> Request:
         native, target, name = self._opened(), file.native, f"{verb} {file.path}"
         check_flat(name, tensor)
-        if not 0 <= offset < 1 << 63:
-            raise ConfigError(f"{name}: offset is {offset}; expected 0 to 2^63 bytes.")
+        if verb == "Reading":
+            check_filled(name, tensor)
+        if not isinstance(offset, SupportsIndex) or not 0 <= index(offset) < 1 << 63:
+            raise ConfigError(f"{name}: offset is {offset!r}; expected a whole number of bytes, 0 to 2^63.")
         try:
-            moving = native.submit(target, verb == "Writing", offset, tensor.data_ptr(), tensor.nbytes)
+            moving = native.submit(target, verb == "Writing", index(offset), tensor.data_ptr(), tensor.nbytes)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         except RuntimeError as error:
             raise StateError(str(error)) from error
+        if verb == "Reading" and not tensor.is_inference():
+            torch.autograd.graph.increment_version([tensor])
         request = Request(
             moving, self._untold, path=file.path, verb=verb, offset=offset, tensor=tensor, checksum=self.checksum
         )

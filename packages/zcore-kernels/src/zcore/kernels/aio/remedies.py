@@ -6,6 +6,7 @@ __all__ = ["remedy"]
 
 REMEDIES = {
     errno.ENOENT: 'Check the path; mode "w+" makes a file.',
+    errno.EISDIR: "Give the path of a file in it.",
     errno.EACCES: "Check the permissions of the file and of its folders.",
     errno.EROFS: "Its file system is mounted read-only; choose another path.",
     errno.ENOSPC: "Free space there, or choose another path; `File.allocate` reserves room before work begins.",

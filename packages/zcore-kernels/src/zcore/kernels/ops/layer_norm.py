@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zcore.kernels import _cpu
 from zcore.kernels.ops.differentiable import register_backward, register_differentiable
-from zcore.kernels.ops.operands import check, operand, rows_of
+from zcore.kernels.ops.operands import check, check_floating, operand, rows_of
 
 __all__ = ["layer_norm", "layer_norm_residual", "reference", "reference_residual"]
 
@@ -19,8 +19,9 @@ __all__ = ["layer_norm", "layer_norm_residual", "reference", "reference_residual
 def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Rows of `x`, [..., hidden], less their mean, over their deviation, times `weight`, plus `bias`; or without these.
 
-    Computed in fp32 at least, in x's dtype at the end.
+    Computed in fp32 at least, in x's dtype at the end. Raises ConfigError for integers.
     """
+    check_floating("layer_norm", "x", x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = wide - wide.mean(-1, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)

@@ -9,9 +9,21 @@ import torch
 from torch import Tensor
 
 from zcore.core.errors import ConfigError, LayoutError
+from zcore.kernels.ops.memory import is_plain, require_memory
 from zcore.kernels.ops.pieces import FLOATS, TYPES
 
-__all__ = ["CPU", "Operand", "check", "check_indices", "check_place", "device_of", "first_tensor", "operand", "rows_of"]
+__all__ = [
+    "CPU",
+    "Operand",
+    "check",
+    "check_floating",
+    "check_indices",
+    "check_place",
+    "device_of",
+    "first_tensor",
+    "operand",
+    "rows_of",
+]
 
 CPU = torch.device("cpu")
 Operand = tuple[int, int]  # address and zcore::Type
@@ -54,6 +66,8 @@ def check(
 
     LayoutError says where and how it lies, ConfigError of which dtype it is.
     """
+    if not isinstance(tensor, Tensor):
+        raise LayoutError(f"{op}: {name} is a {type(tensor).__name__}; expected a tensor.")
     if not (tensor.is_cpu if device is CPU else tensor.device == device):
         expected = "the CPU" if device == CPU else str(device)
         raise LayoutError(f"{op}: {name} is on {tensor.device}; expected {expected}. Move it there.")
@@ -69,6 +83,14 @@ def check(
         )
     if numel is not None and tensor.numel() != numel:
         raise LayoutError(f"{op}: {name} has {tensor.numel()} elements; expected {numel}.")
+    if device is CPU or is_plain(tensor):  # Triton's launchers are traced with FakeTensors, and take no address
+        require_memory(f"{op}: {name}", tensor)
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ConfigError unless `tensor` is of a floating-point dtype; for references, which take any of them."""
+    if not tensor.is_floating_point():
+        raise ConfigError(f"{op}: {name} is {tensor.dtype}; expected a floating-point dtype. Convert it.")
 
 
 def check_indices(op: str, name: str, indices: Tensor, count: int, what: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels import _cpu
 from zcore.kernels.ops.dynamic_code import num_blocks
+from zcore.kernels.ops.memory import all_have_memory, require_memory
 
 __all__ = ["FLOATS", "TYPES", "Column", "Columns", "cuda_index", "scales", "state"]
 
@@ -64,15 +65,21 @@ class Columns:
     def table(self, operands: Sequence[Sequence[Tensor]]) -> _cpu.Table:
         """The table of `operands`, one list for each column; whoever holds it holds them.
 
-        Raises LayoutError for tensors that are not flat on one device or not of one size, ConfigError for a dtype.
+        Raises LayoutError for what is no list of tensors, and for tensors that are not flat on one device, not of one
+        size or without memory (see memory.py), ConfigError for a dtype.
         """
-        table = self._layout.read(operands, cuda_index(operands[0]))
-        if table is None:
+        try:
+            table = self._layout.read(operands, cuda_index(operands[0]))
+            if table is None or not all_have_memory(operands):
+                self._refuse(operands)
+        except (AttributeError, TypeError, RuntimeError):  # of what is no tensor, or of one without storage
             self._refuse(operands)
+            raise
         assert table is not None
         return table
 
     def _refuse(self, operands: Sequence[Sequence[Tensor]]) -> None:
+        _check_lists(self._op, self._columns, operands)
         numels = [tensor.numel() for tensor in operands[0]]
         device = operands[0][0].device if cuda_index(operands[0]) is not None else CPU
         of_codes = {
@@ -105,12 +112,27 @@ def _type(column: Column, dtype: torch.dtype) -> int:
     return TYPES[dtype]
 
 
+def _check_lists(op: str, columns: Sequence[Column], operands: Sequence[object]) -> None:
+    if len(operands) != len(columns):
+        names = ", ".join(column.name for column in columns)
+        raise LayoutError(f"{op} got {len(operands)} lists of tensors; expected {len(columns)}: {names}.")
+    for column, tensors in zip(columns, operands, strict=True):
+        if not isinstance(tensors, list | tuple):
+            raise LayoutError(
+                f"{op}: {column.name} is a {type(tensors).__name__}; expected a list with a tensor for each piece."
+            )
+        for index, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise LayoutError(f"{op}: {column.name}[{index}] is a {type(tensor).__name__}; expected a tensor.")
+
+
 def _check(op: str, column: Column, tensors: Sequence[Tensor], numels: Sequence[int], device: torch.device) -> None:
     dtype = tensors[0].dtype if tensors else column.dtypes[0]
     for index, tensor in enumerate(tensors):
         is_flat = tensor.is_contiguous() and tensor.device == device
         if tensor.dtype is not dtype or tensor.numel() != numels[index] or not is_flat:
             raise _refusal(f"{op}: {column.name}[{index}]", tensor, dtype, numels[index], device)
+        require_memory(f"{op}: {column.name}[{index}]", tensor)
     if dtype not in column.dtypes:
         served = ", ".join(map(str, column.dtypes))
         raise ConfigError(f"{op}: {column.name} are {dtype}; expected {served}. Convert them.")

@@ -6,8 +6,9 @@ other arguments are the hyper-parameters:
     (params, grads, copies=(), *, lr: float, is_first: bool = False) -> None         the reference's signature
     (Tensor(a!)[] params, Tensor[] grads, Tensor(c!)[] copies, *, float lr, bool is_first=False) -> ()       the schema
 
-In a graph that torch.compile makes an op is called through torch. Outside it is called as it is, since torch's way
-takes some microseconds more (docs/decisions).
+In a graph that torch.compile makes, under a mode of torch's dispatch, and with tensors that say themselves how they are
+computed with, as FakeTensors, an op is called through torch. Else it is called as it is, since torch's way takes some
+microseconds more (docs/decisions).
 """
 
 import inspect
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from zcore.core import ops
+from zcore.core.errors import ConfigError, nearest
 from zcore.kernels.cuda import loading as cuda_loading
 from zcore.kernels.cuda.stepping import Result, step, sum_squares
+from zcore.kernels.ops.memory import any_needs_torch, lists_need_torch
 from zcore.kernels.ops.operands import first_tensor
 from zcore.kernels.ops.pieces import FLOATS, Column, Columns, cuda_index
 from zcore.kernels.triton import loading as triton_loading
@@ -55,14 +58,18 @@ def flat_op(
         settings = defaults | given
         table = taken.table(operands)
         made = None
-        if cuda_index(operands[0]) is None:
-            on_host = compiled(table, torch.get_num_threads(), **_known_to_host(settings))
-            if result is not None:
-                made = torch.tensor(on_host, dtype=result.dtype).view(-1, result.width)
-        elif result is None:
-            step(op, table, settings, device=operands[0][0].device)
-        else:
-            made = sum_squares(op, table, settings, result=result, device=operands[0][0].device)
+        try:
+            if cuda_index(operands[0]) is None:
+                on_host = compiled(table, torch.get_num_threads(), **_known_to_host(settings))
+                if result is not None:
+                    made = torch.tensor(on_host, dtype=result.dtype).view(-1, result.width)
+            elif result is None:
+                step(op, table, settings, device=operands[0][0].device)
+            else:
+                made = sum_squares(op, table, settings, result=result, device=operands[0][0].device)
+        except (KeyError, TypeError):  # nothing has run: compiled functions take their settings first
+            _check_settings(op, hyper, given)
+            raise
         # Autograd refuses a backward pass through what has changed since.
         changed = [each for index in written for each in operands[index] if not each.is_inference()]
         torch.autograd.graph.increment_version(changed)
@@ -74,7 +81,7 @@ def flat_op(
         device = operands[0][0].device if operands[0] else None
         return torch.empty(len(operands[0]), result.width, dtype=result.dtype, device=device)
 
-    serve = register(
+    register(
         op,
         _schema(columns, hyper, result),
         reference=reference,
@@ -84,10 +91,12 @@ def flat_op(
         cuda=run,
     )
 
+    in_graph = getattr(torch.ops.zcore, op)
+
     def call(*args: P.args, **kwargs: P.kwargs) -> R:  # once for each step: kept short
         operands = cast(Sequence[Sequence[Tensor]], (*args, *(kwargs.pop(name, ()) for name in names[len(args) :])))
-        if torch.compiler.is_compiling():
-            return cast(R, serve(*map(list, operands), **kwargs))
+        if torch.compiler.is_compiling() or lists_need_torch(op, operands):
+            return cast(R, in_graph(*map(list, operands), **kwargs))
         return cast(R, run(*operands, **kwargs))
 
     ops.implementation(op, source="cpp", priority=PRIORITY, devices=("cpu",), dtypes=FLOATS)(call)
@@ -101,6 +110,26 @@ def _known_to_host(settings: dict[str, Any]) -> dict[str, Any]:
     if clip_factor is not None:
         settings["grad_factor"] *= float(clip_factor)
     return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in settings.items()}
+
+
+def _check_settings(op: str, hyper: Sequence[inspect.Parameter], given: dict[str, Any]) -> None:
+    """Raise ConfigError for the first of `given` that the op has not, or of another type, and for what is missing."""
+    known = {each.name: each for each in hyper}
+    for name, value in given.items():
+        if name not in known:
+            near = nearest(name, known)
+            advice = f"Did you mean {near}?" if near else "Leave it out."
+            raise ConfigError(f"{op} got the setting {name}; expected {', '.join(known)}. {advice}")
+        expected = known[name].annotation
+        # A number may stand in a tensor of one element.
+        fits = (int, float, Tensor) if expected is float else expected
+        if not isinstance(value, fits):
+            raise ConfigError(f"{op}: {name} is {value!r}, a {type(value).__name__}; expected {WORDS[expected]}.")
+    missing = [name for name, each in known.items() if each.default is each.empty and name not in given]
+    if missing:
+        raise ConfigError(
+            f"{op} got no {', '.join(missing)}; expected all settings without a default. Pass them by name."
+        )
 
 
 def _schema(columns: Sequence[Column], hyper: Sequence[inspect.Parameter], result: Result | None) -> str:
@@ -149,7 +178,7 @@ def register(
     in_graph = getattr(torch.ops.zcore, op)
 
     def serve(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or any_needs_torch(op, (*args, *kwargs.values())):
             return in_graph(*args, **kwargs)
         return (cpu if cuda is None or not _is_on_cuda((*args, *kwargs.values())) else cuda)(*args, **kwargs)
 
@@ -159,7 +188,9 @@ def register(
     if kernel is not None:
 
         def serve_by_triton(*args: Any, **kwargs: Any) -> Any:
-            return (in_graph if torch.compiler.is_compiling() else kernel)(*args, **kwargs)
+            if torch.compiler.is_compiling() or any_needs_torch(op, (*args, *kwargs.values())):
+                return in_graph(*args, **kwargs)
+            return kernel(*args, **kwargs)
 
         triton_loading.offer(op, serve_by_triton, dtypes=dtypes)
     if cuda is not None or kernel is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zcore.kernels import _cpu
 from zcore.kernels.ops.differentiable import register_backward, register_differentiable
-from zcore.kernels.ops.operands import check, operand, rows_of
+from zcore.kernels.ops.operands import check, check_floating, operand, rows_of
 
 __all__ = ["reference", "reference_residual", "rms_norm", "rms_norm_residual"]
 
@@ -19,8 +19,9 @@ __all__ = ["reference", "reference_residual", "rms_norm", "rms_norm_residual"]
 def reference(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     """Rows of `x`, [..., hidden], over their root mean square, times `weight + offset`; no weight counts as ones.
 
-    Computed in fp32 at least, in x's dtype at the end.
+    Computed in fp32 at least, in x's dtype at the end. Raises ConfigError for integers.
     """
+    check_floating("rms_norm", "x", x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed if weight is None else normed * (weight.to(wide.dtype) + offset)).to(x.dtype)

@@ -28,6 +28,10 @@ def reference(tensor: Tensor) -> Tensor:  # [] fp32
 
 
 def _table(tensor: Tensor) -> _cpu.Table:
+    if not isinstance(tensor, Tensor):
+        raise LayoutError(
+            f"squared_norm got a {type(tensor).__name__}; expected one flat tensor. Sum the norms of several."
+        )
     if tensor.dim() != 1:
         raise LayoutError(
             f"squared_norm got a tensor of shape {tuple(tensor.shape)}; expected a flat one. Pass view(-1)."

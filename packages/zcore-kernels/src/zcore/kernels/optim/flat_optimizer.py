@@ -30,6 +30,7 @@ from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels.ops.dynamic_code import decode, encode, num_blocks
 from zcore.kernels.ops.pieces import FLOATS
+from zcore.kernels.optim.shards import check_shard, grad_shard_of, note_shard_step, shard_of
 
 __all__ = ["FlatOptimizer", "Params", "Pieces", "StateDtype", "check_averages"]
 
@@ -59,6 +60,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     """A subclass names its states, and steps the pieces of a group."""
 
     signs: ClassVar[Mapping[str, bool]]  # of each state, whether it has values below 0
+    is_elementwise: ClassVar[bool] = True  # so a shard is stepped as in the whole
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self._check_settings(defaults)  # also where every group has its own
@@ -108,6 +110,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             for pieces in kinds:
                 self.step_pieces(group, pieces)
                 for param, made in pieces.stepped:
+                    note_shard_step(param)
                     state = self.state[param]
                     state.update(made)
                     state["step"] += 1
@@ -198,6 +201,9 @@ class FlatOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}: the gradient of parameter {index} is {grad.dtype}; expected "
                     f"{_listed(FLOATS)}. Convert it."
                 )
+            check_shard(
+                type(self).__name__, param, state_dtype=group["state_dtype"], is_elementwise=self.is_elementwise
+            )
             state = self.state.get(param, {})
             made = self._missing(param, state, group)
             if made:
@@ -211,10 +217,11 @@ class FlatOptimizer(torch.optim.Optimizer):
             )
             pieces = kinds.setdefault(key, Pieces(step=key[3], is_first=key[4]))
             pieces.stepped.append((param, made))
-            pieces.params.append(_flat(param))
-            pieces.grads.append(_flat(_laid_out_as(param, grad)))
+            shard = shard_of(param)
+            pieces.params.append(_flat(shard))
+            pieces.grads.append(_flat(_laid_out_as(shard, grad_shard_of(param, grad))))
             for name in names:
-                pieces.states[name].append(_flat(state[name]))
+                pieces.states[name].append(_flat(shard_of(state[name])))
                 if name + "_scale" in state:
                     pieces.states[name + "_scale"].append(state[name + "_scale"])
         return list(kinds.values())

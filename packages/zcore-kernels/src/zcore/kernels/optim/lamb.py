@@ -19,6 +19,7 @@ class LAMB(FlatOptimizer):
     either norm is 0. Parameters have to be whole.
     """
 
+    is_elementwise: ClassVar[bool] = False
     signs: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
 
     def __init__(

@@ -20,13 +20,13 @@ from torch import Tensor
 from zcore.core import ops
 from zcore.kernels.cuda import loading as cuda_loading
 from zcore.kernels.cuda.stepping import Result, step, sum_squares
+from zcore.kernels.ops.library import LIBRARY
 from zcore.kernels.ops.operands import first_tensor
 from zcore.kernels.ops.pieces import FLOATS, Column, Columns, cuda_index
 from zcore.kernels.triton import loading as triton_loading
 
 __all__ = ["flat_op", "register"]
 
-LIBRARY = torch.library.Library("zcore", "DEF")
 PRIORITY = 10  # of compiled code for the CPU, over references
 WORDS = {float: "float", bool: "bool", Tensor: "Tensor", Tensor | None: "Tensor?"}
 

@@ -1,4 +1,4 @@
-"""What a layer of somebody else's may be swapped for: by its class, parts and attributes. Runs nothing.
+"""What a layer of somebody else's may be swapped for: by its class, parts and attributes; only activations are run.
 
     norms    a name with "Norm", one weight [hidden] or with a bias     RMSNorm (offset 0 or 1), LayerNorm
     MLPs     gate_proj, up_proj, down_proj                              SwiGLU, GeGLU by erf or tanh
@@ -11,6 +11,7 @@ replacement could not keep, as buffers, hooks, dropout between projections or a 
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -109,11 +110,13 @@ def _norms(module: nn.Module) -> Iterator[Build]:
     hidden = weight.numel()
     if bias is None and (eps is None or isinstance(eps, float)):
         for offset in (0.0, 1.0):
-            yield lambda of, offset=offset: _sharing(
-                RMSNorm(hidden, eps=eps, offset=offset, elementwise_affine=False), of
-            )
+            yield partial(_rms_norm, hidden, eps, offset)
     if isinstance(eps, float):
         yield lambda of: _sharing(LayerNorm(hidden, eps=eps, elementwise_affine=False), of)
+
+
+def _rms_norm(hidden: int, eps: float | None, offset: float, original: nn.Module) -> nn.Module:
+    return _sharing(RMSNorm(hidden, eps=eps, offset=offset, elementwise_affine=False), original)
 
 
 def _sharing(norm: RMSNorm | LayerNorm, original: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ MLPS = (
     {"wi_0", "wi_1", "wo"},
     {"fc_in", "fc_out"},
     {"lin1", "lin2"},
+    {"ffn", "ffn_output"},
     {"w1", "w2"},
 )
 
@@ -36,13 +37,15 @@ def why_never(name: str, module: nn.Module) -> str | None:
         return WHY_ROUTER
     if name == "experts" or title.endswith("Experts"):
         return WHY_EXPERTS
-    is_mlp = title.endswith("MLP") or hasattr(module, "intermediate_act_fn") or any(each <= parts for each in MLPS)
+    is_named = title.endswith("MLP") and "experts" not in parts  # a mixture is told of by its parts
+    is_mlp = is_named or hasattr(module, "intermediate_act_fn") or any(each <= parts for each in MLPS)
     return WHY_MLP if is_mlp else None
 
 
 def loss_of(model: nn.Module) -> tuple[str, nn.Module, str] | None:
     """The head of a language model of Hugging Face, by name, and why its loss stays; None where there is none."""
-    if not callable(getattr(model, "get_output_embeddings", None)):
+    find = getattr(model, "get_output_embeddings", None)
+    if not callable(find):
         return None
-    head = model.get_output_embeddings()
+    head = find()
     return next(((name, each, WHY_LOSS) for name, each in model.named_modules() if each is head), None)

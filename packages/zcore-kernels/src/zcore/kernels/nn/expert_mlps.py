@@ -49,7 +49,8 @@ class ExpertMLPs(nn.Module):
 
         Under autocast x and the experts' parameters are cast as a linear layer's are.
         """
-        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+        gate_up_proj: Tensor = self.gate_up_proj
+        down_proj: Tensor = self.down_proj
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up_proj, down_proj = x.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)

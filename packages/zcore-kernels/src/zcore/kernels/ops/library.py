@@ -23,7 +23,7 @@ class _Library(torch.library.Library):
     def impl(self, op_name: Any, fn: Callable[..., Any], dispatch_key: str = "", **given: Any) -> None:
         """As torch's."""
         kernel = _guarded(str(op_name).removeprefix("zcore::"), fn) if dispatch_key == "Autograd" else fn
-        super().impl(op_name, kernel, dispatch_key, **given)
+        super().impl(op_name, kernel, dispatch_key, **given)  # type: ignore[no-untyped-call]  # torch's has no types
 
 
 def _guarded(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,4 +50,4 @@ def _refusal(op: str, what: str) -> StateError:
     )
 
 
-LIBRARY = _Library("zcore", "DEF")
+LIBRARY: torch.library.Library = _Library("zcore", "DEF")  # type: ignore[no-untyped-call]  # nor has this

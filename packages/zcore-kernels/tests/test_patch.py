@@ -1,6 +1,8 @@
 """patch() on models of Hugging Face made from small configs: the same losses and gradients, and an honest list."""
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +190,11 @@ class CountingNorm(PlainRMSNorm):
         self.register_buffer("seen", torch.zeros(()))
 
 
+class NormWithExtraState(PlainRMSNorm):
+    def get_extra_state(self) -> int:
+        return 3
+
+
 class NoisyNorm(PlainRMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + torch.randn_like(x) if self.training else x)
@@ -203,6 +210,7 @@ class NoisyNorm(PlainRMSNorm):
         (GatedNorm(), "takes x, gate; a replacement takes one input"),
         (MLPWithAnotherPart(), "a part beside the known: adapter"),
         (MLPWithLearnedActivation(), "act_fn has parameters"),
+        (NormWithExtraState(), "state dict is made in its own way"),
         (CountingNorm(), "buffers a swap would lose: seen"),
     ],
     ids=lambda each: type(each).__name__,
@@ -234,6 +242,17 @@ def test_a_swap_keeps_attributes_mode_and_parts_without_effect() -> None:
     assert [each.training for each in model] == [True, False, True]
     assert list(model.state_dict()) == keys
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode, torch.no_grad, lambda: torch.device("meta")],
+    ids=["autocast", "inference", "no gradients", "meta"],
+)
+def test_what_is_swapped_does_not_depend_on_the_mode_of_the_caller(mode: Callable[[], Any]) -> None:
+    model = nn.Sequential(PlainRMSNorm(), MLP())
+    with mode():
+        assert len(patch(model).swapped) == 2
 
 
 def test_layers_that_are_alike_are_tried_once_and_small() -> None:

@@ -9,7 +9,8 @@ kind that never is (unserved.py). Keys of the state dict stay as they are, and a
 """
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -122,7 +123,7 @@ def _replacement(module: nn.Module, verdicts: dict[Hashable, Build | str]) -> nn
         return why
     key = sameness(module)
     if key not in verdicts:
-        with torch.random.fork_rng(devices=[]):  # a patched model draws what it would have drawn
+        with _alone():
             verdicts[key] = _verdict(module)
     verdict = verdicts[key]
     if isinstance(verdict, str):
@@ -135,6 +136,18 @@ def _replacement(module: nn.Module, verdicts: dict[Hashable, Build | str]) -> nn
         if not hasattr(replacement, name):
             replacement.add_module(name, child)
     return replacement.train(module.training)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Trials inside depend on no mode of the caller's, and leave what a patched model draws as it was."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+    ):
+        yield
 
 
 def _verdict(module: nn.Module) -> Build | str:

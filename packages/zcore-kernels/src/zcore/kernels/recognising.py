@@ -34,6 +34,7 @@ ACTIVATION_TOLERANCE = 1e-5  # in fp32, for inputs from -6 to 6; the two forms o
 REFUSALS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 TORCHS_OWN = frozenset(vars(nn.Module()))  # attributes of every module
+STATE = ("get_extra_state", "_save_to_state_dict", "_load_from_state_dict")
 HOOKS = tuple(name for name in sorted(TORCHS_OWN) if name.endswith("_hooks"))
 
 
@@ -69,6 +70,8 @@ def why_left(module: nn.Module) -> str | None:
     taken = inspect.signature(module.forward).parameters.values()
     if [each.kind for each in taken] != [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
         return f"whose forward takes {', '.join(each.name for each in taken)}; a replacement takes one input"
+    if any(getattr(type(module), name) is not getattr(nn.Module, name) for name in STATE):
+        return "whose state dict is made in its own way"
     if buffers:
         return f"whose buffers a swap would lose: {', '.join(buffers)}"
     return None if is_norm(module) else _why_left_mlp(module)

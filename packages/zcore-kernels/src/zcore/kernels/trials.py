@@ -100,7 +100,8 @@ def _try(module: nn.Module, values: dict[str, Tensor], x: Tensor, dy: Tensor, is
     try:
         with torch.enable_grad():
             y: Tensor = torch.func.functional_call(module, given, (x,))
-            return [y.detach(), *torch.autograd.grad(y, [x, *given.values()], dy.to(y.dtype))]
+            # Of a sum, since torch imports sympy, half a second, where it is given the gradient of an output.
+            return [y.detach(), *torch.autograd.grad((y * dy).sum(), [x, *given.values()])]
     finally:
         for each, mode in modes.items():
             each.training = mode

@@ -159,7 +159,8 @@ def kernels(session: nox.Session) -> None:
     folder = Path(session.create_tmp()).resolve()
     core, file = build(session, "zcore-core", folder), build(session, "zcore-kernels", folder)
     install(session, f"zcore-core[cli] @ {core.as_uri()}", f"zcore-kernels[cli] @ {file.as_uri()}")
-    session.run("python", "tools/wheel_facts.py", str(file), "zcore.kernels", "torch")
+    modules = ("zcore.kernels", "zcore.kernels.nn", "zcore.kernels.optim")
+    session.run("python", "tools/wheel_facts.py", str(file), *modules, "--base", "torch")
     session.run("zcore", "kernels", "list")
     session.run("zcore", "kernels", "check", *session.posargs)
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from layer_cases import EPS, OPS, drawing
 from op_calls import DTYPES, Op, check_close, check_graph, each_spoilt, everything, gradients, threads, widened
 from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual
 
 import zcore.kernels.ops.bias_dropout_residual
 from zcore.core import ops
@@ -102,6 +103,35 @@ def test_a_second_derivative_is_refused() -> None:
     (dx,) = torch.autograd.grad(torch.ops.zcore.rms_norm(x, None, EPS).sum(), x, create_graph=True)
     with pytest.raises(StateError, match="first derivatives only"):
         dx.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
+@every_op
+def test_derivatives_in_forward_mode_and_of_torch_func_are_refused_and_never_zero(op: Op) -> None:
+    tensor, *others = op.make(drawing(torch.float32), 3, 8)
+    x = tensor.detach()
+
+    def first(x: Tensor) -> Tensor:
+        results = op(x, *others)
+        return results[0].sum()
+
+    with pytest.raises(StateError, match=f"zcore::{op.name} has no forward-mode derivatives"):
+        torch.func.jvp(first, (x,), (x,))
+    with pytest.raises(StateError, match=f"zcore::{op.name} has no derivatives by torch.func"):
+        torch.func.grad(first)(x)
+    with dual_level(), pytest.raises(StateError, match="has no forward-mode derivatives"):
+        first(make_dual(x, x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
+def test_derivatives_in_forward_mode_are_those_of_the_reference_where_it_is_asked_for() -> None:
+    x, tangent = torch.randn(3, 8), torch.randn(3, 8)
+    with ops.force("reference"):
+        norm = ops.get("rms_norm", device=x.device, dtype=x.dtype)
+        _, found = torch.func.jvp(lambda x: norm(x, None, EPS), (x,), (tangent,))
+    _, expected = torch.func.jvp(lambda x: torch.rms_norm(x, (8,), None, EPS), (x,), (tangent,))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.vmap(lambda x: torch.ops.zcore.rms_norm(x, None, EPS))(x), norm(x, None, EPS))
 
 
 def test_a_weight_of_another_shape_or_dtype_than_rows() -> None:

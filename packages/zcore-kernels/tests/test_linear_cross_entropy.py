@@ -194,6 +194,20 @@ def test_a_second_derivative_is_refused(reduction: str) -> None:
         dhidden.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
+@every_reduction
+def test_derivatives_in_forward_mode_and_of_torch_func_are_refused_and_never_zero(reduction: str) -> None:
+    hidden, weight = torch.randn(3, 4), torch.randn(6, 4, requires_grad=True)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return LinearCrossEntropy(reduction=reduction)(hidden, weight, torch.tensor([0, 5, -100])).sum()
+
+    with pytest.raises(StateError, match="no forward-mode derivatives"):
+        torch.func.jvp(loss, (hidden,), (hidden,))
+    with pytest.raises(StateError, match=r"no derivatives by torch\.func"):
+        torch.func.grad(loss)(hidden)
+
+
 @pytest.mark.parametrize("targets", [[-100, -100, -100], []], ids=["all ignored", "no token"])
 def test_the_mean_of_nothing_is_nan_and_its_gradients_are_zero_as_in_torch(targets: list[int]) -> None:
     hidden, weight = torch.randn(len(targets), 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zcore.kernels.nn import BiasDropoutResidual, BiasGELU, GeGLU, LayerNorm, RMSNorm, Rotary, SwiGLU
+from zcore.core.errors import ConfigError
+from zcore.kernels.nn import BiasDropoutResidual, BiasGELU, ExpertMLPs, GeGLU, LayerNorm, RMSNorm, Rotary, SwiGLU
 
 DTYPES = [torch.float32, torch.float64]  # compiled, and torch's
 
@@ -99,3 +100,37 @@ def test_the_registry_finds_the_ops_by_itself() -> None:
     )
     found = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "zcore.swiglu"
+
+
+def test_operands_of_two_dtypes_are_widened_as_torch_does() -> None:
+    x, wide = draw(3, 8).bfloat16(), draw(3, 8)
+    for norm, torchs in ((RMSNorm(8), nn.RMSNorm(8)), (LayerNorm(8), nn.LayerNorm(8))):
+        for one, other in ((x, wide), (wide, x)):
+            y, added = norm(one, other)
+            assert torch.equal(added, one + other)
+            torch.testing.assert_close(y, torchs(added))
+    torch.testing.assert_close(SwiGLU()(x, wide), functional.silu(x.float()) * wide)
+    torch.testing.assert_close(GeGLU()(wide, x), functional.gelu(wide) * x)
+    torch.testing.assert_close(BiasDropoutResidual().eval()(x, None, wide), x + wide)
+
+
+def test_experts_are_cast_by_autocast_as_linear_layers_are() -> None:
+    torch.manual_seed(3)
+    experts, choices = ExpertMLPs(8, 6, num_experts=2), torch.tensor([[0], [1], [1]])
+    expected = experts(draw(3, 8), choices, torch.ones(3, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = experts(draw(3, 8).bfloat16(), choices, torch.ones(3, 1))
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("layer", [RMSNorm(4), LayerNorm(4), SwiGLU(), GeGLU(), BiasGELU()], ids=str)
+def test_integers_are_refused(layer: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=r"torch\.int64; expected a floating dtype"):
+        layer(torch.ones(2, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("p", [-0.1, 2.0, float("nan")])
+def test_dropout_of_no_probability_is_refused_when_it_is_made(p: float) -> None:
+    with pytest.raises(ConfigError, match="expected a probability"):
+        BiasDropoutResidual(p)

@@ -55,14 +55,14 @@ class GPT2MLP(nn.Module):
 
     c_fc: _Projection
 
-    def __init__(self, original: nn.Module, act: BiasGELU) -> None:
+    def __init__(self, original: nn.Module, bias_gelu: BiasGELU) -> None:
         super().__init__()
         self.c_fc = cast(_Projection, original.get_submodule("c_fc"))
         self.c_proj = original.get_submodule("c_proj")
-        self.act = act
+        self.bias_gelu = bias_gelu
         self.dropout = original.get_submodule("dropout")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden]."""
-        found: Tensor = self.dropout(self.c_proj(self.act(x @ self.c_fc.weight, self.c_fc.bias)))
+        found: Tensor = self.dropout(self.c_proj(self.bias_gelu(x @ self.c_fc.weight, self.c_fc.bias)))
         return found

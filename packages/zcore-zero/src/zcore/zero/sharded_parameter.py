@@ -38,7 +38,7 @@ ELEMENTWISE = frozenset(
 METADATA = frozenset(
     name
     for names in (
-        "stride storage_offset element_size get_device data_ptr untyped_storage detach",
+        "stride storage_offset element_size get_device data_ptr untyped_storage detach requires_grad_",
         "is_floating_point is_complex is_contiguous __hash__ __format__ __repr__ __get__ __set__",
     )
     for name in names.split()

@@ -45,16 +45,22 @@ class ExpertMLPs(nn.Module):
         self.down_proj = weight(hidden, intermediate)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """x: [..., hidden]; experts: [tokens, k] int64; weights: [tokens, k]; sums over k are in fp32 at least."""
+        """x: [..., hidden]; experts: [tokens, k] int64; weights: [tokens, k]; sums over k are in fp32 at least.
+
+        Under autocast x and the experts' parameters are cast as a linear layer's are.
+        """
+        gate_up_proj: Tensor = self.gate_up_proj
+        down_proj: Tensor = self.down_proj
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, gate_up_proj, down_proj = x.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
         rows, counts, places = serving("permute", permute.reference, x)(
             x.flatten(0, -2).contiguous(), experts.contiguous(), self.num_experts
         )
         product = serving("grouped_matmul", grouped_matmul.reference, x)
-        gated: Tensor = serving("swiglu_packed", swiglu.reference_packed, x)(
-            product(rows, self.gate_up_proj, counts, True)
-        )
+        gated: Tensor = serving("swiglu_packed", swiglu.reference_packed, x)(product(rows, gate_up_proj, counts, True))
         unsort = serving("unpermute", permute.reference_unpermute, x)
-        found: Tensor = unsort(product(gated, self.down_proj, counts, True), places, weights.contiguous())
+        found: Tensor = unsort(product(gated, down_proj, counts, True), places, weights.contiguous())
         return found.view(x.shape)
 
     def extra_repr(self) -> str:

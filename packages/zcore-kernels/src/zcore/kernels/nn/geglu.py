@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from zcore.kernels.nn.serving import serving
+from zcore.kernels.nn.serving import alike, serving
 from zcore.kernels.ops.geglu import reference, reference_packed
 
 __all__ = ["GeGLU"]
@@ -19,12 +19,16 @@ class GeGLU(nn.Module):
         self.approximate = approximate
 
     def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
-        """gate, up: [..., hidden]; without `up`, gate is [..., 2 hidden] and holds both."""
+        """gate, up: [..., hidden]; without `up`, gate is [..., 2 hidden] and holds both.
+
+        Of two dtypes the product has the wider. Raises ConfigError for integers.
+        """
         found: Tensor
         if up is None:
             found = serving("geglu_packed", reference_packed, gate)(gate.contiguous(), self.approximate)
         else:
-            found = serving("geglu", reference, gate)(gate.contiguous(), up.contiguous(), self.approximate)
+            gate, up = alike(gate, up)
+            found = serving("geglu", reference, gate)(gate, up, self.approximate)
         return found
 
     def extra_repr(self) -> str:

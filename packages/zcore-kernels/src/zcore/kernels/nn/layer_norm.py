@@ -5,7 +5,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from zcore.kernels.nn.serving import serving
+from zcore.kernels.nn.serving import alike, serving
 from zcore.kernels.ops.layer_norm import reference, reference_residual
 
 __all__ = ["LayerNorm"]
@@ -36,13 +36,17 @@ class LayerNorm(nn.Module):
     @overload
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of `x`, [..., hidden]; with a residual that of x + residual, and this sum, the next residual."""
+        """The norm of `x`, [..., hidden]; with a residual that of x + residual, and this sum, the next residual.
+
+        Of two dtypes the sum has the wider, and so has its norm. Raises ConfigError for integers.
+        """
         found: Tensor | tuple[Tensor, Tensor]
         if residual is None:
             found = serving("layer_norm", reference, x)(x.contiguous(), self.weight, self.bias, self.eps)
         else:
+            x, residual = alike(x, residual)
             serve = serving("layer_norm_residual", reference_residual, x)
-            found = serve(x.contiguous(), residual.contiguous(), self.weight, self.bias, self.eps)
+            found = serve(x, residual, self.weight, self.bias, self.eps)
         return found
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zcore.core import ops
+from zcore.kernels.ops.linear_cross_entropy import OP  # and the op is known to torch
 
 __all__ = ["LinearCrossEntropy"]
 
@@ -47,7 +48,7 @@ class LinearCrossEntropy(nn.Module):
         # As zcore.kernels.nn.serving, but that in a graph this op serves every dtype and CUDA, too.
         serve: Callable[..., Tensor] = torch.ops.zcore.linear_cross_entropy
         if not torch.compiler.is_compiling():
-            serve = ops.get("linear_cross_entropy", device=hidden.device, dtype=hidden.dtype)
+            serve = ops.get(OP, device=hidden.device, dtype=hidden.dtype)
         return serve(
             hidden,
             weight,

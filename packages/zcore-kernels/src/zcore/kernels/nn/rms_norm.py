@@ -5,7 +5,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from zcore.kernels.nn.serving import serving
+from zcore.kernels.nn.serving import alike, serving
 from zcore.kernels.ops.rms_norm import reference, reference_residual
 
 __all__ = ["RMSNorm"]
@@ -38,15 +38,22 @@ class RMSNorm(nn.Module):
     @overload
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of `x`, [..., hidden]; with a residual that of x + residual, and this sum, the next residual."""
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        """The norm of `x`, [..., hidden]; with a residual that of x + residual, and this sum, the next residual.
+
+        Of two dtypes the sum has the wider, and so has its norm. Raises ConfigError for integers.
+        """
         found: Tensor | tuple[Tensor, Tensor]
         if residual is None:
-            found = serving("rms_norm", reference, x)(x.contiguous(), self.weight, eps, self.offset)
+            serve = serving("rms_norm", reference, x)
+            found = serve(x.contiguous(), self.weight, self._eps(x), self.offset)
         else:
+            x, residual = alike(x, residual)
             serve = serving("rms_norm_residual", reference_residual, x)
-            found = serve(x.contiguous(), residual.contiguous(), self.weight, eps, self.offset)
+            found = serve(x, residual, self.weight, self._eps(x), self.offset)
         return found
+
+    def _eps(self, x: Tensor) -> float:
+        return torch.finfo(x.dtype).eps if self.eps is None else self.eps
 
     def extra_repr(self) -> str:
         """As print(model) shows it."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from zcore.kernels.nn.serving import serving
+from zcore.kernels.nn.serving import alike, serving
 from zcore.kernels.ops.swiglu import reference, reference_packed
 
 __all__ = ["SwiGLU"]
@@ -12,10 +12,14 @@ class SwiGLU(nn.Module):
     """What lies between the projections of a gated MLP: of gate and up, or of both in one tensor, gate first."""
 
     def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
-        """gate, up: [..., hidden]; without `up`, gate is [..., 2 hidden] and holds both."""
+        """gate, up: [..., hidden]; without `up`, gate is [..., 2 hidden] and holds both.
+
+        Of two dtypes the product has the wider. Raises ConfigError for integers.
+        """
         found: Tensor
         if up is None:
             found = serving("swiglu_packed", reference_packed, gate)(gate.contiguous())
         else:
-            found = serving("swiglu", reference, gate)(gate.contiguous(), up.contiguous())
+            gate, up = alike(gate, up)
+            found = serving("swiglu", reference, gate)(gate, up)
         return found

@@ -1,7 +1,8 @@
 """How an op with a gradient becomes known: to torch by schema, fake and formula of the gradient, and to the registry.
 
 It is always called through torch, so that autograd, torch.compile and FakeTensors see it. Its backward is an op of its
-own, which can be compiled and faked but not differentiated once more: that is refused, never silently zero.
+own, which can be compiled and faked but not differentiated once more: that is refused, never silently zero, as
+derivatives in forward mode are (library.py).
 """
 
 from collections.abc import Callable
@@ -12,8 +13,9 @@ import torch
 from zcore.core import ops
 from zcore.core.errors import StateError
 from zcore.kernels.cuda import choosing
+from zcore.kernels.ops.library import LIBRARY
 from zcore.kernels.ops.pieces import FLOATS
-from zcore.kernels.ops.registering import LIBRARY, PRIORITY
+from zcore.kernels.ops.registering import PRIORITY
 from zcore.kernels.triton.loading import deferred, interpretable, offer
 
 __all__ = ["register_backward", "register_differentiable"]

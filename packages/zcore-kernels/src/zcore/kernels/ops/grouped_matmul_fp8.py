@@ -25,8 +25,9 @@ from zcore.core import ops
 from zcore.core.errors import ConfigError, LayoutError, StateError
 from zcore.kernels.cuda import grouped_matmul_fp8 as cutlass
 from zcore.kernels.cuda import loading
+from zcore.kernels.ops.library import LIBRARY
 from zcore.kernels.ops.operands import check
-from zcore.kernels.ops.registering import LIBRARY, PRIORITY
+from zcore.kernels.ops.registering import PRIORITY
 
 __all__ = ["check_operands", "fake", "grouped_matmul_fp8", "reference"]
 

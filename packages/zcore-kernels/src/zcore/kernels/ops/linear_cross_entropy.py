@@ -28,8 +28,9 @@ from zcore.core.errors import ConfigError, LayoutError
 from zcore.kernels.ops.chunked_products import Needs, Products, choose_chunk_rows, chunked_products, empty_products
 from zcore.kernels.ops.cross_entropy_rows import RowSettings, cross_entropy_rows
 from zcore.kernels.ops.differentiable import register_backward
+from zcore.kernels.ops.library import LIBRARY
 from zcore.kernels.ops.pieces import FLOATS
-from zcore.kernels.ops.registering import LIBRARY, PRIORITY
+from zcore.kernels.ops.registering import PRIORITY
 
 __all__ = ["linear_cross_entropy", "reference"]
 

@@ -22,6 +22,7 @@ from zcore.core import ops
 from zcore.core.errors import ConfigError, nearest
 from zcore.kernels.cuda import loading as cuda_loading
 from zcore.kernels.cuda.stepping import Result, step, sum_squares
+from zcore.kernels.ops.library import LIBRARY
 from zcore.kernels.ops.memory import any_needs_torch, lists_need_torch
 from zcore.kernels.ops.operands import first_tensor
 from zcore.kernels.ops.pieces import FLOATS, Column, Columns, cuda_index
@@ -29,7 +30,6 @@ from zcore.kernels.triton import loading as triton_loading
 
 __all__ = ["flat_op", "register"]
 
-LIBRARY = torch.library.Library("zcore", "DEF")
 PRIORITY = 10  # of compiled code for the CPU, over references
 WORDS = {float: "float", bool: "bool", Tensor: "Tensor", Tensor | None: "Tensor?"}
 

@@ -218,6 +218,29 @@ def test_blocks_may_be_nested_around_a_forward_and_pass_through_what_is_not_shar
     assert ranks(2, nest, Recipe()) == ["done", "done"]
 
 
+def edit_in_an_inner_block(recipe: Recipe) -> list[str]:
+    """By stage: names that have not the outer block's edit alone, in it and after it."""
+    wrong = []
+    for stage in range(4):
+        engine = build_engine(recipe, stage=stage)
+        params = [parameter(engine.module, name) for name in NAMES]
+        with zero.GatheredParameters(params, modifier_rank=0) as outer, torch.no_grad():
+            for full in outer:
+                full.fill_(0.5)
+            with zero.GatheredParameters(params) as inner:
+                for full in inner:
+                    full.fill_(7.0)
+            wrong += [f"stage {stage} {name}" for name, full in zip(NAMES, outer, strict=True) if (full != 0.5).any()]
+        after = whole(engine)
+        wrong += [f"after stage {stage} {name}" for name in NAMES if (after[name] != 0.5).any()]
+    return wrong
+
+
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_an_inner_block_without_a_modifier_drops_its_own_edits_and_no_others(ranks: Ranks, is_bf16: bool) -> None:
+    assert ranks(2, edit_in_an_inner_block, Recipe(compute=torch.bfloat16 if is_bf16 else None)) == [[], []]
+
+
 def gather_of_the_dead(recipe: Recipe) -> str:
     model = zero.shard(recipe.build(), build_mesh(dp=-1), options=zero.ShardingOptions(small_numel=SMALL_NUMEL))
     weight = model.h[0].qkv.weight

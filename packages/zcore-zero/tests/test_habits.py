@@ -805,7 +805,10 @@ def clip_infinity():
 
 
 REFUSED = {
-    "an optimizer built too early": (build_early, ["StateError", "SGD", "before it was sharded", "taken before", "after"]),
+    "an optimizer built too early": (
+        build_early,
+        ["StateError", "SGD", "before it was sharded", "taken before", "after"],
+    ),
     "a parameter in a list": (
         lambda: sharded(kind=Listed)(rows_of(0)).backward(),
         ["StateError", "extra", "another reference", "nn.ParameterList"],

@@ -40,6 +40,7 @@ class GatheredParameters:
         self._buckets: dict[int, tuple[Bucket, Conductor]] = {}
         # To tell what was edited where master and compute dtype differ, and to take it back where they share memory.
         self._before: dict[int, list[tuple[int, Tensor]]] = {}
+        self._staying: set[int] = set()  # buckets that are whole before and after, by their row or an enclosing block
         self._claims: saved_tensors_hooks | None = None
 
     def __enter__(self) -> tuple[Tensor, ...]:
@@ -65,8 +66,10 @@ class GatheredParameters:
             )
         for index in sorted(self._buckets):
             bucket, conductor = self._buckets[index]
+            if not bucket.is_transient or bucket.is_pinned:
+                self._staying.add(index)
             conductor.gatherer.pin(bucket)
-            if not bucket.is_transient or (self._modifier_rank is not None and bucket.memory.casts):
+            if index in self._staying or (self._modifier_rank is not None and bucket.memory.casts):
                 self._before[index] = [
                     (position, bucket.params[position].full.detach().clone()) for position in self._asked_of(bucket)
                 ]
@@ -87,8 +90,8 @@ class GatheredParameters:
             if self._modifier_rank is not None and kind is None:
                 with torch.no_grad():
                     self._keep(bucket, self._modifier_rank)
-            elif not bucket.is_transient or conductor.gatherer.is_pinned_once(bucket):
-                self._drop(bucket)  # what comes and goes, with the outermost block
+            else:
+                self._drop(bucket)
             conductor.gatherer.unpin(bucket)
 
     def _whole(self, param: Tensor) -> Tensor:
@@ -112,7 +115,7 @@ class GatheredParameters:
             bucket.write(position, full, where=edited)
 
     def _drop(self, bucket: Bucket) -> None:
-        if bucket.is_transient:
+        if bucket.index not in self._staying:
             bucket.forget_gathered()
             return
         for position, value in self._before[bucket.index]:

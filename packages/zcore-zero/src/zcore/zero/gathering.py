@@ -208,10 +208,6 @@ class Gatherer:
         bucket.is_pinned = True
         bucket.show_whole()
 
-    def is_pinned_once(self, bucket: Bucket) -> bool:
-        """Whether the next `unpin` is the last one."""
-        return self._pinned[bucket.index] == 1
-
     def unpin(self, bucket: Bucket) -> None:
         """End a `pin`; the last one reshards."""
         self._pinned[bucket.index] -= 1

@@ -1,5 +1,7 @@
 """Programs that call things in an order of their own: zero_grad late, forwards without backward, two losses, edits."""
 
+import logging
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -239,3 +241,37 @@ def copy_it():
 
 def test_a_copy_of_a_sharded_model_is_refused_with_advice(ranks):
     assert all("consolidated_state_dict" in message for message in ranks(2, copy_it))
+
+
+class Heard(logging.Handler):
+    """What the library warns of."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+def skip_a_block_now_and_then():
+    torch.manual_seed(0)
+    options = zero.ShardingOptions(small_numel=12, bucket_numel=200)
+    model = zero.shard(TwoHeads(), build_mesh(dp=-1), stage=3, options=options)
+    heard, counts = Heard(), []
+    logging.getLogger("zcore").addHandler(heard)
+    try:
+        for is_trained in (False, True):
+            for model.skipped in (-1, -1, 1, -1, 0):
+                with torch.set_grad_enabled(is_trained):
+                    loss = model(rows_of(0))
+                if is_trained:
+                    loss.backward()
+            counts.append(sum("order of modules changed" in message for message in heard.messages))
+    finally:
+        logging.getLogger("zcore").removeHandler(heard)
+    return counts
+
+
+def test_another_order_is_told_of_once_where_it_trains_and_not_where_it_evaluates(ranks):
+    assert ranks(2, skip_a_block_now_and_then) == [[0, 1]] * 2

@@ -153,7 +153,9 @@ class Gatherer:
         if bucket.is_transient:
             in_hand = during is Pass.BACKWARD and self._is_in_hand(bucket)
             self._idle.pop(bucket.index, None)
-            if not self._trace.add(Use(bucket.index, during)) and not self._has_warned:
+            departs = not self._trace.add(Use(bucket.index, during))
+            # Without autograd it may: `generate` calls other modules than an evaluation does.
+            if departs and self._trace is self._training and not self._has_warned:
                 self._has_warned = True
                 logger.warning(
                     "The order of modules changed: %s uses bucket %r where another was expected. Gathers of this step "

@@ -35,6 +35,9 @@ TEST(Parallel, CutsWithoutRegardToThreads) {
     EXPECT_EQ(cuts[0], cuts[1]);
 }
 
+// ThreadSanitizer would end a forked child that starts threads.
+extern "C" const char* __tsan_default_options() { return "die_after_fork=0"; }
+
 TEST(Parallel, ServesCallersAtATimeAndAForkedChild) {
     std::atomic<long> sum{0};
     auto add = [&] {

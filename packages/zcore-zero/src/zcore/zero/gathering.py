@@ -40,7 +40,7 @@ class Gatherer:
 
     def __init__(self, buckets: Sequence[Bucket], limits: GatherLimits) -> None:
         self._buckets = buckets
-        self._cast = [bucket for bucket in buckets if bucket.loses_edits and not bucket.is_transient]
+        self._cast = [bucket for bucket in buckets if bucket.memory.casts and not bucket.is_transient]
         self._numel_of = tuple(bucket.plan.layout.numel for bucket in buckets).__getitem__
         self._limits = limits
         self._training, self._inference = Trace(self._numel_of), Trace(self._numel_of)

@@ -8,7 +8,7 @@ INSTEAD = {
     "compile": "block.compile() on the blocks",
     "cuda": "nothing: the model is where the mesh's device is",
     "cur_scale": "engine.loss_scale",
-    "dp_world_size": "torch.distributed.get_world_size(), over the ranks that share the batch",
+    "dp_world_size": "engine.sharding.dp.size",
     "destroy": "engine.close()",
     "empty_partition_cache": "nothing: what was gathered is free after a step",
     "eval_batch": "engine(...) in a loop of your own, after engine.eval()",
